@@ -1,0 +1,40 @@
+"""LoRA written by hand, and the small workshop to train it in.
+
+>>> import torch, lora_lab
+>>> model = torch.nn.Sequential(torch.nn.Linear(512, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+>>> before = model(torch.ones(1, 512))
+>>> model = lora_lab.inject(model, rank=8, target_modules=["0"])       # the same object; only A and B train now
+>>> torch.equal(model(torch.ones(1, 512)), before)                     # B starts at zero: nothing has changed yet
+True
+>>> print(lora_lab.count_parameters(model))
+4,608 of 38,082 parameters are trainable (12.10 %)
+>>> model = lora_lab.eject(model)                                      # as if nothing had happened
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .adapters import disabled, use
+from .analysis import count_parameters, summary
+from .checkpoint import load, save
+from .errors import LoraLabError
+from .injection import eject, inject, plan
+from .layers import LoRALinear, lora_delta
+
+if TYPE_CHECKING:
+    from . import data, models, training
+
+__version__ = "0.1.0"
+__all__ = [
+    "LoRALinear", "LoraLabError", "count_parameters", "data", "disabled", "eject", "inject", "load", "lora_delta", "models", "plan", "save",
+    "summary", "training", "use",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """`lora_lab.models`, `.training` and `.data` are imported when first used."""
+    if name in ("models", "training", "data"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

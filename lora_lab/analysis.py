@@ -1,0 +1,57 @@
+"""Counting: what trains, what does not, and where it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .targets import lora_layers
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters, a tied one counted once. base + adapter == total."""
+
+    trainable: int
+    adapter: int
+    base: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter
+
+    @property
+    def trainable_percent(self) -> float:
+        return 100.0 * self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trainable ({self.trainable_percent:.2f} %)"
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Trainable, adapter and base parameters of a model.
+
+    >>> print(count_parameters(nn.Linear(512, 64, bias=False)))
+    32,768 of 32,768 parameters are trainable (100.00 %)
+    """
+    adapter = {id(p) for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_adapters = sum(p.numel() for p in model.parameters() if id(p) in adapter)
+    return ParameterCount(trainable, in_adapters, sum(p.numel() for p in model.parameters()) - in_adapters)
+
+
+def summary(model: nn.Module) -> str:
+    """A table of the adapted layers: name, how many, shapes of A and B, adapters, parameters; then the totals."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for path, layer in lora_layers(model).items():
+        for name in layer.lora_A:
+            A, B = layer.lora_A[name], layer.lora_B[name]
+            state = ("active" if name in layer.lora_active else "off") + (", trains" if A.requires_grad else ", frozen")
+            key = path.rpartition(".")[2], name, f"A {list(A.shape)}", f"B {list(B.shape)}", f"{layer.lora_scaling[name]:g}", state
+            groups.setdefault(key, []).append(A.numel() + B.numel())
+    rows = [("layer", "adapter", "A [r, in]", "B [out, r]", "scaling", "state", "layers", "parameters")]
+    rows += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in groups.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*(lines if groups else ["no LoRA layers"]), str(count_parameters(model))])

@@ -1,0 +1,285 @@
+"""Adapter files in the format of Hugging Face PEFT, both ways; safetensors only, nothing pickled.
+
+    adapter_model.safetensors   base_model.model.<path>.lora_A.weight [r, in], ....lora_B.weight [out, r]
+    adapter_config.json         PEFT's keys: r, lora_alpha, target_modules, rank_pattern, ...
+
+The adapter's name is not in the file. The tensors are renamed into place before the configuration, and carry a copy of it in
+their metadata: whatever interrupts a save, the pair that loads is the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapters import activate
+from .errors import LoraLabError, did_you_mean
+from .files import saving, write_file, write_json
+from .injection import apply_plan, injection_of
+from .layers import LoRA, is_adaptable, is_conv1d, layer_shape
+from .targets import AdapterConfig, Plan, PlannedLayer, check_adapter_name, first_match, lora_layers, name_matches, refuse_unreachable
+
+Model = TypeVar("Model", bound=nn.Module)
+PREFIX = "base_model.model."
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<which>[AB])\.weight")
+
+# Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ files belong to a changed base.
+HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+# Keys that say where an adapter came from, or repeat what the tensors say.
+INFORMATION = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_rslora",
+}  # fmt: skip
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write one adapter straight into `folder`, so that `load` and PEFT's `PeftModel.from_pretrained(base, folder)` read it.
+
+    adapter: its name; None means the one active adapter.  dtype: of the file (None keeps the adapter's, float32 as a rule).
+    Raises LoraLabError where there is no such adapter, more than one is active, a value is not finite, or the disk refuses;
+    earlier files are untouched then.
+    """
+    adapter = _adapter_to_save(model, adapter)
+    layers = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.lora_A}
+    tensors = {f"{PREFIX}{path}.lora_{which}.weight": _finite(path, pair[adapter].detach().to("cpu", dtype).contiguous())
+               for path, layer in layers.items() for which, pair in (("A", layer.lora_A), ("B", layer.lora_B))}  # fmt: skip
+    config = peft_config(model, adapter, layers)
+    metadata = {"format": "pt", "lora_lab_config": json.dumps(config, sort_keys=True)}
+    if base_sha256 := getattr(model, "base_sha256", None):
+        metadata["base_sha256"] = base_sha256
+    folder = Path(folder)
+    with saving(f"adapter {adapter!r}", folder):
+        write_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
+        write_json(folder / CONFIG, config)
+
+
+def peft_config(model: nn.Module, adapter: str, layers: dict[str, LoRA]) -> dict[str, Any]:
+    """adapter_config.json as a dict: what PEFT needs to build the same function, derived from the layers themselves."""
+    injection = injection_of(model)
+    if injection is None or adapter not in injection.adapters:
+        raise LoraLabError(f"adapter {adapter!r} was injected into another level of this model: save the model that inject returned")
+    config = injection.adapters[adapter]
+    ranks = {path: layer.lora_A[adapter].shape[0] for path, layer in layers.items()}
+    alphas = {path: config.alpha_of(path) for path in layers}
+    rank, rank_pattern = _compact(ranks, config.rank, config.rank_pattern)
+    alpha, alpha_pattern = _compact(alphas, config.rank if config.alpha is None else config.alpha, config.alpha_pattern)
+    modules = [model.get_submodule(path) for path in layers]
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(model),
+        "base_model_name_or_path": _base_name(model),
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": compact_targets(model, layers),
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "fan_in_fan_out": all(is_conv1d(module) for module in modules),
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def compact_targets(model: nn.Module, adapted: Iterable[str]) -> list[str] | str:
+    """The shortest list of names that PEFT's matching resolves to exactly these layers; a regular expression if none does."""
+    wanted = set(adapted)
+    inside = tuple(f"{path}.lora_" for path in wanted)
+    paths = [path for path, _ in model.named_modules() if path and not path.startswith(inside)]
+    for parts in (1, 2, 1_000):
+        names = sorted({".".join(path.split(".")[-parts:]) for path in wanted})
+        if {path for path in paths if any(name_matches(name, path) for name in names)} == wanted:
+            return names
+    return "|".join(re.escape(path) for path in sorted(wanted))
+
+
+def _compact(values: dict[str, Any], default: Any, pattern: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(default, pattern) that give each path its value by PEFT's rule: the caller's own where right, else path by path."""
+    if all(first_match(pattern, path, default) == value for path, value in values.items()):
+        return default, dict(pattern)
+    common = Counter(values.values()).most_common(1)[0][0]
+    odd = sorted((path for path, value in values.items() if value != common), key=len, reverse=True)  # longest first: first match wins
+    return common, {re.escape(path): values[path] for path in odd}
+
+
+def _adapter_to_save(model: nn.Module, adapter: str | None) -> str:
+    names = sorted({name for layer in lora_layers(model).values() for name in layer.lora_A})
+    if adapter is not None and adapter not in names:
+        raise LoraLabError(f"adapter={adapter!r}: this model has {names or 'no adapters'}{did_you_mean(adapter, names)}")
+    active = sorted({name for layer in lora_layers(model).values() for name in layer.lora_active})
+    if adapter is None and len(active) != 1:
+        raise LoraLabError(f"which adapter? {active or 'none'} of {names} active: name one with save(model, folder, adapter=...)")
+    return adapter or active[0]
+
+
+def _finite(path: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise LoraLabError(f"the adapter of {path!r} holds NaN or infinity: nothing was written (train with a lower learning rate)")
+    return tensor
+
+
+def _task_type(model: nn.Module) -> str | None:
+    endings = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+    return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
+
+
+def _base_name(model: nn.Module) -> str | None:
+    name = getattr(model, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+# Loading --------------------------------------------------------------------------------------------------------------------
+
+
+def load(model: Model, folder: str | Path, adapter: str = "default", trainable: bool = False, replace: bool = False) -> Model:
+    """Read an adapter folder, ours or PEFT's, into the model; it becomes the active one. Returns the same model.
+
+    adapter: the name it gets here.  trainable: False freezes it (for inference), True goes on training it.
+    replace: copy the values into the adapter of that name, keeping its Parameter objects.
+    Raises LoraLabError, the model untouched, for a missing or damaged file, an adapter of another model, a wrong rank, an
+    unknown or unexpected tensor, NaN, or a feature this version does not read; warns where the base's SHA-256 is another.
+    """
+    check_adapter_name(adapter)
+    folder = Path(folder)
+    tensors, metadata = _read_tensors(folder)
+    config = _read_config(folder, metadata)
+    pairs = _pairs(tensors)
+    plan = Plan(config, tuple(_planned(model, path, pair, config, folder) for path, pair in pairs.items()))
+    _check_name_is_free(model, plan, adapter, replace)
+    _warn_of_another_base(model, metadata, folder)
+    if not replace:
+        dtype = next(iter(tensors.values())).dtype
+        apply_plan(model, plan, adapter, dtype=dtype if dtype.itemsize >= 4 else None, trainable=trainable)
+    _copy_values(model, adapter, pairs)
+    activate(model, (adapter,), trainable)
+    return model
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = folder / TENSORS
+    if not path.is_file():
+        raise LoraLabError(_what_is_missing(folder))
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoraLabError(f"{path} is truncated or not a safetensors file ({error}): save or copy the adapter again") from None
+
+
+def _what_is_missing(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"adapter folder {str(folder)!r} does not exist"
+    if (folder / "adapter_model.bin").is_file():
+        return (f"{folder} holds a pickled adapter_model.bin, which can run code when read and is refused: load it with PEFT and "
+                "call save_pretrained, which writes safetensors")  # fmt: skip
+    inside = sorted(child.name for child in folder.iterdir() if (child / TENSORS).is_file())
+    return f"{folder} holds no {TENSORS}" + (f"; the adapters {inside} are in folders of their own below it" if inside else "")
+
+
+def _read_config(folder: Path, metadata: dict[str, str]) -> AdapterConfig:
+    ours = json.loads(metadata["lora_lab_config"]) if "lora_lab_config" in metadata else None
+    path = folder / CONFIG
+    if not path.is_file() and ours is None:
+        raise LoraLabError(f"{path} is missing: it holds alpha, without which the adapter's strength is unknown")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ours
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LoraLabError(f"{path} is not JSON: {error}") from None
+    if ours is not None and config != ours:
+        differ = sorted(key for key in {*ours, *config} if ours.get(key) != config.get(key))
+        warnings.warn(f"{path} differs from the one saved with the tensors in {differ}; the tensors' own is used", stacklevel=3)
+        config = ours
+    return _from_peft(config, path)
+
+
+def _from_peft(config: dict[str, Any], path: Path) -> AdapterConfig:
+    """Keep what says how the tensors are used; refuse what would change the function and is not read here."""
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise LoraLabError(f"{path}: peft_type is {config.get('peft_type') if isinstance(config, dict) else config!r}, expected 'LORA'")
+    if config.get("init_lora_weights", True) not in HARMLESS_INITIALISATIONS:
+        raise LoraLabError(f"{path}: init_lora_weights={config['init_lora_weights']!r} changed the base weights while training; convert the "
+                           "adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)")  # fmt: skip
+    for key, value in config.items():
+        if key not in INFORMATION and value not in (None, False, {}, [], "none"):
+            raise LoraLabError(f"{path}: {key}={value!r} is a feature this version does not read; the adapter would compute something else")
+    return AdapterConfig(rank=config.get("r", 8), alpha=config.get("lora_alpha", 8), rank_pattern=config.get("rank_pattern") or {},
+                         alpha_pattern=config.get("alpha_pattern") or {}, dropout=config.get("lora_dropout") or 0.0,
+                         rslora=bool(config.get("use_rslora")), target_modules=config.get("target_modules") or "all-linear")  # fmt: skip
+
+
+def _pairs(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if not match:
+            raise LoraLabError(f"unexpected tensor {key!r}: expected '{PREFIX}<path>.lora_A.weight' or '...lora_B.weight'")
+        if tensor.ndim != 2 or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise LoraLabError(f"tensor {key!r} ({tensor.dtype}, {list(tensor.shape)}): expected a matrix of finite floating-point numbers")
+        pairs.setdefault(match["path"], {})[match["which"]] = tensor
+    if not pairs:
+        raise LoraLabError("the file holds no tensors")
+    for path, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise LoraLabError(f"{path!r} has lora_{'/'.join(pair)} only: the file is incomplete")
+    return pairs
+
+
+def _planned(model: nn.Module, path: str, pair: dict[str, Tensor], config: AdapterConfig, folder: Path) -> PlannedLayer:
+    """Check one pair against the layer it is for."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        names = [name for name, module in model.named_modules() if is_adaptable(module)]
+        raise LoraLabError(f"{folder} is an adapter for another model: it adapts {path!r}, which a {type(model).__name__} does not have"
+                           f"{did_you_mean(path, names, 1)}") from None  # fmt: skip
+    if not is_adaptable(module):
+        raise LoraLabError(f"{folder} adapts {path!r}, a {type(module).__name__}: this version reads adapters of linear layers")
+    refuse_unreachable(path, module)
+    fan_in, fan_out = layer_shape(module)
+    rank, (A, B) = config.rank_of(path), (pair["A"], pair["B"])
+    if A.shape != (rank, fan_in) or B.shape != (fan_out, rank):
+        raise LoraLabError(f"{folder}: {path!r} has A {list(A.shape)} and B {list(B.shape)}, but with rank {rank} (adapter_config.json) this "
+                           f"model needs [{rank}, {fan_in}] and [{fan_out}, {rank}]: another model, or a wrong rank")  # fmt: skip
+    return PlannedLayer(path, fan_in, fan_out, rank, config.alpha_of(path), config.scaling_of(path))
+
+
+def _check_name_is_free(model: nn.Module, plan: Plan, adapter: str, replace: bool) -> None:
+    present = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.lora_A}
+    if not replace and present:
+        raise LoraLabError(f"adapter={adapter!r} is already in this model: choose another name, or replace=True to overwrite its values")
+    if replace and {(p.path, p.rank, p.scaling) for p in plan.layers} != {
+        (path, layer.lora_A[adapter].shape[0], layer.lora_scaling[adapter]) for path, layer in present.items()
+    }:
+        raise LoraLabError(f"replace=True needs an adapter {adapter!r} with the same layers, ranks and scalings in the model")
+
+
+def _warn_of_another_base(model: nn.Module, metadata: dict[str, str], folder: Path) -> None:
+    trained_on, here = metadata.get("base_sha256"), getattr(model, "base_sha256", None)
+    if trained_on and here and trained_on != here:
+        warnings.warn(f"{folder} was trained on a base with SHA-256 {trained_on[:12]}..., this one has {here[:12]}...: "
+                      "the shapes fit, the weights differ", stacklevel=3)  # fmt: skip
+
+
+@torch.no_grad()
+def _copy_values(model: nn.Module, adapter: str, pairs: dict[str, dict[str, Tensor]]) -> None:
+    for path, layer in lora_layers(model).items():
+        if path in pairs:
+            layer.lora_A[adapter].copy_(pairs[path]["A"])
+            layer.lora_B[adapter].copy_(pairs[path]["B"])

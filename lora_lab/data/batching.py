@@ -1,0 +1,54 @@
+"""Examples to batches: rows of like length together, so that little is computed for padding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .templates import IGNORE, Example
+
+Batch = dict[str, Tensor]
+POOL = 16  # micro-batches that are sorted together: enough for like lengths, few enough to stay random
+
+
+def length_buckets(lengths: Sequence[int], size: int, generator: random.Random | None = None) -> list[list[int]]:
+    """Indices in batches of `size`, like lengths together; shuffled by `generator`, or in order of length without one.
+
+    >>> length_buckets([3, 9, 2, 8], size=2)
+    [[2, 0], [3, 1]]
+    """
+    order = list(range(len(lengths)))
+    if generator is None:
+        order.sort(key=lambda index: lengths[index])
+        return [order[i : i + size] for i in range(0, len(order), size)]
+    generator.shuffle(order)
+    batches = []
+    for start in range(0, len(order), size * POOL):
+        pool = sorted(order[start : start + size * POOL], key=lambda index: lengths[index])
+        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: Any = None) -> Batch:
+    """input_ids, attention_mask and labels, [B, T] each, padded on the right with pad_id, 0 and -100."""
+    width = max(len(example["input_ids"]) for example in examples)
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        return values + [fill] * (width - len(values))
+
+    return {
+        "input_ids": torch.tensor([padded(e["input_ids"], pad_id) for e in examples], device=device),
+        "attention_mask": torch.tensor([padded([1] * len(e["input_ids"]), 0) for e in examples], device=device),
+        "labels": torch.tensor([padded(e["labels"], IGNORE) for e in examples], device=device),
+    }
+
+
+def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """The part of all computed positions that is padding, 0 to 1."""
+    computed = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    return 1.0 - sum(lengths[i] for batch in batches for i in batch) / max(computed, 1)

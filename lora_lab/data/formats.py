@@ -1,0 +1,119 @@
+"""Training rows from JSON and JSONL files, and from what is bundled.
+
+Two formats, the fields' names as everywhere in the field:
+
+    {"instruction": "...", "input": "...", "output": "..."}                                     Alpaca's; input may be missing
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}  chat; any number of turns
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraLabError, did_you_mean
+
+Row = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+BUNDLED = {"reviews": ("reviews_train.jsonl", "reviews_held_out.jsonl")}
+
+
+class Rows(list[Row]):
+    """Rows that remember where they stood: `where(i)` is "file, line n"."""
+
+    def __init__(self, rows: list[Row], source: str = "row", lines: list[int] | None = None) -> None:
+        super().__init__(rows)
+        self.source, self.lines = source, lines
+
+    def where(self, index: int) -> str:
+        return f"row {index}" if self.lines is None else f"{self.source}, line {self.lines[index]}"
+
+
+def load(name_or_path: str | Path) -> tuple[Rows, Rows | None]:
+    """(training rows, held-out rows or None): the bundled "reviews", or any .json or .jsonl file.
+
+    Raises LoraLabError, with file and line, for a missing or empty file, broken JSON, or a row that is not in one of the formats.
+    """
+    if str(name_or_path) in BUNDLED:
+        train, held_out = (read(resources.files(__package__) / "bundled" / name) for name in BUNDLED[str(name_or_path)])
+        return train, held_out
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise LoraLabError(f"no data at {str(path)!r}: expected a .json or .jsonl file, or one of {list(BUNDLED)}{did_you_mean(str(path), BUNDLED)}")
+    return read(path), None
+
+
+def read(path: Any) -> Rows:
+    """Rows of one file: a JSON array, or one JSON object a line. Each row is checked."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise LoraLabError(f"{path}, line {line}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+    rows, lines = [], []
+    for line, row in _array(text, path) if text.lstrip().startswith("[") else _lines(text, path):
+        check_row(row, f"{path}, line {line}")
+        rows.append(row)
+        lines.append(line)
+    if not rows:
+        raise LoraLabError(f"{path} holds no rows: expected one JSON object a line, or an array of them")
+    return Rows(rows, str(path), lines)
+
+
+def _lines(text: str, path: Any) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 and U+0085 may stand inside a string
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise LoraLabError(f"{path}, line {number}: not JSON ({error})") from None
+
+
+def _array(text: str, path: Any) -> Iterator[tuple[int, Any]]:
+    """The elements of a JSON array with the line each begins on."""
+    decoder, at, line, seen = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        line, seen = line + text.count("\n", seen, at), at
+        if text[at : at + 1] == "]":
+            return
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise LoraLabError(f"{path}, line {line}: not JSON ({error})") from None
+        yield line, row
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raise LoraLabError, beginning with `where`, for a row that cannot be learned from."""
+    if not isinstance(row, dict):
+        raise LoraLabError(f"{where}: a row is a {type(row).__name__}, expected an object with instruction/input/output or messages")
+    if "messages" in row:
+        _check_messages(row["messages"], where)
+    elif "instruction" in row or "output" in row:
+        _check_instruction(row, where)
+    else:
+        raise LoraLabError(f"{where}: a row has the fields {sorted(row)}, expected instruction, input, output, or messages")
+
+
+def _check_instruction(row: Row, where: str) -> None:
+    for name in ("instruction", "input", "output"):
+        if name in row and not isinstance(row[name], str):
+            raise LoraLabError(f"{where}: {name!r} is a {type(row[name]).__name__}, expected text")
+    for name in ("instruction", "output"):
+        if not row.get(name, "").strip():
+            raise LoraLabError(f"{where}: the row has no {name!r}: there is nothing to learn from it (fill it in, or remove the row)")
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise LoraLabError(f"{where}: 'messages' is {messages!r:.60}, expected a list of {{'role', 'content'}}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
+            raise LoraLabError(f"{where}: message {message!r:.80} needs a 'role' of {', '.join(ROLES)} and a text 'content'")
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise LoraLabError(f"{where}: no message of the assistant: there is nothing to learn from it")

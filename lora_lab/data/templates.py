@@ -1,0 +1,103 @@
+"""Rows to prompts, and prompts to labelled token ids.
+
+The prompt's tokens get the label -100, so that only the answer is learned. Prompt and answer are tokenised apart: at inference the
+prompt also comes without the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import LoraLabError
+from .formats import Row, Rows, check_row
+
+IGNORE = -100
+Example = dict[str, list[int]]
+
+# Taori et al. 2023, Stanford Alpaca: for models without a chat template.
+ALPACA = ("Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request.\n\n"
+          "### Instruction:\n{instruction}\n\n{input}### Response:\n")  # fmt: skip
+
+
+def messages_of(row: Row) -> list[dict[str, str]]:
+    """Any row as messages; an instruction and its input become the user's one message."""
+    if "messages" in row:
+        return list(row["messages"])
+    answer = [{"role": "assistant", "content": row["output"]}] if "output" in row else []
+    return [{"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input", ""))))}, *answer]
+
+
+def prompt_of(row: Row, tokenizer: Any) -> str:
+    """The text after which the model is to answer: the row rendered without its last answer."""
+    if has_chat_template(tokenizer):
+        messages = messages_of(row)
+        question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
+    if "messages" in row:
+        raise LoraLabError("this tokenizer has no chat template, so rows with messages cannot be rendered: use instruction / input / output rows")
+    given = row.get("input", "")
+    return ALPACA.format(instruction=row["instruction"], input=f"### Input:\n{given}\n\n" if given else "",
+                         paired=", paired with an input that provides further context" if given else "")  # fmt: skip
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int | None = None) -> list[Example]:
+    """Each row as {"input_ids", "labels"}; labels are -100 on the prompt. Rows that are encoded already pass through.
+
+    max_length: tokens a row may have. Raises LoraLabError, naming the row, for one that is longer, empty, or has no labels.
+    """
+    where = rows.where if isinstance(rows, Rows) else "row {}".format
+    if not rows:
+        raise LoraLabError("the data holds no rows: there is nothing to train on")
+    return [_checked(_encode(row, tokenizer, where(i)), max_length, where(i)) for i, row in enumerate(rows)]
+
+
+def _encode(row: Row, tokenizer: Any, where: str) -> Example:
+    if "input_ids" in row:
+        return {"input_ids": list(row["input_ids"]), "labels": list(row.get("labels", row["input_ids"]))}
+    check_row(row, where)
+    if tokenizer is None:
+        raise LoraLabError(f"{where} is text, so a tokenizer is needed: fit(model, rows, tokenizer=tokenizer)")
+    pieces = _chat_pieces(row, tokenizer, where) if has_chat_template(tokenizer) else _alpaca_pieces(row, tokenizer)
+    example: Example = {"input_ids": [], "labels": []}
+    for ids, learned in pieces:
+        example["input_ids"] += ids
+        example["labels"] += ids if learned else [IGNORE] * len(ids)
+    return example
+
+
+def _chat_pieces(row: Row, tokenizer: Any, where: str) -> Iterator[tuple[list[int], bool]]:
+    """(ids, learned?) turn by turn: what the template writes between answers, and each answer with its end."""
+    messages, done = messages_of(row), ""
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        if not (prompt.startswith(done) and whole.startswith(prompt)):
+            raise LoraLabError(f"{where}: the chat template rewrites earlier turns, so the answers cannot be told from the prompt")
+        yield tokenizer.encode(prompt[len(done) :], add_special_tokens=False), False
+        yield tokenizer.encode(whole[len(prompt) :], add_special_tokens=False), True
+        done = whole
+
+
+def _alpaca_pieces(row: Row, tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
+    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    yield [*([bos] if bos is not None else []), *tokenizer.encode(prompt_of(row, tokenizer), add_special_tokens=False)], False
+    yield [*tokenizer.encode(row["output"], add_special_tokens=False), *([eos] if eos is not None else [])], True
+
+
+def _checked(example: Example, max_length: int | None, where: str) -> Example:
+    tokens = len(example["input_ids"])
+    if tokens != len(example["labels"]):
+        raise LoraLabError(f"{where}: {tokens} input_ids but {len(example['labels'])} labels: expected one label each")
+    if max_length is not None and tokens > max_length:
+        raise LoraLabError(f"{where}: the row has {tokens} tokens, more than max_length={max_length}: shorten it, or raise max_length up to "
+                           "the model's context")  # fmt: skip
+    if all(label == IGNORE for label in example["labels"][1:]):
+        raise LoraLabError(f"{where}: no token of the row has a label: there is nothing to learn from it")
+    return example

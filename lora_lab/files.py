@@ -1,0 +1,114 @@
+"""Writing so that nothing is lost: a file or folder appears whole under its name, or what was there before stays."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import LoraLabError
+
+
+def cache_folder() -> Path:
+    """LORA_LAB_CACHE, else the user's cache folder (XDG, macOS and Windows conventions)."""
+    if configured := os.environ.get("LORA_LAB_CACHE"):
+        return Path(configured).expanduser()
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "lora-lab"
+    mac = Path.home() / "Library" / "Caches"
+    base = mac if mac.is_dir() else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "lora-lab"
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary path beside `path`, then rename. A failure leaves what was there, and no litter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, lambda temporary: _write_text(temporary, json.dumps(value, indent=2, sort_keys=True) + "\n"))
+
+
+@contextlib.contextmanager
+def saving(what: str, target: Path) -> Iterator[None]:
+    """Turn the system's refusal (disk full, no permission, a file in the way) into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise LoraLabError(f"could not save {what} to {target}: {error.strerror or error} (what was there before is untouched)") from error
+    except Exception as error:  # safetensors reports a failed write with its own class
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise LoraLabError(f"could not save {what} to {target}: {error} (what was there before is untouched)") from error
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well. If another process was faster, its folder stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a file lock, so that two processes do not do the same work; where the system has none, both do it, harmlessly."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return _file_digest(handle)
+
+
+def _file_digest(handle: Any) -> str:
+    digest = hashlib.sha256()
+    while block := handle.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

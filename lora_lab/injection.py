@@ -1,0 +1,121 @@
+"""Put LoRA into a model, look before doing so, and take it out again.
+
+    model = lora_lab.inject(model, rank=8)      # every linear layer but the head; the same object comes back
+    ...train...
+    model = lora_lab.eject(model)               # as if nothing had happened
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import layers as lora_layer
+from .adapters import activate
+from .errors import LoraLabError
+from .targets import AdapterConfig, Plan, check_adapter_name, lora_layers, make_plan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Injection:
+    """What a model remembers of its adapters: how each was asked for, and what `eject` has to put back."""
+
+    requires_grad: dict[str, bool]
+    adapters: dict[str, AdapterConfig] = field(default_factory=dict)
+
+
+def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
+    """What `inject` with the same arguments would do: a `Plan` to print. Changes nothing.
+
+    >>> print(plan(nn.Sequential(nn.Linear(512, 64)), rank=8))
+    0         1 x rank 8 * (512 in + 64 out) =        4,608
+    total     1 layers, 4,608 parameters
+    """
+    adapter = request.pop("adapter", "default")
+    request.pop("dtype", None)
+    _check_new_adapter(model, adapter)
+    patterns = {name: request.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    return make_plan(model, AdapterConfig(**{"rank": rank, **request, **patterns}))
+
+
+def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_modules: str | Sequence[str] = "all-linear",
+           exclude_modules: str | Sequence[str] | None = None, layers: Sequence[int] | None = None,
+           rank_pattern: dict[str, int] | None = None, alpha_pattern: dict[str, float] | None = None, dropout: float = 0.0,
+           rslora: bool = False, init: str = "kaiming", adapter: str = "default", dtype: torch.dtype | None = None) -> Model:  # fmt: skip
+    """Adapt the layers a request names, in place; returns the same model with everything but the new adapter frozen.
+
+    rank: r of A [r, in] and B [out, r].  alpha: the scaling is alpha / rank; None means alpha = rank, scaling 1.
+    target_modules: "all-linear" (every linear layer but the head), "attention", a list of names matched at dots from the
+        right, or a regular expression over the whole path.  exclude_modules: the same, left out.
+    layers: the layer numbers to adapt.  rank_pattern, alpha_pattern: {name or pattern: value} for layers that differ.
+    dropout: on the adapter's input, in training.  rslora: scaling alpha / sqrt(rank).
+    init: "kaiming" | "gaussian" (both start from a zero update) | "random" (they do not; for tests).
+    adapter: its name. A further inject adds an adapter, makes it the only active and trainable one; earlier ones keep their values.
+    dtype: of A and B; None is float32 on a 16-bit base, else the base's.
+    Raises LoraLabError, the model untouched, for anything that matches nothing or makes no sense.
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.
+
+    >>> model = inject(nn.Sequential(nn.Linear(512, 64)), rank=8)
+    >>> sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    ['0.lora_A.default', '0.lora_B.default']
+    """
+    config = AdapterConfig(rank, alpha, target_modules, exclude_modules, layers, rank_pattern or {}, alpha_pattern or {}, dropout, rslora, init)
+    _check_new_adapter(model, adapter)
+    apply_plan(model, make_plan(model, config), adapter, dtype=dtype)
+    return model
+
+
+def eject(model: Model) -> Model:
+    """Remove every adapter: the layers' own classes come back, and every `requires_grad` is what it was before `inject`."""
+    if not lora_layers(model):
+        raise LoraLabError(f"this {type(model).__name__} has no LoRA layers to eject: call inject first")
+    for layer in lora_layers(model).values():
+        lora_layer.restore(layer)
+    for owner in model.modules():
+        if (injection := vars(owner).pop("lora_injection", None)) is not None:
+            _restore_requires_grad(owner, injection)
+    return model
+
+
+def apply_plan(model: nn.Module, plan: Plan, adapter: str, dtype: torch.dtype | None = None, trainable: bool = True) -> None:
+    """Carry out a plan. All memory is allocated before the first change, so that failing leaves the model as it was."""
+    targets = [model.get_submodule(planned.path) for planned in plan.layers]
+    pairs = [lora_layer.new_pair(layer, p.rank, plan.config.init, dtype) for layer, p in zip(targets, plan.layers, strict=True)]
+    injection = injection_of(model) or _begin(model)
+    model.requires_grad_(False)
+    for layer, pair, planned in zip(targets, pairs, plan.layers, strict=True):
+        lora_layer.attach(layer, adapter, pair, planned.scaling, plan.config.dropout)
+    injection.adapters[adapter] = plan.config
+    activate(model, (adapter,), trainable=trainable)
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """The model's own record of its adapters; None where nothing was injected at this level."""
+    injection = vars(model).get("lora_injection")
+    assert injection is None or isinstance(injection, Injection)
+    return injection
+
+
+def _begin(model: nn.Module) -> Injection:
+    injection = Injection({name: p.requires_grad for name, p in model.named_parameters()})
+    model.lora_injection = injection  # type: ignore[assignment]
+    return injection
+
+
+def _restore_requires_grad(model: nn.Module, injection: Injection) -> None:
+    for name, parameter in model.named_parameters():
+        if name in injection.requires_grad:
+            parameter.requires_grad_(injection.requires_grad[name])
+
+
+def _check_new_adapter(model: nn.Module, adapter: str) -> None:
+    check_adapter_name(adapter)
+    taken = {name for layer in lora_layers(model).values() for name in layer.lora_A}
+    if adapter in taken:
+        raise LoraLabError(f"adapter={adapter!r} is already in this model (it has {sorted(taken)}): choose another name, or eject first")

@@ -1,0 +1,156 @@
+"""Llama, by hand: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Touvron et al. 2023, arXiv:2302.13971, section 2.2).
+
+    h = embed_tokens[ids]
+    for each layer:  h = h + attention(norm(h));  h = h + mlp(norm(h))
+    logits = lm_head(norm(h))
+
+Module paths and parameter names are transformers', so that checkpoints and adapters carry over. SmolLM2 is a Llama.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..adapters import checkpoint_contexts
+from ..errors import LoraLabError
+from .base import CausalLMOutput, PretrainedModel
+from .blocks import Attention, GatedMLP, KVCache, LayerCache, RMSNorm, attention_mask
+from .losses import next_token_loss
+from .rotary import Rope
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of a config.json that shape the model; `source` keeps the whole file."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    rope: Rope
+    source: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_dict(cls, source: dict[str, Any]) -> LlamaConfig:
+        """Read a Hugging Face config, of transformers 4 or 5. Raises LoraLabError for a missing or unsupported field."""
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [name for name in needed if name not in source]:
+            raise LoraLabError(f"config.json lacks {', '.join(missing)}: a Llama cannot be built without")
+        if (activation := source.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise LoraLabError(f"hidden_act={activation!r}: expected 'silu', the gate of every released Llama")
+        heads = source["num_attention_heads"]
+        head_dim = source.get("head_dim") or source["hidden_size"] // heads
+        kv_heads = source.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise LoraLabError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+        return cls(*(source[name] for name in needed), num_key_value_heads=kv_heads, head_dim=head_dim,
+                   rms_norm_eps=source.get("rms_norm_eps", 1e-6), max_position_embeddings=source.get("max_position_embeddings", 2048),
+                   tie_word_embeddings=source.get("tie_word_embeddings", False), attention_bias=source.get("attention_bias", False),
+                   mlp_bias=source.get("mlp_bias", False), rope=Rope.from_config(source, head_dim), source=source)  # fmt: skip
+
+
+class LlamaDecoderLayer(nn.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; x: [B, T, H]."""
+
+    def __init__(self, c: LlamaConfig, **factory: Any) -> None:
+        super().__init__()
+        self.self_attn = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.attention_bias, **factory)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.mlp_bias, **factory)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, **factory)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, **factory)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, layer_cache: LayerCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, layer_cache)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class LlamaModel(nn.Module):
+    """Token ids to hidden states: [B, T] -> [B, T, H]."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, c: LlamaConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, **factory)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(c, **factory) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, **factory)
+
+    def forward(self, x: Tensor, padding: Tensor | None, positions: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x: embeddings [B, T, H].  padding: [B, S].  positions: [B or 1, T]; None counts on from the cache."""
+        past = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        mask = attention_mask(padding, x.shape[0], x.shape[1], past, x.device)
+        rotary = self.config.rope(positions)
+        for index, layer in enumerate(self.layers):
+            x = self._run(layer, x, rotary, mask, cache.layers[index] if cache is not None else None)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def _run(self, layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        """Call a layer; with gradient checkpointing keep only its input, and recompute it in backward with the same adapters."""
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return layer(x, *rest)  # type: ignore[no-any-return]
+        contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: checkpoint_contexts(layer)}
+        return checkpoint(layer, x, *rest, use_reentrant=False, **contexts)  # type: ignore[no-any-return]
+
+
+class LlamaForCausalLM(PretrainedModel):
+    """Llama with its language-model head. Arguments and outputs are named as in transformers."""
+
+    config_class = LlamaConfig
+    config: LlamaConfig
+
+    def __init__(self, config: LlamaConfig, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, **factory)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+        self.tie_weights()
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                inputs_embeds: Tensor | None = None, labels: Tensor | None = None, past_key_values: Any = None,
+                use_cache: bool = False, logits_to_keep: int = 0) -> CausalLMOutput:  # fmt: skip
+        """input_ids: [B, T] or inputs_embeds: [B, T, H].  attention_mask: [B, S], 1 for text.  position_ids: [B, T].
+
+        labels: [B, T], -100 where none; shifted here, loss is the mean over the others. In training mode with labels `.logits` is
+        None: only labelled positions are computed.  logits_to_keep: compute logits of the last so many positions only (0: all).
+        Raises LoraLabError for both or neither of input_ids and inputs_embeds, an id outside the vocabulary, shapes that differ.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        self._check(x, attention_mask, labels, cache)
+        hidden = self.model(x, attention_mask, position_ids, cache)
+        loss = None if labels is None else next_token_loss(hidden, labels, self.lm_head)
+        logits = self.lm_head(hidden[:, -logits_to_keep:]) if labels is None or not self.training else None
+        return CausalLMOutput(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise LoraLabError("give either input_ids [B, T] or inputs_embeds [B, T, H], not both and not neither")
+        return self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _cache(self, past: Any, use_cache: bool) -> KVCache | None:
+        if past is None:
+            return KVCache(self.config.num_hidden_layers) if use_cache else None
+        return past if isinstance(past, KVCache) else KVCache(past)
+
+    def _check(self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None, cache: KVCache | None) -> None:
+        batch, length, past = x.shape[0], x.shape[1], cache.length if cache is not None else 0
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + length):
+            raise LoraLabError(f"attention_mask is {list(attention_mask.shape)}, expected [{batch}, {past + length}] (cache and input)")
+        if labels is not None and tuple(labels.shape) != (batch, length):
+            raise LoraLabError(f"labels are {list(labels.shape)}, expected [{batch}, {length}] like the input")

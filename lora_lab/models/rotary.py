@@ -1,0 +1,126 @@
+"""Rotary frequencies and the ways to stretch them to longer contexts, from a config's rope settings.
+
+Nothing here is a buffer: frequencies are computed in float32 on each call (a few dozen numbers), so that casting the model to
+16 bit cannot round them, a known bug of models that keep them as buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraLabError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Rope:
+    """theta: the base; dim: head dimension; max_positions: the context the model was trained for; kind and its numbers."""
+
+    theta: float
+    dim: int
+    max_positions: int
+    kind: str = "default"
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], dim: int) -> Rope:
+        """Read transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) alike."""
+        numbers = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        theta = numbers.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
+        kind = numbers.pop("rope_type", None) or numbers.pop("type", None) or "default"
+        positions = config.get("max_position_embeddings", 2048)
+        if kind in ("yarn", "longrope", "llama3"):
+            original = config.get("original_max_position_embeddings")
+            numbers.setdefault("original_max_position_embeddings", original or positions)
+        if kind not in KINDS:
+            raise LoraLabError(f"rope_type={kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}")
+        return cls(float(theta), dim, positions, kind, numbers)
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: [B or 1, T] -> cos and sin, float32 [B or 1, 1, T, dim / 2]."""
+        length = int(positions.max()) + 1 if self.kind in ("dynamic", "longrope") else 0
+        frequencies, scale = KINDS[self.kind](self, length, positions.device)
+        angles = positions[:, None, :, None].float() * frequencies
+        return angles.cos() * scale, angles.sin() * scale
+
+    def powers(self, device: Any, theta: float | None = None) -> Tensor:
+        """theta ** (2 i / dim) for i = 0 .. dim/2 - 1: [dim / 2]."""
+        exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
+        return torch.as_tensor(theta or self.theta, device=device) ** exponents
+
+    def number(self, name: str) -> Any:
+        if self.numbers.get(name) is None:
+            raise LoraLabError(f"rope_type={self.kind!r} needs {name!r} in rope_scaling or rope_parameters; it has {sorted(self.numbers)}")
+        return self.numbers[name]
+
+
+def _default(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+    return 1.0 / rope.powers(device), 1.0
+
+
+def _linear(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+    """Position interpolation (Chen et al. 2023, arXiv:2306.15595)."""
+    return 1.0 / rope.powers(device) / rope.number("factor"), 1.0
+
+
+def _dynamic(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+    """NTK-aware: the base grows with the length, beyond the trained context only."""
+    factor, trained, dim = rope.number("factor"), rope.max_positions, rope.dim
+    growth = factor * max(length, trained) / trained - (factor - 1)
+    return 1.0 / rope.powers(device, rope.theta * growth ** (dim / (dim - 2))), 1.0
+
+
+def _llama3(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth passage between."""
+    factor, low, high = rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    frequencies = 1.0 / rope.powers(device)
+    turns = rope.number("original_max_position_embeddings") * frequencies / (2 * math.pi)  # over the trained context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor), 1.0
+
+
+def _yarn(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3.2 and the attention factor of section 3.4."""
+    trained, numbers, half = rope.number("original_max_position_embeddings"), rope.numbers, rope.dim // 2
+    factor = numbers.get("factor") or rope.max_positions / trained
+    ends = [rope.dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for turns in (numbers.get("beta_fast") or 32, numbers.get("beta_slow") or 1)]  # fmt: skip
+    if numbers.get("truncate", True):
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    low, high = max(ends[0], 0), min(ends[1], rope.dim - 1)
+    ramp = (torch.arange(half, device=device, dtype=torch.float32) - low) / (high - low or 0.001)
+    interpolated = ramp.clamp(0, 1)
+    frequencies = 1.0 / rope.powers(device)
+    return frequencies / factor * interpolated + frequencies * (1 - interpolated), _yarn_attention(factor, numbers)
+
+
+def _yarn_attention(factor: float, numbers: dict[str, Any]) -> float:
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if numbers.get("attention_factor") is not None:
+        return float(numbers["attention_factor"])
+    if numbers.get("mscale") and numbers.get("mscale_all_dim"):
+        return scale(numbers["mscale"]) / scale(numbers["mscale_all_dim"])
+    return scale(1.0)
+
+
+def _longrope(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one searched factor per frequency, another set beyond the trained context."""
+    trained = rope.number("original_max_position_embeddings")
+    factors = torch.tensor(rope.number("long_factor" if length > trained else "short_factor"), device=device, dtype=torch.float32)
+    stretch = rope.numbers.get("factor") or rope.max_positions / trained
+    scale = rope.numbers.get("attention_factor")
+    if scale is None:
+        scale = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
+    return 1.0 / (factors * rope.powers(device)), float(scale)
+
+
+KINDS: dict[str, Callable[[Rope, int, Any], tuple[Tensor, float]]] = {
+    "default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope,
+}  # fmt: skip

@@ -1,0 +1,245 @@
+"""Which layers a request names, with which rank and alpha; and the report that says so before anything is changed.
+
+Matching follows PEFT, so that a request and a file mean the same layers in both: a list of names matches at dots from the
+right ("q_proj", "mlp.down_proj"), a string is a regular expression over the whole path.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .errors import LoraLabError, did_you_mean
+from .layers import INITIALISATIONS, LoRA, check_rank, is_adaptable, layer_shape
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ATTENTION_PART = re.compile(r"attn|attention", re.IGNORECASE)
+CLASSIFIER_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What `inject` was asked for. alpha=None means alpha = rank, so that the scaling is 1."""
+
+    rank: int = 8
+    alpha: float | None = None
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    layers: Sequence[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+    rslora: bool = False
+    init: str = "kaiming"
+
+    def rank_of(self, path: str) -> int:
+        return first_match(self.rank_pattern, path, self.rank)
+
+    def alpha_of(self, path: str) -> float:
+        default = self.alpha if self.alpha is not None else self.rank_of(path)
+        return first_match(self.alpha_pattern, path, default)
+
+    def scaling_of(self, path: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+        rank = self.rank_of(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer that is to be adapted; parameters = rank * (fan_in + fan_out)."""
+
+    path: str
+    fan_in: int
+    fan_out: int
+    rank: int
+    alpha: float
+    scaling: float
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.fan_in + self.fan_out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers a request names. `print(plan)` shows them grouped by name, with the formula of their count."""
+
+    config: AdapterConfig
+    layers: tuple[PlannedLayer, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, int, int, int], int] = {}
+        for layer in self.layers:
+            key = layer.path.rpartition(".")[2], layer.rank, layer.fan_in, layer.fan_out
+            groups[key] = groups.get(key, 0) + 1
+        width = max(len(name) for name, *_ in groups)
+        lines = [
+            f"{name:<{width}}  {count:>4} x rank {r} * ({i} in + {o} out) = {count * r * (i + o):>12,}"
+            for (name, r, i, o), count in groups.items()
+        ]
+        return "\n".join([*lines, f"{'total':<{width}}  {len(self.layers):>4} layers, {self.parameters:,} parameters"])
+
+
+def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
+    """Resolve a request against a model. Changes nothing; raises LoraLabError for anything that matches nothing."""
+    check_config(config)
+    paths = dict(adaptable_layers(model))
+    left_out = excluded(model, config.exclude_modules)
+    targets = [path for path in match_targets(model, paths, config.target_modules) if path not in left_out and in_layers(path, config.layers)]
+    if not targets:
+        raise LoraLabError(f"exclude_modules={config.exclude_modules!r} and layers={config.layers!r} leave no layer to adapt")
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        check_patterns(pattern, targets)
+    return Plan(config, tuple(plan_layer(path, paths[path], config) for path in targets))
+
+
+def plan_layer(path: str, module: nn.Module, config: AdapterConfig) -> PlannedLayer:
+    refuse_unreachable(path, module)
+    return PlannedLayer(path, *layer_shape(module), config.rank_of(path), config.alpha_of(path), config.scaling_of(path))
+
+
+# Matching -----------------------------------------------------------------------------------------------------------------
+
+
+def adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer with its path, once even where two paths reach it."""
+    for path, module in model.named_modules():
+        if is_adaptable(module):
+            yield path, module
+
+
+def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any) -> list[str]:
+    if request == "all-linear":
+        matched = [path for path in paths if not is_head(model, path, paths[path])]
+    elif request == "attention":
+        matched = [path for path in paths if ATTENTION_PART.search(path.rpartition(".")[0])]
+    elif isinstance(request, str):
+        pattern = compile_pattern(request, "target_modules")
+        matched = [path for path in paths if pattern.fullmatch(path)]
+    elif isinstance(request, Iterable):
+        return match_names(model, paths, list(request))
+    else:
+        raise LoraLabError(f"target_modules={request!r}: expected 'all-linear', 'attention', a list of names, or a regular expression")
+    if not matched:
+        raise LoraLabError(f"target_modules={request!r} matches no layer.{layers_here(paths, str(request))}")
+    return matched
+
+
+def match_names(model: nn.Module, paths: dict[str, nn.Module], names: list[str]) -> list[str]:
+    for name in names:
+        if not isinstance(name, str) or not any(name_matches(name, path) for path in paths):
+            raise LoraLabError(f"target_modules={names!r}: {name!r} {why_no_match(model, name)}.{layers_here(paths, str(name))}")
+    if not names:
+        raise LoraLabError(f"target_modules=[] names no layer.{layers_here(paths, '')}")
+    return [path for path in paths if any(name_matches(name, path) for name in names)]
+
+
+def name_matches(name: str, path: str) -> bool:
+    """Equal, or equal from a dot on: "q_proj" is "layers.0.q_proj" but not "layers.0.seq_proj"."""
+    return path == name or path.endswith("." + name)
+
+
+def why_no_match(model: nn.Module, name: str) -> str:
+    for path, module in model.named_modules():
+        if path and name_matches(str(name), path):
+            return f"is a {type(module).__name__}, which LoRA does not adapt here (name the linear layers in it)"
+    return "matches nothing"
+
+
+def layers_here(paths: Iterable[str], near: str) -> str:
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return f"\n  Linear layers here: {', '.join(names) or 'none'}{did_you_mean(near, names)}"
+
+
+def is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """The output embedding, or a top-level classifier: "all-linear" leaves both alone, as PEFT does."""
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    head = get_output_embeddings() if callable(get_output_embeddings) else None
+    return module is head or path in CLASSIFIER_HEADS
+
+
+def excluded(model: nn.Module, request: str | Sequence[str] | None) -> set[str]:
+    if request is None:
+        return set()
+    paths = [path for path, _ in model.named_modules()]
+    if isinstance(request, str):
+        pattern = compile_pattern(request, "exclude_modules")
+        return {path for path in paths if pattern.fullmatch(path)}
+    for name in request:
+        if not any(name_matches(name, path) for path in paths):
+            raise LoraLabError(f"exclude_modules={request!r}: {name!r} matches nothing{did_you_mean(name, {p.rpartition('.')[2] for p in paths})}")
+    return {path for path in paths if any(name_matches(name, path) for name in request)}
+
+
+def in_layers(path: str, layers: Sequence[int] | None) -> bool:
+    """The first number in a path is its layer, as in PEFT's layers_to_transform."""
+    index = next((int(part) for part in path.split(".") if part.isdigit()), None)
+    return layers is None or index in layers
+
+
+def first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of the path, in dict order."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise LoraLabError(f"{where}={pattern!r} is not a regular expression: {error}") from None
+
+
+# Checks -------------------------------------------------------------------------------------------------------------------
+
+
+def check_config(config: AdapterConfig) -> None:
+    check_rank(config.rank)
+    for key, rank in config.rank_pattern.items():
+        compile_pattern(key, "rank_pattern")
+        check_rank(rank)
+    for name, alpha in {"alpha": config.alpha, **config.alpha_pattern}.items():
+        if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+            raise LoraLabError(f"{name}={alpha!r}: expected a finite number (alpha = rank gives a scaling of 1)")
+    if not 0.0 <= config.dropout < 1.0:
+        raise LoraLabError(f"dropout={config.dropout!r}: expected 0 <= dropout < 1")
+    if config.init not in INITIALISATIONS:
+        raise LoraLabError(f"init={config.init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(config.init, INITIALISATIONS)}")
+
+
+def check_patterns(pattern: dict[str, Any], targets: list[str]) -> None:
+    for key in pattern:
+        if not any(first_match({key: True}, path, False) for path in targets):
+            raise LoraLabError(f"pattern {key!r} matches none of the {len(targets)} adapted layers.{layers_here(targets, key)}")
+
+
+def check_adapter_name(name: str) -> str:
+    if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+        raise LoraLabError(f"adapter={name!r}: expected 1 to 64 letters, digits, '-' or '_'")
+    return name
+
+
+def refuse_unreachable(path: str, module: nn.Module) -> None:
+    """Layers whose forward PyTorch does not call: an adapter there would train nothing, without a word."""
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        raise LoraLabError(
+            f"{path!r} is the output projection of an nn.MultiheadAttention, which reads its weight without calling it: "
+            "LoRA there has no effect. Leave it out with exclude_modules=['out_proj']"
+        )
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRA]:
+    """Every adapted layer of a model by its path; none is an error, where a verb needs one."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRA)}

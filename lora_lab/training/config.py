@@ -1,0 +1,76 @@
+"""The settings of a training run, each checked before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraLabError, did_you_mean
+from .optimizers import OPTIMIZERS, SCHEDULES
+from .precision import PRECISIONS
+
+
+@dataclass
+class TrainConfig:
+    """What `fit` needs to know; the defaults suit LoRA on a small model."""
+
+    max_steps: int | None = None
+    """Optimizer steps; None trains for `epochs`."""
+    epochs: float = 1.0
+    """Passes over the data, where max_steps is not given."""
+    micro_batch_size: int = 8
+    """Rows in one forward and backward pass."""
+    grad_accum_steps: int = 1
+    """Micro-batches per optimizer step; each counts by its labelled tokens, so the step equals one big batch."""
+    learning_rate: float = 5e-4
+    schedule: str = "linear"
+    """"linear" or "cosine" decay to zero after the warm-up, or "constant"."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay per unit of learning rate."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm; None leaves them."""
+    optimizer: str = "adamw"
+    precision: str = "fp32"
+    """"fp32", "bf16", "bf16-mixed" or "fp16-mixed"; adapters are float32 in all."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input only and recompute the block in backward: less memory, about a third more time."""
+    max_length: int | None = None
+    """Tokens a row may have; None is the model's context."""
+    seed: int = 0
+    output_dir: str | Path | None = None
+    """Where log.jsonl and the saved steps go; None writes nothing."""
+    save_every: int | None = None
+    """Steps between saves of the trainable weights into output_dir."""
+    eval_every: int | None = None
+    """Steps between evaluations on eval_data; None evaluates before the first and after the last step."""
+    progress: bool = True
+    """Show a progress bar on stderr."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+            if (value := getattr(self, name)) not in choices:
+                raise LoraLabError(f"{name}={value!r}: expected one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
+        for name in ("max_steps", "micro_batch_size", "grad_accum_steps", "save_every", "eval_every", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise LoraLabError(f"{name}={value!r}: expected a whole number of at least 1")
+        right = {"epochs": self.epochs > 0, "learning_rate": self.learning_rate > 0, "warmup_steps": self.warmup_steps >= 0,
+                 "weight_decay": self.weight_decay >= 0, "max_grad_norm": self.max_grad_norm is None or self.max_grad_norm > 0}  # fmt: skip
+        for name in (name for name, fine in right.items() if not fine):
+            raise LoraLabError(f"{name}={getattr(self, name)!r}: expected a positive number")
+        if self.save_every and self.output_dir is None:
+            raise LoraLabError(f"save_every={self.save_every} needs an output_dir to save into")
+
+    @classmethod
+    def of(cls, config: TrainConfig | dict[str, Any] | None) -> TrainConfig:
+        """A config as it is, or from a dict of its fields. Raises LoraLabError for an unknown field."""
+        if isinstance(config, cls):
+            return config
+        known = [field.name for field in fields(cls)]
+        for name in config or {}:
+            if name not in known:
+                raise LoraLabError(f"unknown training setting {name!r}{did_you_mean(str(name), known)}; the settings are {', '.join(known)}")
+        return cls(**(config or {}))  # type: ignore[arg-type]

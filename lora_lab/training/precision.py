@@ -1,0 +1,107 @@
+"""fp32, bf16, bf16-mixed, fp16-mixed: which numbers are stored and which are multiplied.
+
+    word          frozen weights   trained weights and their states   adapters   products
+    fp32          as they are      as they are                        float32    as stored
+    bf16          bfloat16         bfloat16                           float32    bfloat16
+    bf16-mixed    bfloat16         float32 (masters)                  float32    bfloat16
+    fp16-mixed    float16          float32 (masters)                  float32    float16, loss scaled
+
+Frozen weights are stored in 16 bit in the mixed modes: autocast over a frozen float32 base would cast each weight in every step
+and keep the cast for backward. The caller's own dtypes come back when training ends, frozen weights bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Precision:
+    """frozen, trained: the dtype weights are stored in (None: as they are).  compute: autocast's dtype (None: off)."""
+
+    frozen: torch.dtype | None = None
+    trained: torch.dtype | None = None
+    compute: torch.dtype | None = None
+    scaled: bool = False
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device.type, dtype=self.compute) if self.compute else contextlib.nullcontext()
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Scales the loss so that float16 gradients do not vanish (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2)."""
+        return torch.amp.GradScaler(device.type, enabled=self.scaled)
+
+
+PRECISIONS = {
+    "fp32": Precision(),
+    "bf16": Precision(frozen=torch.bfloat16, trained=torch.bfloat16, compute=torch.bfloat16),
+    "bf16-mixed": Precision(frozen=torch.bfloat16, trained=torch.float32, compute=torch.bfloat16),
+    "fp16-mixed": Precision(frozen=torch.float16, trained=torch.float32, compute=torch.float16, scaled=True),
+}
+
+
+@contextlib.contextmanager
+def stored_in(precision: Precision, model: nn.Module) -> Iterator[None]:
+    """Inside the block the model's weights are stored as `precision` says; afterwards in their own dtypes again.
+
+    Frozen weights come back bit for bit (a copy waits on the CPU), trained ones with what they learned. Adapters stay float32.
+    """
+    originals: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for parameter, target in _casts(model, precision):
+            # a frozen weight's own bits wait on the CPU; a trained one only needs its dtype back
+            keep = parameter.data.new_empty(0) if parameter.requires_grad else parameter.data.cpu()
+            originals.append((parameter, keep))
+            parameter.data = parameter.data.to(target)
+        yield
+    finally:
+        for parameter, original in originals:
+            back = parameter.data if original.numel() != parameter.numel() else original
+            parameter.data = back.to(parameter.device, original.dtype)
+            parameter.grad = None
+
+
+def _casts(model: nn.Module, precision: Precision) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is None or id(parameter) in seen or not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            target = precision.trained if parameter.requires_grad else precision.frozen
+            if getattr(module, "always_float32", False):
+                target = torch.float32 if precision.compute else None
+            if target is not None and parameter.dtype != target:
+                yield parameter, target
+
+
+def learns_in_16_bit(model: nn.Module, precision: Precision) -> bool:
+    """True where weights other than adapters are trained in 16 bit: small updates are rounded away there."""
+    return any(p.requires_grad and not getattr(module, "always_float32", False) and (precision.trained or p.dtype).itemsize < 4
+               for module in model.modules() for p in module._parameters.values() if p is not None)  # fmt: skip
+
+
+def fastest_precision(device: Any = None) -> str:
+    """ "bf16-mixed" where this device multiplies bfloat16 faster than float32, else "fp32": found out by trying, in under a second."""
+    import time
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(512, 1024, dtype=dtype, device=device)
+        _wait(a @ a.T)
+        started = time.perf_counter()
+        for _ in range(10):
+            _wait(a @ a.T)
+        return time.perf_counter() - started
+
+    return "bf16-mixed" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
+
+
+def _wait(result: Tensor) -> None:
+    """GPUs answer before they are done; reading one number waits for them."""
+    result[0, 0].item()
