@@ -22,14 +22,14 @@ from .checkpoint import load, save
 from .errors import LoraLabError
 from .injection import eject, inject, plan
 from .layers import LoRALinear, lora_delta
+from .version import __version__
 
 if TYPE_CHECKING:
     from . import data, models, training
 
-__version__ = "0.1.0"
 __all__ = [
-    "LoRALinear", "LoraLabError", "count_parameters", "data", "disabled", "eject", "inject", "load", "lora_delta", "models", "plan", "save",
-    "summary", "training", "use",
+    "LoRALinear", "LoraLabError", "__version__", "count_parameters", "data", "disabled", "eject", "inject", "load", "lora_delta", "models", "plan",
+    "save", "summary", "training", "use",
 ]  # fmt: skip
 
 

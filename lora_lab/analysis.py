@@ -50,7 +50,7 @@ def summary(model: nn.Module) -> str:
             state = ("active" if name in layer.lora_active else "off") + (", trains" if A.requires_grad else ", frozen")
             key = path.rpartition(".")[2], name, f"A {list(A.shape)}", f"B {list(B.shape)}", f"{layer.lora_scaling[name]:g}", state
             groups.setdefault(key, []).append(A.numel() + B.numel())
-    rows = [("layer", "adapter", "A [r, in]", "B [out, r]", "scaling", "state", "layers", "parameters")]
+    rows: list[tuple[str, ...]] = [("layer", "adapter", "A [r, in]", "B [out, r]", "scaling", "state", "layers", "parameters")]
     rows += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in groups.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -194,7 +194,7 @@ def _what_is_missing(folder: Path) -> str:
 
 
 def _read_config(folder: Path, metadata: dict[str, str]) -> AdapterConfig:
-    ours = json.loads(metadata["lora_lab_config"]) if "lora_lab_config" in metadata else None
+    ours: Any = json.loads(metadata["lora_lab_config"]) if "lora_lab_config" in metadata else None
     path = folder / CONFIG
     if not path.is_file() and ours is None:
         raise LoraLabError(f"{path} is missing: it holds alpha, without which the adapter's strength is unknown")

@@ -112,3 +112,11 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure now that something can be saved into `folder` later. Raises LoraLabError; leaves no trace but the folder."""
+    with saving("anything", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass

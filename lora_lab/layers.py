@@ -10,10 +10,9 @@ the same mixin as an ordinary class, to construct and to read.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,12 +112,12 @@ class LoRA:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy: the class is made on the fly, so it travels as its base class."""
         base = type(self).lora_base_class
-        if type(self) is not lora_class(base):  # somebody's own subclass of LoRALinear
+        if type(self) is not cast(type, lora_class(base)):  # somebody's own subclass of LoRALinear
             return super().__reduce_ex__(protocol)
         return _rebuild, (base,), dict(self.__dict__)
 
 
-class LoRALinear(LoRA, nn.Linear):
+class LoRALinear(LoRA, nn.Linear):  # type: ignore[misc]
     """An nn.Linear with one LoRA adapter called "default"; the rest of the layer is frozen.
 
     in_features, out_features: of the base.  rank: r >= 1.  alpha: the scaling is alpha / rank (None: alpha = rank).
@@ -160,11 +159,17 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
-@functools.cache
-def lora_class(base: type[nn.Module]) -> type[nn.Module]:
+_CLASSES: dict[type, type[nn.Module]] = {nn.Linear: LoRALinear}
+
+
+def lora_class(base: type) -> type[nn.Module]:
     """The class `base` with `LoRA` in front of it; one per base class, so that isinstance and pickle agree."""
-    if base is nn.Linear:
-        return LoRALinear
+    if base not in _CLASSES:
+        _CLASSES[base] = _new_class(base)
+    return _CLASSES[base]
+
+
+def _new_class(base: type) -> type[nn.Module]:
     return type(f"LoRA{base.__name__}", (LoRA, base), {"lora_base_class": base, "__module__": __name__, "__doc__": base.__doc__})
 
 
@@ -173,7 +178,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def adapt(module: nn.Module) -> None:
+def adapt(module: Any) -> None:
     """Switch a layer to its LoRA class, with no adapter yet: it computes exactly what it did."""
     if not isinstance(module, LoRA):
         module.__class__ = lora_class(type(module))
@@ -182,9 +187,8 @@ def adapt(module: nn.Module) -> None:
         module.lora_scaling, module.lora_dropout, module.lora_active = {}, {}, ()
 
 
-def restore(module: LoRA) -> None:
+def restore(module: Any) -> None:
     """Undo `adapt`: the class the layer had, and no trace of its adapters."""
-    assert isinstance(module, nn.Module)
     del module.lora_A, module.lora_B, module.lora_scaling, module.lora_dropout, module.lora_active
     module.__class__ = type(module).lora_base_class
 
@@ -252,7 +256,7 @@ def remember_selection(y: Tensor, active: tuple[str, ...]) -> Tensor:
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and y.requires_grad and _saved_tensor_hooks_are_set()):
         return y
-    return _SelectionCheck.apply(y, torch.tensor(hash(active)), active)  # type: ignore[no-any-return]
+    return _SelectionCheck.apply(y, torch.tensor(hash(active)), active)
 
 
 def _saved_tensor_hooks_are_set() -> bool:

@@ -38,7 +38,7 @@ class AdapterConfig:
     init: str = "kaiming"
 
     def rank_of(self, path: str) -> int:
-        return first_match(self.rank_pattern, path, self.rank)
+        return int(first_match(self.rank_pattern, path, self.rank))
 
     def alpha_of(self, path: str) -> float:
         default = self.alpha if self.alpha is not None else self.rank_of(path)

@@ -58,7 +58,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int | None = No
 
 def _encode(row: Row, tokenizer: Any, where: str) -> Example:
     if "input_ids" in row:
-        return {"input_ids": list(row["input_ids"]), "labels": list(row.get("labels", row["input_ids"]))}
+        return {"input_ids": list(row["input_ids"]), "labels": list(row["labels"] if "labels" in row else row["input_ids"])}
     check_row(row, where)
     if tokenizer is None:
         raise LoraLabError(f"{where} is text, so a tokenizer is needed: fit(model, rows, tokenizer=tokenizer)")

@@ -48,7 +48,7 @@ def _byte_level(metadata: dict[str, Any]) -> Backend:
     vocabulary = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = Backend(models.BPE(vocabulary, merges, ignore_merges=CUTS[cut] == [LLAMA3_CUT]))
-    steps = [pre_tokenizers.Digits(individual_digits=True) if step == "digits" else pre_tokenizers.Split(Regex(step), "isolated")
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True) if step == "digits" else pre_tokenizers.Split(Regex(step), "isolated")
              for step in CUTS[cut]]  # fmt: skip
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=CUTS[cut] != [LLAMA3_CUT]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)

@@ -56,10 +56,15 @@ class LlamaConfig:
         kv_heads = source.get("num_key_value_heads") or heads
         if heads % kv_heads:
             raise LoraLabError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
-        return cls(*(source[name] for name in needed), num_key_value_heads=kv_heads, head_dim=head_dim,
+        shape = {name: source[name] for name in needed}
+        return cls(**shape, num_key_value_heads=kv_heads, head_dim=head_dim,
                    rms_norm_eps=source.get("rms_norm_eps", 1e-6), max_position_embeddings=source.get("max_position_embeddings", 2048),
                    tie_word_embeddings=source.get("tie_word_embeddings", False), attention_bias=source.get("attention_bias", False),
                    mlp_bias=source.get("mlp_bias", False), rope=Rope.from_config(source, head_dim), source=source)  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json this model would be saved with."""
+        return {**self.source, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -74,7 +79,7 @@ class LlamaDecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, layer_cache: LayerCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, layer_cache)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
@@ -98,14 +103,14 @@ class LlamaModel(nn.Module):
         rotary = self.config.rope(positions)
         for index, layer in enumerate(self.layers):
             x = self._run(layer, x, rotary, mask, cache.layers[index] if cache is not None else None)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
     def _run(self, layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
         """Call a layer; with gradient checkpointing keep only its input, and recompute it in backward with the same adapters."""
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return layer(x, *rest)  # type: ignore[no-any-return]
-        contexts = {} if torch.compiler.is_compiling() else {"context_fn": lambda: checkpoint_contexts(layer)}
-        return checkpoint(layer, x, *rest, use_reentrant=False, **contexts)  # type: ignore[no-any-return]
+            return layer(x, *rest)
+        contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": lambda: checkpoint_contexts(layer)}
+        return checkpoint(layer, x, *rest, use_reentrant=False, **contexts)
 
 
 class LlamaForCausalLM(PretrainedModel):
@@ -141,7 +146,7 @@ class LlamaForCausalLM(PretrainedModel):
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise LoraLabError("give either input_ids [B, T] or inputs_embeds [B, T, H], not both and not neither")
-        return self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _cache(self, past: Any, use_cache: bool) -> KVCache | None:
         if past is None:

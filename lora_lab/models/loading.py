@@ -63,7 +63,7 @@ def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     with saving("model", folder):
         write_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-        write_json(folder / "config.json", {**model.config.source, "architectures": [type(model).__name__]})
+        write_json(folder / "config.json", model.config.to_dict())
         if tokenizer is not None:
             tokenizer.save(folder)
 

@@ -34,7 +34,7 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 def summed_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """hidden: [L, H].  labels: [L].  A plain linear head takes the fast path; any other is called as it is, chunk by chunk."""
     if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
-        return LinearCrossEntropy.apply(hidden, head.weight, head.bias, labels, compute_dtype(hidden))  # type: ignore[no-any-return]
+        return LinearCrossEntropy.apply(hidden, head.weight, head.bias, labels, compute_dtype(hidden))
     losses = [checkpoint(_called_loss, h, y, head, use_reentrant=False) for h, y in _chunks(hidden, labels, _rows(head))]
     return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
 

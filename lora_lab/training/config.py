@@ -67,10 +67,10 @@ class TrainConfig:
     @classmethod
     def of(cls, config: TrainConfig | dict[str, Any] | None) -> TrainConfig:
         """A config as it is, or from a dict of its fields. Raises LoraLabError for an unknown field."""
-        if isinstance(config, cls):
+        if isinstance(config, TrainConfig):
             return config
-        known = [field.name for field in fields(cls)]
-        for name in config or {}:
+        given, known = config or {}, [field.name for field in fields(cls)]
+        for name in given:
             if name not in known:
                 raise LoraLabError(f"unknown training setting {name!r}{did_you_mean(str(name), known)}; the settings are {', '.join(known)}")
-        return cls(**(config or {}))  # type: ignore[arg-type]
+        return cls(**given)

@@ -142,7 +142,7 @@ class _Run:
         """Add this micro-batch's part of the step's gradient; returns its part of the step's loss."""
         with self.precision.autocast(self.device):
             loss: Tensor = self.model(**batch).loss * share
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         return float(loss.detach())
 
     def update(self) -> tuple[float | None, bool]:
@@ -237,7 +237,7 @@ def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     if isinstance(model, PretrainedModel):
         model.gradient_checkpointing_enable()
     else:  # transformers': its reentrant kind loses the gradients of layers with frozen inputs
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     try:
         yield
     finally:

@@ -1,0 +1,49 @@
+# make demo            a real model before LoRA and after (make demo QUICK=1 for a shorter training)
+# make test            every test, those on real models included
+# make lint            ruff and mypy
+# make bench           the benchmarks of the README, one after the other
+# make notebooks       open the course in Jupyter
+# make clean           remove the environment and what tools leave behind
+#
+# Each makes its environment in .venv first, with the versions in constraints.txt. Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench notebooks clean
+
+demo: .venv/demo.stamp
+	$(BIN)/python -m lora_lab demo $(if $(QUICK),--quick)
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+bench: .venv/dev.stamp
+	$(BIN)/python benchmarks/step.py
+
+notebooks: .venv/notebooks.stamp
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/pip setup.cfg constraints.txt
+	$(PIP) --editable '.[gguf]'
+	touch $@
+
+.venv/dev.stamp: .venv/bin/pip setup.cfg constraints.txt
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/notebooks.stamp: .venv/bin/pip setup.cfg constraints.txt
+	$(PIP) --editable '.[gguf,notebooks]'
+	touch $@

@@ -1,0 +1,86 @@
+"""python benchmarks/step.py: one LoRA training step of SmolLM2-135M, ours against transformers + PEFT.
+
+Rank 8 on all linear layers, 4 rows of 256 tokens, the first half of each row without a label, AdamW, no checkpointing; in float32 and
+with a bfloat16 base and float32 adapters. Each contestant runs in its own process and they take turns. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from interleaved import Worker, serve, setting, take_turns
+
+MODEL, ROWS, LENGTH, RANK = "smollm2-135m-instruct-q4", 4, 256, 8
+
+
+def ours(dtype: Any) -> Any:
+    import lora_lab
+
+    model, _ = lora_lab.models.load(MODEL, dtype=dtype)
+    return lora_lab.inject(model, rank=RANK).train()
+
+
+def theirs(dtype: Any) -> Any:
+    import peft
+    import transformers
+
+    from lora_lab.models.catalogue import fetch
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(fetch(MODEL), dtype=dtype)
+    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+
+
+def worker(side: str, precision: str, rounds_of: int) -> None:
+    import torch
+
+    from lora_lab.training.accounting import peak_bytes
+
+    torch.manual_seed(0)
+    model = {"ours": ours, "theirs": theirs}[side](torch.float32 if precision == "fp32" else torch.bfloat16)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    ids = torch.randint(0, 49_152, (ROWS, LENGTH))
+    labels = ids.clone()
+    labels[:, : LENGTH // 2] = -100
+    mask = torch.ones_like(ids)
+
+    def one_round() -> dict[str, Any]:
+        started = time.perf_counter()
+        for _ in range(rounds_of):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = (time.perf_counter() - started) / rounds_of
+        return {"tokens_per_second": ROWS * LENGTH / seconds, "loss": float(loss), "peak_rss_mib": peak_bytes(torch.device("cpu")) / 2**20}
+
+    serve(one_round)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "PRECISION", "STEPS"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps in a round")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        side, precision, steps = arguments.worker
+        worker(side, precision, int(steps))
+        return
+    result: dict[str, Any] = {"benchmark": "step", **setting()}
+    print(f"{'':10} {'ours tok/s':>11} {'PEFT tok/s':>11} {'ratio':>6} {'ours MiB':>9} {'PEFT MiB':>9} {'ratio':>6}")
+    for precision in ("bf16", "fp32"):
+        mine, other = (Worker(__file__, side, precision, str(arguments.steps)) for side in ("ours", "theirs"))
+        take_turns([mine, other], arguments.rounds)
+        a, b = mine.summary(), other.summary()
+        speed, memory = (a[key] / b[key] for key in ("tokens_per_second", "peak_rss_mib"))
+        result[precision] = {"ours": a, "theirs": b, "speed_ratio": speed, "memory_ratio": memory}
+        print(f"{precision:10} {a['tokens_per_second']:11.0f} {b['tokens_per_second']:11.0f} {speed:6.2f} "
+              f"{a['peak_rss_mib']:9.0f} {b['peak_rss_mib']:9.0f} {memory:6.2f}")  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""A forward and a backward pass that compute nothing but bytes.
+
+`Tape` does what autograd does, with sizes in place of numbers: a tensor here is a size that occupies the `Ledger` for as long as
+something refers to it, an operation records a node that keeps what PyTorch's rule for it keeps, `backward` walks the nodes newest first,
+lets go of what they kept and hands gradients on. A model written down with the calls of its real forward (see llama_lora_lab.py) therefore
+has its activations, temporaries and peak derived, not typed in.
+
+Lifetimes are CPython's: a size is given back when the last reference to it goes, exactly as a tensor is.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any
+
+PARTS = ("weights", "gradients", "optimizer_states", "activations", "logits", "workspace", "other", "temporary")
+
+
+class Ledger:
+    """Bytes alive now, by part; the peak of every phase; and the parts at the highest peak.
+
+    Equal peaks: the first one is kept.
+    """
+
+    def __init__(self) -> None:
+        self.live = dict.fromkeys(PARTS, 0)
+        self.total = 0
+        self.phase = "load"
+        self.phases: dict[str, int] = {}
+        self.peak_total = -1
+        self.at_peak = dict(self.live)
+        self.peak_phase = "load"
+
+    def book(self, part: str, nbytes: int) -> None:
+        """Add `nbytes` (negative: give back) to `part`."""
+        self.live[part] += nbytes
+        self.total += nbytes
+        if nbytes > 0:
+            self.look()
+
+    def look(self) -> None:
+        """Compare this moment with the peaks so far."""
+        if self.total > self.phases.get(self.phase, -1):
+            self.phases[self.phase] = self.total
+        if self.total > self.peak_total:
+            self.peak_total, self.at_peak, self.peak_phase = self.total, dict(self.live), self.phase
+
+    def place(self, nbytes: int) -> object:
+        """Where a storage lies; a plain ledger does not care, an allocator (allocator.py) does."""
+        return None
+
+    def release(self, block: Any) -> None:
+        """The storage placed at `block` is gone."""
+
+    def enter(self, phase: str) -> None:
+        """The bytes from here on belong to `phase`."""
+        self.phase = phase
+        self.look()
+
+
+class Storage:
+    """`nbytes` in the ledger, from now until nothing refers to this object any more."""
+
+    __slots__ = ("block", "ledger", "nbytes", "part")
+
+    def __init__(self, ledger: Ledger, nbytes: int, part: str) -> None:
+        self.ledger, self.nbytes, self.part = ledger, nbytes, part
+        self.block = ledger.place(nbytes) if nbytes else None
+        ledger.book(part, nbytes)
+
+    def __del__(self) -> None:
+        self.ledger.book(self.part, -self.nbytes)
+        if self.block is not None:
+            self.ledger.release(self.block)
+
+    def move(self, part: str) -> None:
+        """The same bytes under another name: a temporary that something keeps becomes an activation, for instance."""
+        self.ledger.live[self.part] -= self.nbytes
+        self.ledger.live[part] += self.nbytes
+        self.part = part
+
+
+class Sized:
+    """A tensor's size: `numel` elements of `itemsize` bytes, the storage they lie in and the node that made them (None: no gradient)."""
+
+    __slots__ = ("itemsize", "node", "numel", "storage")
+
+    def __init__(self, numel: int, itemsize: int, storage: Storage, node: Node | Leaf | None = None) -> None:
+        self.numel, self.itemsize, self.storage, self.node = numel, itemsize, storage, node
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.node is not None
+
+
+class Leaf:
+    """The end of the graph at a trained parameter: the first gradient to arrive becomes ``.grad``, later ones are added into it."""
+
+    __slots__ = ("grad",)
+
+    def __init__(self) -> None:
+        self.grad: Storage | None = None
+
+    def accumulate(self, grad: Sized) -> None:
+        if self.grad is None:
+            self.grad = grad.storage
+            self.grad.move("gradients")
+
+
+class Node:
+    """One recorded operation: what it keeps for backward, and whom its gradients go to.
+
+    passes: the gradient that arrives is handed on as it is (addition, views). scratch: bytes alive while the node runs, beside the
+    gradients it returns. The gradient of an input is as large as the input; one of logits is booked as logits.
+    """
+
+    __slots__ = ("frame", "gradients", "kept", "name", "order", "passes", "receivers", "scratch", "slot")
+
+    def __init__(self, order: int, name: str, inputs: Sequence[Sized], passes: bool, scratch: int) -> None:
+        self.order, self.name, self.passes, self.scratch = order, name, passes, scratch
+        wanted = [tensor for tensor in inputs if tensor.node is not None]
+        self.receivers = [tensor.node for tensor in wanted]
+        self.gradients = [(t.numel, t.itemsize, "logits" if t.storage.part == "logits" else "temporary") for t in wanted]
+        self.kept: list[Storage] = []
+        self.frame: Frame | None = None
+        self.slot = 0
+
+    def run(self, tape: Tape, grad: Sized) -> list[Sized]:
+        """The gradients of the inputs that want one; afterwards nothing is kept any more."""
+        if self.frame is not None:
+            self.kept = self.frame.unpack(tape, self.slot)
+        scratch = Storage(tape.ledger, self.scratch, "workspace")
+        result = [grad if self.passes and wanted[1] == grad.itemsize else tape.new(*wanted) for wanted in self.gradients]
+        del scratch
+        self.kept, self.frame = [], None
+        return result
+
+
+class Frame:
+    """A checkpointed stretch: keeps its inputs, and runs again when backward first asks for something it would have kept.
+
+    Source: torch.utils.checkpoint with use_reentrant=False and early stopping, PyTorch 2.13.
+    """
+
+    def __init__(self, function: Callable[..., Sized], inputs: Sequence[Sized]) -> None:
+        self.function, self.inputs = function, list(inputs)
+        self.kept = [keep(tensor.storage) for tensor in inputs]
+        self.slots = 0
+        self.again: dict[int, list[Storage]] | None = None
+
+    def unpack(self, tape: Tape, slot: int) -> list[Storage]:
+        if self.again is None:
+            self.again = {}
+            tape.run_in(self)
+        return self.again.pop(slot)
+
+
+class _Recomputed(Exception):
+    """Everything that was wanted has been computed again; the rest of the stretch need not run."""
+
+
+def keep(storage: Storage) -> Storage:
+    """What autograd keeps of the forward pass is an activation."""
+    if storage.part == "temporary":
+        storage.move("activations")
+    return storage
+
+
+class Tape:
+    """Records operations on sizes and plays them backwards.
+
+    device: "cpu" or "cuda", where an operation's rule depends on it. weight_copies: autocast's cache of cast weights.
+    kept_by_name: bytes by the first operation that kept them; their sum is what saved_tensors_hooks sees of one forward pass.
+    """
+
+    def __init__(self, ledger: Ledger, device: str = "cuda") -> None:
+        self.ledger, self.device = ledger, device
+        self.weight_copies: dict[int, Sized] = {}
+        self.kept_by_name: dict[str, int] = {}
+        self._seen: set[int] = set()
+        self._order = 0
+        self._frame: Frame | None = None
+
+    def new(self, numel: int, itemsize: int, part: str = "temporary") -> Sized:
+        """A fresh tensor."""
+        return Sized(numel, itemsize, Storage(self.ledger, numel * itemsize, part))
+
+    def inside_kernel(self, nbytes: int) -> int:
+        """Bytes that one operator allocates for itself: CUDA's allocator counts them, on the CPU nobody who follows tensors sees them."""
+        return nbytes if self.device == "cuda" else 0
+
+    def record(
+        self, name: str, inputs: Sequence[Sized], output: Callable[[], Sized], *, keeps: Sequence[Sized] = (),
+        keeps_after: Callable[[Sized], Sequence[Sized]] | None = None, passes: bool = False, busy: int = 0, scratch: int = 0,
+    ) -> Sized:  # fmt: skip
+        """One operation; wired to a node where an input needs a gradient, otherwise nothing is kept.
+
+        output: makes the result. keeps: inputs kept, put away before the result is made. keeps_after: given the result, what is kept once
+        it is there (results that backward uses; everything an autograd.Function saves). busy: bytes alive beside the result while it is
+        made. passes, scratch: see `Node`.
+        """
+        if not any(tensor.needs_grad for tensor in inputs):
+            return self._make(output, busy)
+        self._order += 1
+        node = Node(self._order, name, inputs, passes, scratch)
+        if keeps:
+            self._put_away(node, [tensor.storage for tensor in keeps])
+        result = self._make(output, busy)
+        if keeps_after is not None:
+            self._put_away(node, [tensor.storage for tensor in keeps_after(result)])
+        return Sized(result.numel, result.itemsize, result.storage, node)
+
+    def _make(self, output: Callable[[], Sized], busy: int) -> Sized:
+        temporaries = Storage(self.ledger, busy, "workspace")
+        result = output()
+        del temporaries
+        return result
+
+    def _put_away(self, node: Node, kept: list[Storage]) -> None:
+        frame = self._frame
+        if frame is None:
+            node.kept = [keep(storage) for storage in kept]
+            self._count(node.name, kept)
+        elif frame.again is None:  # the first run only learns that there will be something to ask for
+            node.frame, node.slot = frame, frame.slots
+            frame.slots += 1
+        else:
+            frame.again[len(frame.again)] = [keep(storage) for storage in kept]
+            if len(frame.again) == frame.slots:
+                raise _Recomputed
+
+    def _count(self, name: str, kept: list[Storage]) -> None:
+        for storage in kept:
+            if id(storage) not in self._seen and storage.part != "weights":
+                self._seen.add(id(storage))
+                self.kept_by_name[name] = self.kept_by_name.get(name, 0) + storage.nbytes
+
+    def run_in(self, frame: Frame) -> Sized | None:
+        """Run a checkpointed stretch, the first time or again; again means under an autocast of its own, whose copies end with it."""
+        copies = self.weight_copies
+        self._frame, self.weight_copies = frame, copies if frame.again is None else {}
+        try:
+            return frame.function(*frame.inputs)
+        except _Recomputed:
+            return None
+        finally:
+            self._frame, self.weight_copies = None, copies
+
+    def checkpoint(self, function: Callable[..., Sized], *inputs: Sized) -> Sized:
+        """Run `function` and keep only its inputs; backward runs it again."""
+        frame = Frame(function, inputs)
+        self._count("checkpoint", frame.kept)
+        result = self.run_in(frame)
+        assert result is not None
+        return result
+
+    def backward(self, loss: Sized) -> None:
+        """Newest node first, as autograd's engine does; a second gradient for the same node is added into the first."""
+        assert isinstance(loss.node, Node)
+        waiting: dict[Node, Sized] = {loss.node: self.new(loss.numel, loss.itemsize)}
+        queue = [(-loss.node.order, loss.node)]
+        while queue:
+            node = heapq.heappop(queue)[1]
+            grads = node.run(self, waiting.pop(node))
+            for receiver in node.receivers:
+                self._deliver(grads.pop(0), receiver, waiting, queue)
+
+    @staticmethod
+    def _deliver(grad: Sized, receiver: Node | Leaf | None, waiting: dict[Node, Sized], queue: list[tuple[int, Node]]) -> None:
+        if isinstance(receiver, Leaf):
+            receiver.accumulate(grad)
+        elif isinstance(receiver, Node) and receiver not in waiting:
+            waiting[receiver] = grad
+            heapq.heappush(queue, (-receiver.order, receiver))

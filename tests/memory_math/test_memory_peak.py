@@ -1,0 +1,109 @@
+"""The peak of a whole training step, forward, backward and optimizer, predicted and measured on real small models."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+
+from memory_math import compare, measure, predict
+
+torch = pytest.importorskip("torch")
+SHAPE = {
+    "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 688, "tie_word_embeddings": True,
+}  # fmt: skip
+BATCH, LENGTH, RANK = 4, 128, 8
+GRID = [(method, precision, checkpointing) for method in ("full", "lora") for precision in ("fp32", "bf16-mixed") for checkpointing in (False, True)]
+
+
+def autocast(precision: str) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+
+
+def training_step(model: Any, optimizer: Any, precision: str, micro_batches: int = 1) -> Any:
+    """One step, as a loop that keeps no name longer than it needs it."""
+
+    def step() -> None:
+        for _ in range(micro_batches):
+            ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH))
+            labels = ids.clone()
+            with autocast(precision):
+                loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            del loss, ids, labels
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_llama(method: str, precision: str, checkpointing: bool) -> Any:
+    lora_lab = pytest.importorskip("lora_lab")
+    llama = pytest.importorskip("lora_lab.models.llama")
+    model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(SHAPE))
+    if method == "lora":
+        lora_lab.inject(model.bfloat16() if precision == "bf16-mixed" else model, rank=RANK)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def adamw(model: Any, **kind: Any) -> Any:
+    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, **kind)
+
+
+def predicted(method: str, precision: str, checkpointing: bool, **more: Any) -> Any:
+    return predict(SHAPE, method=method, precision=precision, gradient_checkpointing=checkpointing, batch_size=BATCH, sequence_length=LENGTH,
+                   rank=RANK, device="cpu", **more)  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "precision", "checkpointing"), GRID)
+def test_peak_of_this_projects_training_step(method: str, precision: str, checkpointing: bool) -> None:
+    model = our_llama(method, precision, checkpointing)
+    step = training_step(model, adamw(model, fused=True), precision)
+    step()                                                                           # makes the optimizer's states
+    real, footprint = measure(step), predicted(method, precision, checkpointing, implementation="lora_lab")
+    assert footprint.total == pytest.approx(real.peak_bytes, rel=0.01), compare(footprint, real)
+    assert footprint.phases["load"] == pytest.approx(real.start_bytes, rel=0.01)
+    assert footprint.phases["optimizer step"] == pytest.approx(real.by_phase["optimizer step"], rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "micro_batches"), [("foreach", 1), ("for-loop", 1), ("fused", 3)])
+def test_peak_with_other_optimizer_steps_and_with_accumulation(kind: str, micro_batches: int) -> None:
+    model = our_llama("full", "fp32", checkpointing=True)
+    step = training_step(model, adamw(model, fused=kind == "fused", foreach=kind == "foreach"), "fp32", micro_batches)
+    step()
+    footprint = predicted("full", "fp32", True, implementation="lora_lab", optimizer_implementation=kind, grad_accum_steps=micro_batches)
+    assert footprint.total == pytest.approx(measure(step).peak_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(("method", "precision", "checkpointing"), GRID)
+def test_peak_of_a_transformers_training_step(method: str, precision: str, checkpointing: bool) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{key: value for key, value in SHAPE.items() if key != "model_type"}, use_cache=False))
+    if method == "lora":
+        model = model.bfloat16() if precision == "bf16-mixed" else model
+        model.enable_input_require_grads()
+        model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear"))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    step = training_step(model.train(), adamw(model), precision)
+    step()
+    real, footprint = measure(step), predicted(method, precision, checkpointing)
+    assert footprint.total == pytest.approx(real.peak_bytes, rel=0.03), compare(footprint, real)
+
+
+def test_peak_of_a_prompt() -> None:
+    model = our_llama("full", "fp32", checkpointing=False).eval()
+
+    def prompt() -> None:
+        ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH))
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    prompt()
+    footprint = predict(SHAPE, method="inference", implementation="lora_lab", batch_size=BATCH, sequence_length=LENGTH, device="cpu")
+    assert footprint.total == pytest.approx(measure(prompt).peak_bytes, rel=0.01)
+    assert footprint.activations == 2 * 4 * BATCH * LENGTH * 2 * 32 * 4               # keys and values, 4 blocks, 2 heads of 32, 4 bytes

@@ -1,0 +1,213 @@
+"""The arithmetic of predict: bytes per parameter, sums, what changes when a knob is turned, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from memory_math import MemoryMathError, count_parameters, hardware, predict
+from memory_math.footprint import PUBLIC_PARTS
+
+PARAMETERS = 134_515_008
+SMALL = {
+    "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 688, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def small(**request: Any):
+    return predict(SMALL, **{"batch_size": 4, "sequence_length": 128, "device": "cpu", **request})
+
+
+def test_importing_the_room_does_not_import_torch() -> None:
+    code = "import sys, memory_math; memory_math.predict('smollm2-135m'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("precision", "weight", "states"), [("fp32", 4, 8), ("bf16", 2, 4), ("bf16-mixed", 4, 8), ("fp16-mixed", 4, 8)])
+def test_full_training_stores_so_many_bytes_per_parameter(precision: str, weight: int, states: int) -> None:
+    """fp32 and mixed 4 + 8 and pure bf16 2 + 4 (torch.optim keeps states in the parameter's dtype)."""
+    footprint = predict("smollm2-135m", precision=precision, optimizer="adamw", sequence_length=128)
+    tensors = 1 + 30 * 9 + 1
+    assert footprint.weights == weight * PARAMETERS
+    assert footprint.optimizer_states == states * PARAMETERS + 4 * tensors           # and a step count per tensor
+
+
+@pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 0), ("momentum", 1), ("adam", 2), ("adamw", 2)])
+def test_optimizer_states_are_whole_copies_of_what_trains(optimizer: str, copies: int) -> None:
+    states = small(optimizer=optimizer).optimizer_states
+    assert states // (4 * count_parameters(SMALL).total) == copies
+
+
+@pytest.mark.parametrize(("model", "rank", "targets", "adapters"), [
+    ("llama-3-8b", 16, ["q_proj", "v_proj"], 6_815_744),
+    ("llama-2-7b", 8, ["q_proj", "v_proj"], 4_194_304),
+    ("smollm2-135m", 8, "all-linear", 30 * 8 * (576 * 3 + 576 + 192 * 2 + 576 * 2 + (576 + 1536) * 3)),
+])  # fmt: skip
+def test_lora_parameters_are_rank_times_in_plus_out_and_stay_32_bit(model: str, rank: int, targets: Any, adapters: int) -> None:
+    for precision in ("bf16", "bf16-mixed", "fp16-mixed"):
+        footprint = predict(model, method="lora", precision=precision, rank=rank, target_modules=targets, sequence_length=64)
+        assert footprint.trained == adapters
+        assert footprint.weights == 2 * footprint.parameters + 4 * adapters
+        assert footprint.optimizer_states - 8 * adapters == 4 * 2 * footprint.request["adapted_layers"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "inference"])
+@pytest.mark.parametrize("implementation", ["transformers", "lora_lab"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_parts_are_whole_bytes_and_sum_to_the_highest_phase(method: str, implementation: str, device: str) -> None:
+    footprint = small(method=method, implementation=implementation, device=device, precision="bf16-mixed")
+    parts = [getattr(footprint, part) for part in PUBLIC_PARTS]
+    assert all(isinstance(part, int) and part >= 0 for part in parts)
+    assert sum(parts) == footprint.total == footprint.allocated == max(footprint.phases.values()) == footprint.phases[footprint.peak_phase]
+    assert footprint.gib() == footprint.total / 2**30
+    assert footprint.gib("weights") == footprint.weights / 2**30
+
+
+def test_checkpointing_keeps_one_residual_stream_per_block() -> None:
+    """2 bytes * hidden * tokens for each block (Korthikanti et al. 2022, arXiv:2205.05198, section 5, in bf16), whatever is inside it."""
+    footprint = small(precision="bf16", gradient_checkpointing=True)
+    assert footprint.saved["checkpoint"] == 4 * 512 * 256 * 2
+    assert footprint.total < small(precision="bf16").total
+
+
+def test_activations_of_llama_follow_the_published_closed_form() -> None:
+    """Per token and block of transformers' Llama in bf16: 16h + 2(q + k + v + o) + 8f + 4a + 8 bytes (o is the attention's output)."""
+    h, q, kv, f, a, L, T = 256, 256, 64, 688, 8, 4, 512
+    saved = small(precision="bf16").saved
+    outside = {"model.embed_tokens.weight", "log_softmax", "loss", "model.norm", "rotary"}
+    blocks = sum(nbytes for name, nbytes in saved.items() if name not in outside) - saved_of_head(saved)
+    assert blocks == L * T * (16 * h + 2 * (q + kv + kv + q) + 8 * f + 4 * a + 8)
+
+
+def saved_of_head(saved: dict[str, int]) -> int:
+    """The tied head keeps its input under the embedding's name, so there is nothing of it in the blocks."""
+    return saved.get("lm_head.weight", 0)
+
+
+def test_eager_attention_adds_s_by_s_scores_and_fused_does_not() -> None:
+    short, long = (small(precision="bf16", batch_size=4 * 128 // s, sequence_length=s, attention="eager").saved_bytes for s in (128, 256))
+    tokens, heads, blocks = 512, 8, 4
+    tables = 2 * 2 * 32 * 128                                                        # cos and sin are longer, too
+    assert long - short == 6 * heads * 128 * tokens * blocks + tables                # float32 softmax and its bf16 copy
+    short, long = (small(precision="bf16", batch_size=4 * 128 // s, sequence_length=s).saved_bytes for s in (128, 256))
+    assert long - short == tables
+
+
+def test_a_frozen_base_keeps_less_than_a_trained_one_and_the_lab_less_than_plain_operations() -> None:
+    full, lora = small(precision="bf16").saved_bytes, small(precision="bf16", method="lora", target_modules=["q_proj"]).saved_bytes
+    assert lora < full
+    assert small(precision="bf16", implementation="lora_lab").saved_bytes < 0.75 * full
+
+
+def test_dropout_keeps_masks_of_one_byte_on_cuda_and_of_the_input_dtype_on_the_cpu() -> None:
+    request = {"method": "lora", "precision": "bf16", "target_modules": ["down_proj"], "implementation": "lora_lab"}
+    masks = {device: small(device=device, dropout=0.1, **request).saved["dropout"] for device in ("cuda", "cpu")}
+    assert masks["cuda"] == 4 * 512 * 688
+    assert masks["cpu"] == 2 * masks["cuda"]
+
+
+def test_gradient_accumulation_keeps_gradients_through_the_next_forward() -> None:
+    once, twice = small(precision="bf16"), small(precision="bf16", grad_accum_steps=2)
+    assert twice.phases["forward"] - once.phases["forward"] == 2 * count_parameters(SMALL).total
+    assert twice.total == small(precision="bf16", grad_accum_steps=8).total
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("fused", 0), ("for-loop", 2 * 4 * 4096 * 256), ("foreach", 4 * 3_819_776)])
+def test_an_adamw_step_needs_temporaries_by_its_implementation(kind: str, extra: int) -> None:
+    """foreach works on all tensors at once: one more copy of the model; the loop on one: two of the largest tensor."""
+    footprint = small(optimizer_implementation=kind, sequence_length=8)
+    assert footprint.phases["optimizer step"] == 4 * 4 * 3_819_776 + 4 * 38 + extra
+
+
+def test_a_llama_3_sized_vocabulary_is_mostly_logits_unless_the_loss_is_chunked() -> None:
+    request = {"method": "lora", "precision": "bf16-mixed", "gradient_checkpointing": True, "batch_size": 4, "sequence_length": 1024}
+    plain, chunked = predict("llama-3.2-1b", **request), predict("llama-3.2-1b", implementation="lora_lab", **request)
+    assert plain.logits > 0.5 * plain.total
+    assert chunked.logits < 0.1 * plain.logits
+
+
+def test_unlabelled_positions_cost_the_lab_no_logits() -> None:
+    everything, few = (small(implementation="lora_lab", method="lora", label_tokens=count) for count in (None, 32))
+    assert everything.logits == 508 * 4096 * 4
+    assert few.phases["loss"] < everything.phases["loss"] - 400 * 4096 * 4
+
+
+def test_a_gpu_reserves_at_least_what_is_allocated_and_nvidia_smi_shows_more() -> None:
+    footprint = small(device="cuda")
+    assert footprint.total <= footprint.reserved.low <= footprint.reserved.estimate <= footprint.reserved.high
+    assert footprint.nvidia_smi.low > footprint.reserved.low and footprint.nvidia_smi.high > footprint.reserved.high
+    assert small().reserved is None
+    with pytest.raises(MemoryMathError, match="figure of a GPU"):
+        small().gib("reserved")
+
+
+def test_fits_counts_usable_bytes_and_gpus_needed_nominal_ones() -> None:
+    footprint = predict("llama-2-70b", method="inference", precision="bf16", sequence_length=1)
+    assert footprint.weights == 2 * 68_976_648_192
+    assert footprint.gpus_needed("A100-80GB") == 2 and footprint.gpus_needed("a100-40gb") == 4
+    assert not footprint.fits("H100-80GB")
+    assert small().fits("T4")
+    assert hardware.gpu_of("A100-80GB").usable_bytes == 80 * 2**30 - hardware.CONTEXT_BYTES[1]
+    with pytest.raises(MemoryMathError, match=r"gpu='A100-80'.*did you mean 'A100-80GB'"):
+        footprint.fits("A100-80")
+
+
+def test_the_table_names_every_part_and_what_was_checked() -> None:
+    text = str(small(device="cuda"))
+    for part in (*(part.replace("_", " ") for part in PUBLIC_PARTS), "total allocated", "reserved", "nvidia-smi", "phases:", "checked:"):
+        assert part in text
+    assert "3,819,776 parameters x 4 B" in text
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    ({"method": "qlora"}, r"method='qlora' is not modelled; modelled now: full, lora, inference"),
+    ({"precision": "int8"}, r"precision='int8': expected one of fp32, bf16, fp16, bf16-mixed, fp16-mixed"),
+    ({"precision": "fp16"}, r"precision='fp16' with method='full'.*fp16-mixed"),
+    ({"optimizer": "lion"}, r"optimizer='lion' is not modelled yet; supported now: sgd, momentum, adam, adamw"),
+    ({"method": "lora", "optimizer": "foo"}, r"optimizer='foo'"),
+    ({"batch_size": 0}, r"batch_size=0: expected a whole number of at least 1"),
+    ({"batch_size": 2.5}, r"batch_size=2.5"),
+    ({"sequence_length": -1}, r"sequence_length=-1"),
+    ({"rank": 0}, r"rank=0"),
+    ({"grad_accum_steps": 0}, r"grad_accum_steps=0"),
+    ({"gradient_checkpointing": 1}, r"gradient_checkpointing=1: expected True or False"),
+    ({"attention": "sdp"}, r"attention='sdp'.*did you mean 'sdpa'"),
+    ({"attention": "eager", "implementation": "lora_lab"}, r"attention='eager' is not modelled with implementation='lora_lab'; modelled now: sdpa"),
+    ({"attention": "flash"}, r"attention='flash' with precision='fp32'"),
+    ({"attention": "flash", "precision": "bf16"}, r"attention='flash' with device='cpu'"),
+    ({"loss": "chunked"}, r"loss='chunked' is not modelled with implementation='transformers'; modelled now: cross_entropy"),
+    ({"loss": "mean"}, r"loss='mean' is not modelled"),
+    ({"dropout": 0.1}, r"dropout=0.1 is LoRA's dropout"),
+    ({"method": "lora", "dropout": 1.0}, r"dropout=1.0: expected a number with 0 <= dropout < 1"),
+    ({"method": "lora", "target_modules": ["q_proj", "gate_porj"]}, r"'gate_porj' matches nothing(.|\n)*did you mean 'gate_proj'"),
+    ({"method": "lora", "target_modules": ["lm_head"]}, r"'lm_head' matches nothing"),
+    ({"method": "lora", "target_modules": []}, r"names no layer"),
+    ({"method": "lora", "target_modules": "everything"}, r"target_modules='everything': expected 'all-linear'"),
+    ({"method": "inference", "gradient_checkpointing": True}, r"gradient_checkpointing=True does nothing with method='inference'"),
+    ({"method": "inference", "grad_accum_steps": 2}, r"grad_accum_steps=2 does nothing with method='inference'"),
+    ({"label_tokens": 3}, r"label_tokens is for implementation='lora_lab'"),
+    ({"label_tokens": 10_000, "implementation": "lora_lab"}, r"label_tokens=10000: expected a whole number from 0 to 508"),
+    ({"quantization": "nf4"}, r"quantization='nf4' is not modelled yet"),
+    ({"adapter_dtype": "bf16"}, r"adapter_dtype='bf16' is not modelled yet"),
+    ({"zero_stage": 3}, r"zero_stage=3 is not modelled yet"),
+    ({"world_size": 8}, r"world_size=8 is not modelled yet"),
+    ({"tensor_parallel": 2}, r"tensor_parallel=2 is not modelled yet"),
+    ({"compile": True}, r"compile=True is not modelled yet"),
+    ({"versions": "4.45"}, r"versions='4.45' is not modelled yet"),
+    ({"num_virtual_tokens": 5}, r"num_virtual_tokens=5 is not modelled yet"),
+    ({"implementation": "peft"}, r"implementation='peft'"),
+    ({"device": "mps"}, r"device='mps'"),
+    ({"optimizer_implementation": "fuse"}, r"optimizer_implementation='fuse'.*did you mean 'fused'"),
+])  # fmt: skip
+def test_what_is_not_modelled_is_refused_by_name(request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(MemoryMathError, match=message):
+        small(**request_)
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(MemoryMathError, match="part='weight': expected one of weights"):
+        small().gib("weight")

@@ -1,0 +1,108 @@
+"""What autograd keeps, predicted and read with saved_tensors_hooks: equal to the byte, for this project's Llama and for transformers'."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+
+from memory_math import predict
+
+torch = pytest.importorskip("torch")
+SHAPE = {
+    "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 176, "tie_word_embeddings": True,
+}  # fmt: skip
+BATCH, LENGTH, RANK = 2, 48, 4
+
+
+def autocast(precision: str) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+
+
+def stored(model: Any, method: str, precision: str) -> Any:
+    """The dtypes a precision stands for, before adapters are put in."""
+    return model.bfloat16() if precision == "bf16" or (precision == "bf16-mixed" and method == "lora") else model
+
+
+def measured(model: Any, precision: str, **extra: Any) -> int:
+    from memory_math import saved_bytes
+
+    ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH))
+    labels = ids.clone()
+
+    def forward() -> Any:
+        with autocast(precision):
+            return model(input_ids=ids, labels=labels, **extra).loss
+
+    return saved_bytes(forward)
+
+
+def predicted(config: dict[str, Any], **request: Any) -> Any:
+    return predict(config, batch_size=BATCH, sequence_length=LENGTH, rank=RANK, device="cpu", **request)
+
+
+PLAIN = [(method, precision, checkpointing, {}) for method in ("full", "lora") for precision in ("fp32", "bf16", "bf16-mixed")
+         for checkpointing in (False, True)]  # fmt: skip
+OTHERS: list[tuple[str, str, bool, dict[str, Any]]] = [
+    ("full", "fp32", False, {"tie_word_embeddings": False}),
+    ("full", "bf16-mixed", False, {"attention_bias": True, "mlp_bias": True}),
+    ("full", "bf16", False, {"num_key_value_heads": 4}),
+    ("full", "fp32", False, {"head_dim": 24}),
+    ("lora", "bf16-mixed", False, {"dropout": 0.1}),
+    ("lora", "bf16", True, {"dropout": 0.1}),
+    ("lora", "bf16-mixed", False, {"target_modules": "attention"}),
+    ("lora", "fp32", False, {"target_modules": ["q_proj", "v_proj"]}),
+    ("lora", "bf16", False, {"target_modules": ["down_proj"]}),
+    ("lora", "fp32", False, {"attention_bias": True, "num_key_value_heads": 1}),
+]
+
+
+def split(change: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the config, and those of the adapter."""
+    adapter = {key: value for key, value in change.items() if key in ("dropout", "target_modules")}
+    return {**SHAPE, **{key: value for key, value in change.items() if key not in adapter}}, adapter
+
+
+@pytest.mark.parametrize(("method", "precision", "checkpointing", "change"), PLAIN + OTHERS)
+def test_this_projects_llama_keeps_exactly_what_is_predicted(method: str, precision: str, checkpointing: bool, change: dict[str, Any]) -> None:
+    lora_lab = pytest.importorskip("lora_lab")
+    llama = pytest.importorskip("lora_lab.models.llama")
+    config, adapter = split(change)
+    model = stored(llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config)), method, precision)
+    if method == "lora":
+        lora_lab.inject(model, rank=RANK, **adapter)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    footprint = predicted(config, method=method, precision=precision, gradient_checkpointing=checkpointing, implementation="lora_lab", **adapter)
+    # watched by hooks, a LoRA layer takes itself for checkpointed and keeps one int64 more
+    stamps = 0 if checkpointing else 8 * footprint.request["adapted_layers"]
+    assert measured(model.train(), precision) - stamps == footprint.saved_bytes
+
+
+@pytest.mark.parametrize(("method", "precision", "checkpointing", "change"), PLAIN + OTHERS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_transformers_llama_keeps_what_is_predicted(method: str, precision: str, checkpointing: bool, change: dict[str, Any], attention: str) -> None:
+    """The rules are derived from transformers 5.23 and PEFT 0.21; another version may differ by a little, hence 2 %."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config, adapter = split(change)
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    model = stored(transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields, attn_implementation=attention)), method, precision)
+    if method == "lora":
+        if checkpointing:
+            model.enable_input_require_grads()
+        targets = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}.get(str(adapter.get("target_modules")), adapter.get("target_modules", "all-linear"))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=targets, lora_dropout=adapter.get("dropout", 0.0)))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    footprint = predicted(config, method=method, precision=precision, gradient_checkpointing=checkpointing, attention=attention, **adapter)
+    assert measured(model.train(), precision, use_cache=False) == pytest.approx(footprint.saved_bytes, rel=0.02)
+
+
+def test_the_loss_chunk_is_the_labs_own() -> None:
+    losses = pytest.importorskip("lora_lab.models.losses")
+    from memory_math.llama_lora_lab import CHUNK_BYTES, chunk_rows
+
+    assert CHUNK_BYTES == losses.CHUNK_BYTES
+    assert chunk_rows(500, 49152) == [losses._chunk_rows(49152)] * 2 + [500 - 2 * losses._chunk_rows(49152)]
