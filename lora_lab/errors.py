@@ -10,7 +10,7 @@ class LoraLabError(ValueError):
     """A mistake in what the caller asked for: the message names the value, what was expected and the likely fix."""
 
 
-def did_you_mean(value: str, choices: Iterable[str], count: int = 3) -> str:
+def did_you_mean(value: str, choices: Iterable[str], count: int = 1) -> str:
     """`` (did you mean 'gate_proj'?)``, or nothing where no choice is close.
 
     >>> did_you_mean("gate_porj", ["q_proj", "gate_proj"])

@@ -90,8 +90,12 @@ def rms_norm(model: Model, x: Sized, path: str) -> Sized:
 
 def swiglu(tape: Tape, gate: Sized, up: Sized) -> Sized:
     """SwiGLUFunction: keeps gate and up; silu(gate) is made again in backward."""
-    size, inputs = gate.nbytes, [gate, up]
-    return tape.record("silu(gate) * up", inputs, lambda: tape.new(gate.numel, gate.itemsize), keeps_after=lambda y: inputs, busy=size, scratch=size)
+    size, kept = gate.nbytes, [gate, up]
+
+    def product() -> Sized:
+        return tape.new(gate.numel, gate.itemsize)
+
+    return tape.record("silu(gate) * up", kept, product, keeps_after=lambda y: kept, busy=size, scratch=size)
 
 
 def rotate(tape: Tape, x: Sized, angles: Sized) -> Sized:

@@ -125,4 +125,6 @@ def lora_linear(model: Model, x: Sized, path: str) -> Sized:
         update = ops.dropout(tape, update)
     update = ops.linear(tape, ops.linear(tape, update, A, autocast=autocast), B, autocast=autocast)
     update = ops.elementwise(tape, "scaling", update)
-    return ops.cast(tape, ops.add(tape, path, y, update), y.itemsize)
+    itemsize, y = y.itemsize, ops.add(tape, path, y, update)
+    del update
+    return ops.cast(tape, y, itemsize)

@@ -51,7 +51,6 @@ class Measurement:
         """From here on bytes are booked under `name`; None goes back to telling the phases apart automatically."""
         self._watch.settle()
         self._named = name
-        self._watch.settle()
 
     def current_phase(self) -> str:
         """The phase that the bytes of this moment belong to."""
@@ -70,7 +69,6 @@ class Measurement:
     def _stepping(self, inside: bool) -> None:
         self._watch.settle()
         self._in_step = inside
-        self._watch.settle()
 
     def __enter__(self) -> Measurement:
         self.start_bytes = self.peak_bytes = self._watch.start()
@@ -98,18 +96,15 @@ class _StorageWatch(TorchDispatchMode):
         self.measurement = measurement
         self.sizes: dict[int, int] = {}
         self.live_bytes = 0
-        self.running = False
 
     def start(self) -> int:
         for tensor in existing_tensors():
             self.see(tensor)
-        self.running = True
         self.__enter__()
         return self.live_bytes
 
     def stop(self) -> int:
         self.__exit__(None, None, None)
-        self.running = False
         return self.live_bytes
 
     def settle(self) -> None:
@@ -133,10 +128,11 @@ class _StorageWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.see(leaf)
-        self.settle()
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for tensor in tensors:
+            self.see(tensor)
+        if tensors:
+            self.settle()
         return result
 
 

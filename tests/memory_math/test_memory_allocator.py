@@ -32,11 +32,11 @@ def test_small_requests_share_a_segment_and_freed_neighbours_join_again() -> Non
 
 def test_a_hole_that_is_too_small_costs_a_new_segment() -> None:
     allocator = CachingAllocator()
-    a, b, c = (Storage(allocator, 6 * MIB, "weights") for _ in range(3))             # 18 of 20 MiB
+    a, b, c = (Storage(allocator, 6 * MIB, "weights") for _ in range(3))  # 18 of 20 MiB
     del b
     d = Storage(allocator, 8 * MIB, "weights")
     assert allocator.peak_reserved == 40 * MIB
-    e = Storage(allocator, 5 * MIB, "weights")                                       # into the hole that b left
+    e = Storage(allocator, 5 * MIB, "weights")  # into the hole that b left
     assert allocator.peak_reserved == 40 * MIB
     del a, c, d, e
 

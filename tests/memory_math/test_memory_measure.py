@@ -46,17 +46,17 @@ def test_views_and_in_place_operations_cost_nothing() -> None:
 
 
 def test_forward_backward_and_step_are_told_apart() -> None:
-    layer = torch.nn.Linear(512, 512, bias=False)                                    # 1 MiB
+    layer = torch.nn.Linear(512, 512, bias=False)  # 1 MiB
     optimizer = torch.optim.AdamW(layer.parameters(), foreach=False)
-    x = torch.randn(256, 512)                                                        # 0.5 MiB
+    x = torch.randn(256, 512)  # 0.5 MiB
     with measure() as m:
         layer(x).square().mean().backward()
         optimizer.step()
     above = {phase: (nbytes - m.start_bytes) / MIB for phase, nbytes in m.by_phase.items()}
     assert list(above) == ["forward", "backward", "optimizer step"]
-    assert above["forward"] == pytest.approx(1.0, abs=0.01)                          # x W and its square
-    assert above["backward"] >= 1.0                                                  # the gradient, at least
-    assert above["optimizer step"] == pytest.approx(1 + 2 + 2, abs=0.01)             # gradient, states, two temporaries
+    assert above["forward"] == pytest.approx(1.0, abs=0.01)  # x W and its square
+    assert above["backward"] >= 1.0  # the gradient, at least
+    assert above["optimizer step"] == pytest.approx(1 + 2 + 2, abs=0.01)  # gradient, states, two temporaries
 
 
 def test_phases_can_be_named() -> None:
@@ -88,7 +88,7 @@ def test_an_error_inside_stops_the_measuring() -> None:
 def test_saved_bytes_counts_a_storage_once_and_parameters_not_at_all() -> None:
     layer = torch.nn.Linear(64, 32, bias=False)
     x = torch.randn(10, 64, requires_grad=True)
-    assert saved_bytes(lambda: layer(x)) == 10 * 64 * 4                              # x for the weight; the weight is there anyway
+    assert saved_bytes(lambda: layer(x)) == 10 * 64 * 4  # x for the weight; the weight is there anyway
     assert saved_bytes(lambda: layer(x) + layer(x)) == 10 * 64 * 4
     assert saved_bytes(lambda: layer(x).exp()) == 10 * 64 * 4 + 10 * 32 * 4
     with torch.no_grad():

@@ -11,8 +11,8 @@ from memory_math import compare, measure, predict
 
 torch = pytest.importorskip("torch")
 SHAPE = {
-    "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
-    "intermediate_size": 688, "tie_word_embeddings": True,
+    "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "intermediate_size": 688, "tie_word_embeddings": True,
 }  # fmt: skip
 BATCH, LENGTH, RANK = 4, 128, 8
 GRID = [(method, precision, checkpointing) for method in ("full", "lora") for precision in ("fp32", "bf16-mixed") for checkpointing in (False, True)]
@@ -63,7 +63,7 @@ def predicted(method: str, precision: str, checkpointing: bool, **more: Any) -> 
 def test_peak_of_this_projects_training_step(method: str, precision: str, checkpointing: bool) -> None:
     model = our_llama(method, precision, checkpointing)
     step = training_step(model, adamw(model, fused=True), precision)
-    step()                                                                           # makes the optimizer's states
+    step()  # makes the optimizer's states
     real, footprint = measure(step), predicted(method, precision, checkpointing, implementation="lora_lab")
     assert footprint.total == pytest.approx(real.peak_bytes, rel=0.01), compare(footprint, real)
     assert footprint.phases["load"] == pytest.approx(real.start_bytes, rel=0.01)
@@ -82,7 +82,9 @@ def test_peak_with_other_optimizer_steps_and_with_accumulation(kind: str, micro_
 @pytest.mark.parametrize(("method", "precision", "checkpointing"), GRID)
 def test_peak_of_a_transformers_training_step(method: str, precision: str, checkpointing: bool) -> None:
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{key: value for key, value in SHAPE.items() if key != "model_type"}, use_cache=False))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{key: value for key, value in SHAPE.items() if key != "model_type"}, use_cache=False)
+    )
     if method == "lora":
         model = model.bfloat16() if precision == "bf16-mixed" else model
         model.enable_input_require_grads()
@@ -106,4 +108,4 @@ def test_peak_of_a_prompt() -> None:
     prompt()
     footprint = predict(SHAPE, method="inference", implementation="lora_lab", batch_size=BATCH, sequence_length=LENGTH, device="cpu")
     assert footprint.total == pytest.approx(measure(prompt).peak_bytes, rel=0.01)
-    assert footprint.activations == 2 * 4 * BATCH * LENGTH * 2 * 32 * 4               # keys and values, 4 blocks, 2 heads of 32, 4 bytes
+    assert footprint.activations == 2 * 4 * BATCH * LENGTH * 2 * 32 * 4  # keys and values, 4 blocks, 2 heads of 32, 4 bytes

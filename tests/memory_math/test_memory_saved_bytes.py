@@ -11,8 +11,8 @@ from memory_math import predict
 
 torch = pytest.importorskip("torch")
 SHAPE = {
-    "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 176, "tie_word_embeddings": True,
+    "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 176, "tie_word_embeddings": True,
 }  # fmt: skip
 BATCH, LENGTH, RANK = 2, 48, 4
 
@@ -92,7 +92,9 @@ def test_transformers_llama_keeps_what_is_predicted(method: str, precision: str,
     if method == "lora":
         if checkpointing:
             model.enable_input_require_grads()
-        targets = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}.get(str(adapter.get("target_modules")), adapter.get("target_modules", "all-linear"))
+        targets = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}.get(
+            str(adapter.get("target_modules")), adapter.get("target_modules", "all-linear")
+        )
         model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=targets, lora_dropout=adapter.get("dropout", 0.0)))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

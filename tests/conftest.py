@@ -1,0 +1,41 @@
+"""What tests share: a fixed seed, and the real model where it can be had.
+
+LORA_LAB_REQUIRE_REAL=1 (CI sets it) turns a real model that cannot be had from a skip into a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer) of smollm2-135m-instruct-q4 in float32. Do not change the model."""
+    return load_real()
+
+
+def load_real(**arguments):
+    import lora_lab
+
+    try:
+        return lora_lab.models.load("smollm2-135m-instruct-q4", **arguments)
+    except lora_lab.LoraLabError as error:
+        if os.environ.get("LORA_LAB_REQUIRE_REAL"):
+            raise
+        pytest.skip(f"the real model cannot be had here: {error}")
+
+
+@pytest.fixture
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

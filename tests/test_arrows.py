@@ -1,0 +1,75 @@
+"""The rooms and the arrows between them, held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("lora_lab", "memory_math")
+ALONE = ("layers", "targets", "injection", "adapters", "checkpoint", "analysis")  # LoRA itself: torch and safetensors only
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, in full: `from ..data import x` in lora_lab/training/loop.py is lora_lab.data."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def starts(names: set[str], *prefixes: str) -> set[str]:
+    return {name for name in names if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_packages_import_no_oracle_and_no_pickle(package):
+    for path in files(package):
+        assert not starts(imports(path), "transformers", "peft", "pickle", "accelerate"), path
+
+
+def test_memory_math_imports_nobody_and_torch_in_one_file_only():
+    for path in files("memory_math"):
+        assert not starts(imports(path), "lora_lab", "prompt_tuning_lab"), path
+        assert path.name == "measurement.py" or not starts(imports(path), "torch"), path
+
+
+def test_lora_lab_does_not_import_prompt_tuning_lab():
+    for path in files("lora_lab"):
+        assert not starts(imports(path), "prompt_tuning_lab"), path
+
+
+def test_lora_itself_needs_no_models_no_data_no_training():
+    for name in ALONE:
+        found = imports(ROOT / "lora_lab" / f"{name}.py")
+        assert starts(found, "torch") or name == "analysis"  # the reader of imports reads something
+        assert not starts(found, "lora_lab.models", "lora_lab.data", "lora_lab.training", "memory_math", "tokenizers", "tqdm", "numpy"), name
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [("import lora_lab", ["tokenizers", "gguf", "jinja2", "transformers", "memory_math", "huggingface_hub"]),
+     ("import memory_math; memory_math.predict('llama-2-7b')", ["torch", "numpy", "lora_lab"])],
+)  # fmt: skip
+def test_importing_brings_in_no_more_than_it_says(statement, absent):
+    code = f"{statement}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+def test_submodules_are_reachable_without_importing_them():
+    code = "import lora_lab; print(lora_lab.models.load, lora_lab.training.fit, lora_lab.data.load)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
