@@ -20,9 +20,10 @@ from .version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        parsed.run(parsed)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            parsed.run(parsed)
     except (LoraLabError, MemoryMathError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -100,6 +101,8 @@ def _demo(command: argparse.ArgumentParser) -> None:
 
 
 def finetune(options: argparse.Namespace) -> None:
+    import torch
+
     import memory_math
 
     from . import count_parameters, data, inject, save
@@ -113,6 +116,7 @@ def finetune(options: argparse.Namespace) -> None:
     if options.eval_data:
         held_out = data.load(options.eval_data)[0]
     model, tokenizer = _load(options, precision)
+    torch.manual_seed(config.seed)  # of the adapter's first values; `fit` starts from the same seed again
     inject(model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=_targets(options.target_modules))
     check_writable(options.out)
     print(count_parameters(model))
@@ -149,7 +153,7 @@ def generate(options: argparse.Namespace) -> None:
 def inspect(options: argparse.Namespace) -> None:
     from . import load, plan, summary
 
-    model, _ = _load(options, options.precision)
+    model, _ = _load(options, _precision(options))
     if options.adapter is not None:
         print(summary(load(model, options.adapter)))
     else:
@@ -170,11 +174,21 @@ def _precision(options: argparse.Namespace) -> str:
     from .training import fastest_precision
     from .training.precision import PRECISIONS
 
+    _check_device(options.device)
     if options.precision == "auto":
         return fastest_precision(options.device)
     if options.precision not in PRECISIONS:
         raise LoraLabError(f"--precision {options.precision}: expected auto, {', '.join(PRECISIONS)}{did_you_mean(options.precision, PRECISIONS)}")
     return str(options.precision)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoraLabError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def _load(options: argparse.Namespace, precision: str) -> Any:

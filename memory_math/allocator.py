@@ -17,12 +17,12 @@ ROUND_BYTES, SMALL_BYTES, LARGE_BYTES = 512, MIB, 10 * MIB
 
 
 class Block:
-    """A stretch of one segment, with its neighbours in it."""
+    """A stretch of one segment, with its neighbours in it. Of blocks of one size the lowest address is taken."""
 
-    __slots__ = ("after", "before", "free", "size", "small")
+    __slots__ = ("address", "after", "before", "free", "size", "small")
 
-    def __init__(self, size: int, small: bool) -> None:
-        self.size, self.small, self.free = size, small, False
+    def __init__(self, address: int, size: int, small: bool) -> None:
+        self.address, self.size, self.small, self.free = address, size, small, False
         self.before: Block | None = None
         self.after: Block | None = None
 
@@ -53,7 +53,7 @@ class CachingAllocator(Ledger):
                 self._take(neighbour)
                 self._join(block, neighbour)
         block.free = True
-        insort(self._free[block.small], (block.size, id(block), block))
+        insort(self._free[block.small], (block.size, block.address, block))
 
     def _best_fit(self, size: int, small: bool) -> Block | None:
         free = self._free[small]
@@ -62,25 +62,26 @@ class CachingAllocator(Ledger):
 
     def _segment(self, size: int, small: bool) -> Block:
         reserve = 2 * MIB if small else 20 * MIB if size < LARGE_BYTES else -(-size // (2 * MIB)) * 2 * MIB
+        block = Block(self.peak_reserved, reserve, small)
         self.peak_reserved += reserve
-        return Block(reserve, small)
+        return block
 
     def _split(self, block: Block, size: int) -> None:
-        rest = Block(block.size - size, block.small)
+        rest = Block(block.address + size, block.size - size, block.small)
         rest.before, rest.after, block.size = block, block.after, size
         if rest.after is not None:
             rest.after.before = rest
         block.after, rest.free = rest, True
-        insort(self._free[rest.small], (rest.size, id(rest), rest))
+        insort(self._free[rest.small], (rest.size, rest.address, rest))
 
     def _take(self, block: Block) -> None:
         free = self._free[block.small]
-        free.pop(bisect_left(free, (block.size, id(block))))
+        free.pop(bisect_left(free, (block.size, block.address)))
 
     def _join(self, block: Block, neighbour: Block) -> None:
         block.size += neighbour.size
         if neighbour is block.before:
-            block.before = neighbour.before
+            block.address, block.before = neighbour.address, neighbour.before
             if block.before is not None:
                 block.before.after = block
         else:

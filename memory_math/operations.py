@@ -53,9 +53,9 @@ def copy(tape: Tape, name: str, x: Sized, numel: int | None = None) -> Sized:
 
 
 def add(tape: Tape, name: str, a: Sized, b: Sized) -> Sized:
-    """a + b of one shape. Backward hands its gradient on to both; nothing is kept."""
+    """a + b of one shape. Backward hands its gradient on to both (cast for one of another dtype); nothing is kept."""
     itemsize = max(a.itemsize, b.itemsize)
-    return tape.record(name, [a, b], lambda: tape.new(a.numel, itemsize), passes=a.itemsize == b.itemsize)
+    return tape.record(name, [a, b], lambda: tape.new(a.numel, itemsize), passes=True)
 
 
 def multiply(tape: Tape, name: str, a: Sized, b: Sized) -> Sized:

@@ -115,8 +115,8 @@ class Leaf:
 class Node:
     """One recorded operation: what it keeps for backward, and whom its gradients go to.
 
-    passes: the gradient that arrives is handed on as it is (addition, views). scratch: bytes alive while the node runs, beside the
-    gradients it returns. The gradient of an input is as large as the input; one of logits is booked as logits.
+    passes: the gradient that arrives is handed on as it is, where the dtype agrees (addition, views). scratch: bytes alive while the
+    node runs, beside the gradients it returns. The gradient of an input is as large as the input; one of logits is booked as logits.
     """
 
     __slots__ = ("frame", "gradients", "kept", "name", "order", "passes", "receivers", "scratch", "slot")

@@ -9,6 +9,7 @@ Two formats, the fields' names as everywhere in the field:
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -48,12 +49,7 @@ def load(name_or_path: str | Path) -> tuple[Rows, Rows | None]:
 
 def read(path: Any) -> Rows:
     """Rows of one file: a JSON array, or one JSON object a line. Each row is checked."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise LoraLabError(f"{path}, line {line}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
-    rows, lines = [], []
+    text, rows, lines = _text(path), [], []
     for line, row in _array(text, path) if text.lstrip().startswith("[") else _lines(text, path):
         check_row(row, f"{path}, line {line}")
         rows.append(row)
@@ -63,29 +59,44 @@ def read(path: Any) -> Rows:
     return Rows(rows, str(path), lines)
 
 
+def _text(path: Any) -> str:
+    try:
+        return str(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise LoraLabError(f"{path}, line {line}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+    except OSError as error:
+        raise LoraLabError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def _lines(text: str, path: Any) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 and U+0085 may stand inside a string
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise LoraLabError(f"{path}, line {number}: not JSON ({error})") from None
+            yield number, _parsed(line, path, number)
 
 
 def _array(text: str, path: Any) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array with the line each begins on."""
+    """The elements of a JSON array with the line each begins on; parsed as a whole first, so that each comma is where it belongs."""
+    _parsed(text, path, 1)
     decoder, at, line, seen = json.JSONDecoder(), text.index("[") + 1, 1, 0
     while True:
-        while at < len(text) and text[at] in " \t\r\n,":
+        while text[at] in " \t\r\n,":
             at += 1
         line, seen = line + text.count("\n", seen, at), at
-        if text[at : at + 1] == "]":
+        if text[at] == "]":
             return
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise LoraLabError(f"{path}, line {line}: not JSON ({error})") from None
+        row, at = decoder.raw_decode(text, at)
         yield line, row
+
+
+def _parsed(text: str, path: Any, line: int) -> Any:
+    """`text` begins on `line` of the file; where it breaks, the parser knows how many lines and columns further."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LoraLabError(f"{path}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets nested as deep
+        raise LoraLabError(f"{path}, line {line}: JSON that cannot be read ({error})") from None
 
 
 def check_row(row: Any, where: str) -> None:
@@ -104,6 +115,7 @@ def _check_instruction(row: Row, where: str) -> None:
     for name in ("instruction", "input", "output"):
         if name in row and not isinstance(row[name], str):
             raise LoraLabError(f"{where}: {name!r} is a {type(row[name]).__name__}, expected text")
+        _check_characters(row.get(name, ""), name, where)
     for name in ("instruction", "output"):
         if not row.get(name, "").strip():
             raise LoraLabError(f"{where}: the row has no {name!r}: there is nothing to learn from it (fill it in, or remove the row)")
@@ -111,9 +123,18 @@ def _check_instruction(row: Row, where: str) -> None:
 
 def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise LoraLabError(f"{where}: 'messages' is {messages!r:.60}, expected a list of {{'role', 'content'}}")
+        raise LoraLabError(f"{where}: 'messages' is {reprlib.repr(messages)}, expected a list of {{'role', 'content'}}")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
-            raise LoraLabError(f"{where}: message {message!r:.80} needs a 'role' of {', '.join(ROLES)} and a text 'content'")
+            raise LoraLabError(f"{where}: message {reprlib.repr(message)} needs a 'role' of {', '.join(ROLES)} and a text 'content'")
+        _check_characters(message["content"], "content", where)
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise LoraLabError(f"{where}: no message of the assistant: there is nothing to learn from it")
+
+
+def _check_characters(text: str, name: str, where: str) -> None:
+    """JSON can spell half of a surrogate pair ("\\ud83d"), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LoraLabError(f"{where}: {name!r} holds {text[error.start]!r}, half of a character: write the whole character") from None

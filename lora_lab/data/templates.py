@@ -6,7 +6,7 @@ prompt also comes without the answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import LoraLabError
@@ -36,9 +36,10 @@ def prompt_of(row: Row, tokenizer: Any) -> str:
         return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
     if "messages" in row:
         raise LoraLabError("this tokenizer has no chat template, so rows with messages cannot be rendered: use instruction / input / output rows")
-    given = row.get("input", "")
-    return ALPACA.format(instruction=row["instruction"], input=f"### Input:\n{given}\n\n" if given else "",
-                         paired=", paired with an input that provides further context" if given else "")  # fmt: skip
+    given, bos = row.get("input", ""), getattr(tokenizer, "bos_token_id", None)
+    start = "" if bos is None else str(tokenizer.decode([bos], skip_special_tokens=False))
+    return start + ALPACA.format(instruction=row["instruction"], input=f"### Input:\n{given}\n\n" if given else "",
+                                 paired=", paired with an input that provides further context" if given else "")  # fmt: skip
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -57,8 +58,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int | None = No
 
 
 def _encode(row: Row, tokenizer: Any, where: str) -> Example:
-    if "input_ids" in row:
-        return {"input_ids": list(row["input_ids"]), "labels": list(row["labels"] if "labels" in row else row["input_ids"])}
+    if isinstance(row, Mapping) and "input_ids" in row:
+        return {"input_ids": _ids(row["input_ids"], where), "labels": _ids(row.get("labels", row["input_ids"]), where)}
     check_row(row, where)
     if tokenizer is None:
         raise LoraLabError(f"{where} is text, so a tokenizer is needed: fit(model, rows, tokenizer=tokenizer)")
@@ -70,24 +71,46 @@ def _encode(row: Row, tokenizer: Any, where: str) -> Example:
     return example
 
 
+def _ids(values: Any, where: str) -> list[int]:
+    try:
+        return [int(value) for value in values]
+    except (TypeError, ValueError):
+        raise LoraLabError(f"{where}: input_ids and labels are {values!r:.60}, expected lists of whole numbers") from None
+
+
 def _chat_pieces(row: Row, tokenizer: Any, where: str) -> Iterator[tuple[list[int], bool]]:
-    """(ids, learned?) turn by turn: what the template writes between answers, and each answer with its end."""
-    messages, done = messages_of(row), ""
+    """(ids, learned?) turn by turn: what the template writes between answers, and each answer up to its end token."""
+    messages, done, ends = messages_of(row), "", _end_ids(tokenizer)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        prompt = _rendered(tokenizer, messages[:turn], where, add_generation_prompt=True)
+        whole = _rendered(tokenizer, messages[: turn + 1], where)
         if not (prompt.startswith(done) and whole.startswith(prompt)):
             raise LoraLabError(f"{where}: the chat template rewrites earlier turns, so the answers cannot be told from the prompt")
         yield tokenizer.encode(prompt[len(done) :], add_special_tokens=False), False
-        yield tokenizer.encode(whole[len(prompt) :], add_special_tokens=False), True
+        answer = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
+        end = max((i + 1 for i, token in enumerate(answer) if token in ends), default=len(answer))
+        yield answer[:end], True
+        yield answer[end:], False  # ChatML's line break: generation has stopped before it
         done = whole
 
 
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], where: str, **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template refuses with jinja2's error, with ours, or with whatever its code runs into
+        raise LoraLabError(f"{where}: {error}") from None
+
+
+def _end_ids(tokenizer: Any) -> set[int | None]:
+    """What ends an answer: our tokenizers know several ids, transformers' one."""
+    return {*(getattr(tokenizer, "end_ids", None) or [getattr(tokenizer, "eos_token_id", None)])}
+
+
 def _alpaca_pieces(row: Row, tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
-    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-    yield [*([bos] if bos is not None else []), *tokenizer.encode(prompt_of(row, tokenizer), add_special_tokens=False)], False
+    eos = getattr(tokenizer, "eos_token_id", None)
+    yield tokenizer.encode(prompt_of(row, tokenizer), add_special_tokens=False), False
     yield [*tokenizer.encode(row["output"], add_special_tokens=False), *([eos] if eos is not None else [])], True
 
 
@@ -96,8 +119,8 @@ def _checked(example: Example, max_length: int | None, where: str) -> Example:
     if tokens != len(example["labels"]):
         raise LoraLabError(f"{where}: {tokens} input_ids but {len(example['labels'])} labels: expected one label each")
     if max_length is not None and tokens > max_length:
-        raise LoraLabError(f"{where}: the row has {tokens} tokens, more than max_length={max_length}: shorten it, or raise max_length up to "
-                           "the model's context")  # fmt: skip
+        raise LoraLabError(f"{where}: the row has {tokens} tokens, but max_length, or the model's context, is {max_length}: shorten the row, "
+                           "or raise max_length where the model allows it")  # fmt: skip
     if all(label == IGNORE for label in example["labels"][1:]):
         raise LoraLabError(f"{where}: no token of the row has a label: there is nothing to learn from it")
     return example

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from ..errors import LoraLabError
 from .blocks import KVCache
 
 
@@ -60,6 +62,15 @@ class PretrainedModel(nn.Module):
         from .loading import weights_sha256
 
         return weights_sha256(self.source_folder) if self.source_folder is not None else None
+
+
+def check_ids(name: str, ids: Tensor, vocabulary: int, also: int = 0) -> None:
+    """Raise LoraLabError for an id outside 0 .. vocabulary - 1 that is not `also`. On the CPU only: elsewhere looking would wait for the device."""
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return
+    outside = ids[((ids < 0) | (ids >= vocabulary)) & (ids != also)]
+    if len(outside):
+        raise LoraLabError(f"{name} has the id {int(outside[0])}, the model's vocabulary ends at {vocabulary - 1}: is this the model's tokenizer?")
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class RMSNormFunction(torch.autograd.Function):
             g = grad * weight.to(grad.dtype)
             grad_x = (inverse_rms * (g - normalised * (g * normalised).mean(-1, keepdim=True))).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normalised).flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = (grad * normalised).reshape(-1, len(weight)).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
@@ -191,6 +191,10 @@ class LayerCache:
         buffer[:, :, start : self.length] = new
         return buffer
 
+    def fork(self) -> LayerCache:
+        """Another cache that starts with what is here so far; appending to it leaves this one alone (with gradients on)."""
+        return LayerCache() if self.keys is None or self.values is None else LayerCache(self.keys[:, :, : self.length], self.values[:, :, : self.length])
+
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows of the batch (a bool [B] or indices)."""
         assert self.keys is not None and self.values is not None
@@ -201,7 +205,7 @@ class KVCache:
     """One `LayerCache` per layer. Iterating gives (keys, values) pairs; such pairs also make one."""
 
     def __init__(self, layers: int | Any) -> None:
-        self.layers = [LayerCache() for _ in range(layers)] if isinstance(layers, int) else [LayerCache(*pair) for pair in layers]
+        self.layers = [LayerCache() for _ in range(layers)] if isinstance(layers, int) else [LayerCache(*pair[:2]) for pair in layers]
 
     @property
     def length(self) -> int:

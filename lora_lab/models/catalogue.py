@@ -51,8 +51,9 @@ def fetch(name: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     import_gguf()  # before 90 MB are downloaded for nothing
-    with saving(f"model {name!r}", folder), lock(folder.with_suffix(".lock")):
+    with saving(f"model {name!r}", folder), lock(folder.with_name(f"{name}.lock")):
         if not (folder / "config.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # what somebody else left of it would stand in the way
             with tempfile.TemporaryDirectory(prefix="lora-lab-") as temporary:
                 convert(unpack(download(CATALOGUE[name], Path(temporary)), CATALOGUE[name]), folder, CATALOGUE[name])
     return folder

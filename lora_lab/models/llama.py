@@ -9,7 +9,7 @@ Module paths and parameter names are transformers', so that checkpoints and adap
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters import checkpoint_contexts
 from ..errors import LoraLabError
-from .base import CausalLMOutput, PretrainedModel
+from .base import CausalLMOutput, PretrainedModel, check_ids
 from .blocks import Attention, GatedMLP, KVCache, LayerCache, RMSNorm, attention_mask
-from .losses import next_token_loss
+from .losses import IGNORE, next_token_loss
 from .rotary import Rope
 
 
@@ -63,8 +63,10 @@ class LlamaConfig:
                    mlp_bias=source.get("mlp_bias", False), rope=Rope.from_config(source, head_dim), source=source)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json this model would be saved with."""
-        return {**self.source, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        """The config.json this model would be saved with; what the file it came from said beyond our fields is kept."""
+        ours = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("rope", "source")}
+        kept = {name: value for name, value in self.source.items() if name != "rope_parameters"}
+        return {**kept, **ours, **self.rope.to_dict(), "hidden_act": "silu", "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -105,12 +107,21 @@ class LlamaModel(nn.Module):
             x = self._run(layer, x, rotary, mask, cache.layers[index] if cache is not None else None)
         return self.norm(x)
 
-    def _run(self, layer: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+    def _run(self, layer: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, past: LayerCache | None) -> Tensor:
         """Call a layer; with gradient checkpointing keep only its input, and recompute it in backward with the same adapters."""
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return layer(x, *rest)
+        if not self.recomputes:
+            return layer(x, rotary, mask, past)
+
+        def run(x: Tensor) -> Tensor:  # twice: each run gets the past as it is now, and its additions are not kept
+            return layer(x, rotary, mask, past.fork() if past is not None else None)
+
         contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": lambda: checkpoint_contexts(layer)}
-        return checkpoint(layer, x, *rest, use_reentrant=False, **contexts)
+        return checkpoint(run, x, use_reentrant=False, **contexts)
+
+    @property
+    def recomputes(self) -> bool:
+        """Is gradient checkpointing at work in a forward pass made now?"""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
 
 class LlamaForCausalLM(PretrainedModel):
@@ -133,11 +144,12 @@ class LlamaForCausalLM(PretrainedModel):
 
         labels: [B, T], -100 where none; shifted here, loss is the mean over the others. In training mode with labels `.logits` is
         None: only labelled positions are computed.  logits_to_keep: compute logits of the last so many positions only (0: all).
-        Raises LoraLabError for both or neither of input_ids and inputs_embeds, an id outside the vocabulary, shapes that differ.
+        Raises LoraLabError for both or neither of input_ids and inputs_embeds, shapes that differ, use_cache=True under gradient
+        checkpointing, and on the CPU for an id outside the vocabulary (a GPU stops by itself).
         """
         x = self._embed(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
-        self._check(x, attention_mask, labels, cache)
+        self._check(x, attention_mask, position_ids, labels, cache)
         hidden = self.model(x, attention_mask, position_ids, cache)
         loss = None if labels is None else next_token_loss(hidden, labels, self.lm_head)
         logits = self.lm_head(hidden[:, -logits_to_keep:]) if labels is None or not self.training else None
@@ -146,16 +158,28 @@ class LlamaForCausalLM(PretrainedModel):
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise LoraLabError("give either input_ids [B, T] or inputs_embeds [B, T, H], not both and not neither")
-        return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        embedding = self.get_input_embeddings()
+        if inputs_embeds is not None:
+            return inputs_embeds
+        check_ids("input_ids", input_ids, len(embedding.weight))
+        return embedding(input_ids)
 
     def _cache(self, past: Any, use_cache: bool) -> KVCache | None:
+        if use_cache and self.model.recomputes:
+            raise LoraLabError("use_cache=True with gradient checkpointing in training mode: the recompute would fill the cache twice; use one of them")
         if past is None:
             return KVCache(self.config.num_hidden_layers) if use_cache else None
         return past if isinstance(past, KVCache) else KVCache(past)
 
-    def _check(self, x: Tensor, attention_mask: Tensor | None, labels: Tensor | None, cache: KVCache | None) -> None:
+    def _check(self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, labels: Tensor | None, cache: KVCache | None) -> None:
+        if x.ndim != 3 or x.shape[2] != self.config.hidden_size:
+            raise LoraLabError(f"the input's embeddings are {list(x.shape)}, expected [B, T, {self.config.hidden_size}] from input_ids [B, T]")
+        if cache is not None and len(cache) != self.config.num_hidden_layers:
+            raise LoraLabError(f"past_key_values has {len(cache)} layers, the model has {self.config.num_hidden_layers}")
         batch, length, past = x.shape[0], x.shape[1], cache.length if cache is not None else 0
-        if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + length):
-            raise LoraLabError(f"attention_mask is {list(attention_mask.shape)}, expected [{batch}, {past + length}] (cache and input)")
-        if labels is not None and tuple(labels.shape) != (batch, length):
-            raise LoraLabError(f"labels are {list(labels.shape)}, expected [{batch}, {length}] like the input")
+        for name, given, *shapes in (("attention_mask", attention_mask, [batch, past + length]), ("labels", labels, [batch, length]),
+                                     ("position_ids", position_ids, [batch, length], [1, length])):  # fmt: skip
+            if given is not None and list(given.shape) not in shapes:
+                raise LoraLabError(f"{name} is {list(given.shape)}, expected {shapes[0]} (the input has {length} positions, the cache {past})")
+        if labels is not None:
+            check_ids("labels", labels, len(self.get_input_embeddings().weight), also=IGNORE)

@@ -58,12 +58,14 @@ def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None
     """Write config.json, model.safetensors and the tokenizer's files. Raises LoraLabError for a model with adapters in it."""
     if any(isinstance(module, LoRA) for module in model.modules()):
         raise LoraLabError("this model has LoRA layers: save the adapter with lora_lab.save, or eject it before saving the model")
-    folder = Path(folder)
+    folder, dtype = Path(folder), str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    config = {name: value for name, value in model.config.to_dict().items() if name != "torch_dtype"}  # transformers 4's name for dtype
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     with saving("model", folder):
         write_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-        write_json(folder / "config.json", model.config.to_dict())
+        write_json(folder / "config.json", {**config, "dtype": dtype})
+        (folder / ORIGIN).unlink(missing_ok=True)  # these weights come from here now
         if tokenizer is not None:
             tokenizer.save(folder)
 
@@ -93,7 +95,7 @@ def _from_hub(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # offline, gated, misspelt: many classes of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoraLabError(f"could not get {name!r} from the hub: {reason}") from None
+        raise LoraLabError(f"{name!r} is no folder here, and could not be got from the hub: {reason}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -105,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
         pickled = [path.name for path in folder.glob("*.bin")]
         hint = f"; {pickled[0]} is a pickle, which can run code when read: convert it with transformers' save_pretrained" if pickled else ""
         raise LoraLabError(f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint}")
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    names = sorted({str(name) for name in dict(read_json(index).get("weight_map", {})).values()})
     if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
         raise LoraLabError(f"{index} lists {missing[0]!r}, which is not in the folder: download or copy the model again")
     return [folder / name for name in names]
@@ -146,20 +148,26 @@ def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | No
     with torch.device("meta"):
         model = family(family.config_class.from_dict(config))
     missing = {name for name, _ in model.named_parameters()}
+    tied_head = None
     for name, tensor in weights:
-        if ignorable(name, model):
+        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints carry these buffers
+            continue
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            tied_head = tensor
             continue
         place(model, name, tensor, dtype, torch.get_default_device() if device is None else device)
         missing.discard(name)
     if missing:
         raise LoraLabError(f"the weights lack {len(missing)} tensors of a {architecture}, {min(missing)!r} among them")
+    check_tied(tied_head, model.get_input_embeddings().weight)
     model.tie_weights()
     return model.eval()
 
 
-def ignorable(name: str, model: PretrainedModel) -> bool:
-    """Old checkpoints carry rotary buffers, and some repeat a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings)
+def check_tied(head: Tensor | None, embedding: Tensor) -> None:
+    """Some checkpoints repeat a tied head; one that is not the embedding would be lost without a word."""
+    if head is not None and not embedding.is_meta and not torch.equal(head.to(embedding), embedding):
+        raise LoraLabError("lm_head.weight differs from model.embed_tokens.weight, but config.json says tie_word_embeddings: set it to false there")
 
 
 def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: Any) -> None:
@@ -194,9 +202,10 @@ def weights_sha256(source: Path) -> str:
 
 
 def _file_sha256(path: Path) -> str:
-    blob = path.resolve().name  # a hub snapshot links to a blob that is named by its SHA-256
-    status = path.stat()
-    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else _hash_once(path, status.st_size, status.st_mtime_ns)
+    blob, status = path.resolve(), path.stat()
+    if path.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name  # a hub snapshot links to a blob that is named by its SHA-256
+    return _hash_once(path, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)

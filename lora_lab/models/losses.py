@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..adapters import checkpoint_contexts
 from .blocks import compute_dtype
 
 CHUNK_BYTES = 32 * 2**20
@@ -33,10 +34,20 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 
 def summed_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """hidden: [L, H].  labels: [L].  A plain linear head takes the fast path; any other is called as it is, chunk by chunk."""
-    if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
-        return LinearCrossEntropy.apply(hidden, head.weight, head.bias, labels, compute_dtype(hidden))
-    losses = [checkpoint(_called_loss, h, y, head, use_reentrant=False) for h, y in _chunks(hidden, labels, _rows(head))]
+    if is_plain(head):
+        inputs = (hidden, head.weight, head.bias)
+        if not torch.is_grad_enabled():  # no_grad does not reach ctx.needs_input_grad, and gradients would be made for nothing
+            inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+        return LinearCrossEntropy.apply(*inputs, labels, compute_dtype(hidden))
+    contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": lambda: checkpoint_contexts(head)}
+    losses = [checkpoint(_called_loss, h, y, head, use_reentrant=False, **contexts) for h, y in _chunks(hidden, labels, _rows(head))]
     return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
+
+
+def is_plain(head: nn.Module) -> bool:
+    """True where `head(x)` is x @ weight.T + bias and nothing else: no subclass, no hook, no forward put on the instance."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return type(head) is nn.Linear and not any(hooks) and "forward" not in vars(head)
 
 
 def _called_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:

@@ -35,23 +35,27 @@ class Rope:
         kind = numbers.pop("rope_type", None) or numbers.pop("type", None) or "default"
         positions = config.get("max_position_embeddings", 2048)
         if kind in ("yarn", "longrope", "llama3"):
-            original = config.get("original_max_position_embeddings")
-            numbers.setdefault("original_max_position_embeddings", original or positions)
+            outside = config.get("original_max_position_embeddings")  # has the last word, as in transformers
+            numbers["original_max_position_embeddings"] = outside or numbers.get("original_max_position_embeddings") or positions
         if kind not in KINDS:
             raise LoraLabError(f"rope_type={kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}")
         return cls(float(theta), dim, positions, kind, numbers)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [B or 1, T] -> cos and sin, float32 [B or 1, 1, T, dim / 2]."""
-        length = int(positions.max()) + 1 if self.kind in ("dynamic", "longrope") else 0
-        frequencies, scale = KINDS[self.kind](self, length, positions.device)
+        frequencies, scale = KINDS[self.kind](self, positions)
         angles = positions[:, None, :, None].float() * frequencies
         return angles.cos() * scale, angles.sin() * scale
 
-    def powers(self, device: Any, theta: float | None = None) -> Tensor:
-        """theta ** (2 i / dim) for i = 0 .. dim/2 - 1: [dim / 2]."""
+    def powers(self, device: Any, theta: float | Tensor | None = None) -> Tensor:
+        """theta ** (2 i / dim) for i = 0 .. dim/2 - 1: [dim / 2], in float32 whatever the default dtype."""
         exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
-        return torch.as_tensor(theta or self.theta, device=device) ** exponents
+        powers: Tensor = (self.theta if theta is None else theta) ** exponents
+        return powers
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of a config.json, as transformers 4 writes them and both 4 and 5 read them."""
+        return {"rope_theta": self.theta, "rope_scaling": None if self.kind == "default" else {"rope_type": self.kind, **self.numbers}}
 
     def number(self, name: str) -> Any:
         if self.numbers.get(name) is None:
@@ -59,32 +63,33 @@ class Rope:
         return self.numbers[name]
 
 
-def _default(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
-    return 1.0 / rope.powers(device), 1.0
+def _default(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:
+    return 1.0 / rope.powers(positions.device), 1.0
 
 
-def _linear(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+def _linear(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:
     """Position interpolation (Chen et al. 2023, arXiv:2306.15595)."""
-    return 1.0 / rope.powers(device) / rope.number("factor"), 1.0
+    return 1.0 / rope.powers(positions.device) / rope.number("factor"), 1.0
 
 
-def _dynamic(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+def _dynamic(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:
     """NTK-aware: the base grows with the length, beyond the trained context only."""
     factor, trained, dim = rope.number("factor"), rope.max_positions, rope.dim
-    growth = factor * max(length, trained) / trained - (factor - 1)
-    return 1.0 / rope.powers(device, rope.theta * growth ** (dim / (dim - 2))), 1.0
+    longest = (positions.max() + 1).clamp(min=trained).float()  # a tensor: no synchronisation, and it compiles
+    growth = factor * longest / trained - (factor - 1)
+    return 1.0 / rope.powers(positions.device, rope.theta * growth ** (dim / (dim - 2))), 1.0
 
 
-def _llama3(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+def _llama3(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:
     """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth passage between."""
     factor, low, high = rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    frequencies = 1.0 / rope.powers(device)
+    frequencies = 1.0 / rope.powers(positions.device)
     turns = rope.number("original_max_position_embeddings") * frequencies / (2 * math.pi)  # over the trained context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / factor), 1.0
 
 
-def _yarn(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+def _yarn(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3.2 and the attention factor of section 3.4."""
     trained, numbers, half = rope.number("original_max_position_embeddings"), rope.numbers, rope.dim // 2
     factor = numbers.get("factor") or rope.max_positions / trained
@@ -93,9 +98,9 @@ def _yarn(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
     if numbers.get("truncate", True):
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     low, high = max(ends[0], 0), min(ends[1], rope.dim - 1)
-    ramp = (torch.arange(half, device=device, dtype=torch.float32) - low) / (high - low or 0.001)
+    ramp = (torch.arange(half, device=positions.device, dtype=torch.float32) - low) / (high - low or 0.001)
     interpolated = ramp.clamp(0, 1)
-    frequencies = 1.0 / rope.powers(device)
+    frequencies = 1.0 / rope.powers(positions.device)
     return frequencies / factor * interpolated + frequencies * (1 - interpolated), _yarn_attention(factor, numbers)
 
 
@@ -110,17 +115,18 @@ def _yarn_attention(factor: float, numbers: dict[str, Any]) -> float:
     return scale(1.0)
 
 
-def _longrope(rope: Rope, length: int, device: Any) -> tuple[Tensor, float]:
+def _longrope(rope: Rope, positions: Tensor) -> tuple[Tensor, float]:
     """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one searched factor per frequency, another set beyond the trained context."""
     trained = rope.number("original_max_position_embeddings")
-    factors = torch.tensor(rope.number("long_factor" if length > trained else "short_factor"), device=device, dtype=torch.float32)
+    short, long = (torch.tensor(rope.number(name), device=positions.device, dtype=torch.float32) for name in ("short_factor", "long_factor"))
+    factors = torch.where(positions.max() >= trained, long, short)
     stretch = rope.numbers.get("factor") or rope.max_positions / trained
     scale = rope.numbers.get("attention_factor")
     if scale is None:
         scale = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
-    return 1.0 / (factors * rope.powers(device)), float(scale)
+    return 1.0 / (factors * rope.powers(positions.device)), float(scale)
 
 
-KINDS: dict[str, Callable[[Rope, int, Any], tuple[Tensor, float]]] = {
+KINDS: dict[str, Callable[[Rope, Tensor], tuple[Tensor, float]]] = {
     "default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope,
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ class Log:
     def write(self, **entry: Any) -> None:
         if self.path is not None:
             with saving("log", self.path), open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps({key: _json_number(value) for key, value in entry.items()}) + "\n")
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_trainable(model: nn.Module, folder: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 from ..errors import LoraLabError, did_you_mean
 from .optimizers import OPTIMIZERS, SCHEDULES
 from .precision import PRECISIONS
+
+# name: least value
+WHOLE_NUMBERS = {"max_steps": 1, "micro_batch_size": 1, "grad_accum_steps": 1, "save_every": 1, "eval_every": 1, "max_length": 1, "warmup_steps": 0,
+                 "seed": 0}  # fmt: skip
+# name: may it be zero?
+NUMBERS = {"epochs": False, "learning_rate": False, "max_grad_norm": False, "weight_decay": True}
 
 
 @dataclass
@@ -51,18 +58,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
-            if (value := getattr(self, name)) not in choices:
+            if (value := getattr(self, name)) not in [*choices]:
                 raise LoraLabError(f"{name}={value!r}: expected one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
-        for name in ("max_steps", "micro_batch_size", "grad_accum_steps", "save_every", "eval_every", "max_length"):
+        for name, least in WHOLE_NUMBERS.items():
+            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= least, f"a whole number of at least {least}")
+        for name, zero in NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise LoraLabError(f"{name}={value!r}: expected a whole number of at least 1")
-        right = {"epochs": self.epochs > 0, "learning_rate": self.learning_rate > 0, "warmup_steps": self.warmup_steps >= 0,
-                 "weight_decay": self.weight_decay >= 0, "max_grad_norm": self.max_grad_norm is None or self.max_grad_norm > 0}  # fmt: skip
-        for name in (name for name, fine in right.items() if not fine):
-            raise LoraLabError(f"{name}={getattr(self, name)!r}: expected a positive number")
+            right = isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or (zero and value == 0))
+            self._check(name, right, "a number of at least 0" if zero else "a number above 0")
         if self.save_every and self.output_dir is None:
             raise LoraLabError(f"save_every={self.save_every} needs an output_dir to save into")
+
+    def _check(self, name: str, right: bool, expected: str) -> None:
+        value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None or name == "max_grad_norm"
+        if isinstance(value, bool) or not (right or (value is None and optional)):
+            raise LoraLabError(f"{name}={value!r}: expected {expected}{' or None' if optional else ''}")
 
     @classmethod
     def of(cls, config: TrainConfig | dict[str, Any] | None) -> TrainConfig:

@@ -70,14 +70,15 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise LoraLabError("nothing in the model requires grad, so there is nothing to train: inject an adapter, or unfreeze weights")
-    max_length = config.max_length or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    max_length = _longest_row(model, config)
     examples = encode_rows(data, tokenizer, max_length)
     held_out = encode_rows(eval_data, tokenizer, max_length) if eval_data else []
     precision = PRECISIONS[config.precision]
     if learns_in_16_bit(model, precision):
         warnings.warn("weights are trained in 16 bit: updates smaller than about 1/256 of a weight are rounded away; "
                       "precision='bf16-mixed' keeps float32 masters", stacklevel=2)  # fmt: skip
-    with stored_in(precision, model), in_mode(model, training=True), _checkpointing(model, config.gradient_checkpointing):
+    with (_own_gradients(trained), stored_in(precision, model), in_mode(model, training=True),
+          _checkpointing(model, config.gradient_checkpointing)):  # fmt: skip
         return _Run(model, trained, config, getattr(tokenizer, "pad_token_id", 0) or 0).train(examples, held_out)
 
 
@@ -98,7 +99,7 @@ class _Run:
     def train(self, examples: list[Example], held_out: list[Example]) -> FitResult:
         config, result = self.config, self.result
         per_epoch = math.ceil(math.ceil(len(examples) / config.micro_batch_size) / config.grad_accum_steps)
-        steps = config.max_steps or max(1, math.ceil(per_epoch * config.epochs))
+        steps = config.max_steps or max(1, math.ceil(round(per_epoch * config.epochs, 6)))  # 1.1 epochs of 100 steps are 110, not 111
         reset_peak(self.device)
         self.evaluate(held_out, step=0)
         with _progress(steps, config.progress) as bar:
@@ -114,6 +115,8 @@ class _Run:
                 if step == steps or (config.eval_every and step % config.eval_every == 0):
                     self.evaluate(held_out, step)
         result.peak_bytes = peak_bytes(self.device)
+        if result.skipped_steps == result.steps:
+            warnings.warn(f"all {steps} steps were skipped by float16 overflow, so nothing was learned: train longer or in bf16-mixed", stacklevel=4)
         return result
 
     def step(self, micro_batches: list[list[Example]], step: int, steps: int) -> float:
@@ -126,10 +129,10 @@ class _Run:
         watch = _WhichLayersRan(self.model) if step == 1 else contextlib.nullcontext()
         with watch:
             loss = sum(self.backward(batch, count / sum(labelled)) for batch, count in zip(batches, labelled, strict=True))
-        self.check_loss(loss, step)
+        self.check_finite("loss", loss, step)
         if isinstance(watch, _WhichLayersRan):
             watch.check(self.trained)
-        norm, skipped = self.update()
+        norm, skipped = self.update(step)
         self.result.losses.append(loss)
         self.result.skipped_steps += skipped
         self.result.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
@@ -145,22 +148,21 @@ class _Run:
         self.scaler.scale(loss).backward()
         return float(loss.detach())
 
-    def update(self) -> tuple[float | None, bool]:
-        """Clip and step; returns the gradient norm before clipping (None: not clipped) and whether an overflow skipped the step."""
-        norm = None
+    def update(self, step: int) -> tuple[float, bool]:
+        """Clip and step; returns the gradient norm before clipping and whether an overflow skipped the step."""
         self.scaler.unscale_(self.optimizer)
-        if self.config.max_grad_norm is not None:
-            norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm or math.inf))
+        self.check_finite("gradient's norm", norm, step)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return (norm if norm is None or math.isfinite(norm) else None), self.scaler.get_scale() < scale
+        return norm, self.scaler.get_scale() < scale
 
-    def check_loss(self, loss: float, step: int) -> None:
-        """Stop at a loss that is not a number; under loss scaling an overflow is expected, until no scale is left."""
-        if not math.isfinite(loss) and not (self.precision.scaled and self.scaler.get_scale() >= 1.0):
-            raise LoraLabError(f"the loss is {loss} at step {step}: lower learning_rate ({self.config.learning_rate}), warm up longer, or train "
+    def check_finite(self, what: str, value: float, step: int) -> None:
+        """Stop at a loss or gradient that is not a number; under loss scaling an overflow is expected, until no scale is left."""
+        if not math.isfinite(value) and not (self.precision.scaled and self.scaler.get_scale() >= 1.0):
+            raise LoraLabError(f"the {what} is {value} at step {step}: lower learning_rate ({self.config.learning_rate}), warm up longer, or train "
                                "in fp32; the weights are those before this step")  # fmt: skip
 
     def evaluate(self, held_out: list[Example], step: int) -> None:
@@ -224,6 +226,27 @@ class _WhichLayersRan:
                 if layer.lora_B[adapter].requires_grad and layer.lora_B[adapter].grad is None:
                     raise LoraLabError(f"layer {path!r} ran, but its lora_B got no gradient: something between it and the loss cuts the graph "
                                        "(reentrant checkpointing? use use_reentrant=False)")  # fmt: skip
+
+
+def _longest_row(model: nn.Module, config: TrainConfig) -> int | None:
+    """Tokens a row may have: no more than max_length, and no more than the model's context."""
+    limits = config.max_length, getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+@contextlib.contextmanager
+def _own_gradients(trained: list[nn.Parameter]) -> Iterator[None]:
+    """No gradient of an earlier backward() gets into the run, and none of the run stays behind."""
+    _drop_gradients(trained)
+    try:
+        yield
+    finally:
+        _drop_gradients(trained)
+
+
+def _drop_gradients(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 @contextlib.contextmanager

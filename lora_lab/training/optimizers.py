@@ -21,7 +21,7 @@ def _sgd(parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay:
 
 OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter], float, float], torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
 
-# Each schedule maps progress, 0 at the end of the warm-up and 1 at the last step, to a share of the learning rate.
+# Each schedule maps progress, 0 at the end of the warm-up and 1 after the last step, to a share of the learning rate.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,

@@ -11,7 +11,8 @@ from memory_math.tape import Storage
 
 
 @pytest.mark.parametrize(("nbytes", "reserved"), [
-    (1, 2 * MIB), (MIB, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB), (10 * MIB, 10 * MIB), (11 * MIB, 12 * MIB), (33 * MIB, 34 * MIB),
+    (1, 2 * MIB), (MIB, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB), (10 * MIB, 10 * MIB), (11 * MIB, 12 * MIB),
+    (33 * MIB, 34 * MIB),
 ])  # fmt: skip
 def test_one_request_reserves_its_segment(nbytes: int, reserved: int) -> None:
     allocator = CachingAllocator()

@@ -11,7 +11,8 @@ from memory_math.__main__ import main
 
 
 def test_predict_prints_the_table(capsys) -> None:
-    assert main(["predict", "smollm2-135m", "--method", "lora", "--precision", "bf16-mixed", "--batch-size", "4", "--sequence-length", "256"]) == 0
+    arguments = "predict smollm2-135m --method lora --precision bf16-mixed --batch-size 4 --sequence-length 256"
+    assert main(arguments.split()) == 0
     printed = capsys.readouterr().out.rstrip("\n")
     assert printed == predict("smollm2-135m", method="lora", precision="bf16-mixed", batch_size=4, sequence_length=256).table()
 

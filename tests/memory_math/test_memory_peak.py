@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ SHAPE = {
     "num_key_value_heads": 2, "intermediate_size": 688, "tie_word_embeddings": True,
 }  # fmt: skip
 BATCH, LENGTH, RANK = 4, 128, 8
-GRID = [(method, precision, checkpointing) for method in ("full", "lora") for precision in ("fp32", "bf16-mixed") for checkpointing in (False, True)]
+GRID = list(itertools.product(("full", "lora"), ("fp32", "bf16-mixed"), (False, True)))  # method, precision, checkpointing
 
 
 def autocast(precision: str) -> Any:
@@ -55,8 +56,8 @@ def adamw(model: Any, **kind: Any) -> Any:
 
 
 def predicted(method: str, precision: str, checkpointing: bool, **more: Any) -> Any:
-    return predict(SHAPE, method=method, precision=precision, gradient_checkpointing=checkpointing, batch_size=BATCH, sequence_length=LENGTH,
-                   rank=RANK, device="cpu", **more)  # fmt: skip
+    shape = {"batch_size": BATCH, "sequence_length": LENGTH, "rank": RANK, "device": "cpu"}
+    return predict(SHAPE, method=method, precision=precision, gradient_checkpointing=checkpointing, **shape, **more)
 
 
 @pytest.mark.parametrize(("method", "precision", "checkpointing"), GRID)
@@ -87,18 +88,26 @@ def test_peak_of_a_transformers_training_step(method: str, precision: str, check
     )
     if method == "lora":
         model = model.bfloat16() if precision == "bf16-mixed" else model
-        model.enable_input_require_grads()
+        if checkpointing:
+            model.enable_input_require_grads()
         model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear"))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     step = training_step(model.train(), adamw(model), precision)
     step()
     real, footprint = measure(step), predicted(method, precision, checkpointing)
-    assert footprint.total == pytest.approx(real.peak_bytes, rel=0.03), compare(footprint, real)
+    assert footprint.total == pytest.approx(real.peak_bytes, rel=0.01), compare(footprint, real)
 
 
-def test_peak_of_a_prompt() -> None:
-    model = our_llama("full", "fp32", checkpointing=False).eval()
+@pytest.mark.parametrize("implementation", ["lora_lab", "transformers"])
+def test_peak_of_a_prompt(implementation: str) -> None:
+    if implementation == "lora_lab":
+        model = our_llama("full", "fp32", checkpointing=False)
+    else:
+        transformers = pytest.importorskip("transformers")
+        fields = {key: value for key, value in SHAPE.items() if key != "model_type"}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    model.eval()
 
     def prompt() -> None:
         ids = torch.randint(0, SHAPE["vocab_size"], (BATCH, LENGTH))
@@ -106,6 +115,13 @@ def test_peak_of_a_prompt() -> None:
             model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
     prompt()
-    footprint = predict(SHAPE, method="inference", implementation="lora_lab", batch_size=BATCH, sequence_length=LENGTH, device="cpu")
+    footprint = predict(SHAPE, method="inference", implementation=implementation, batch_size=BATCH, sequence_length=LENGTH, device="cpu")
     assert footprint.total == pytest.approx(measure(prompt).peak_bytes, rel=0.01)
-    assert footprint.activations == 2 * 4 * BATCH * LENGTH * 2 * 32 * 4  # keys and values, 4 blocks, 2 heads of 32, 4 bytes
+
+
+def test_keys_and_values_are_the_activations_of_a_prompt() -> None:
+    """2 tensors * blocks * tokens * key/value heads * head size * bytes: Llama-3-8B keeps 131,072 bytes a token in 16 bit."""
+    one, two = (predict("llama-3-8b", method="inference", precision="bf16", batch_size=b, sequence_length=1024) for b in (1, 2))
+    block = 131_072 // 32
+    assert one.activations in {1024 * block * 31, 1024 * block * 32}  # the peak may lie in the last block, before it has added its own
+    assert two.activations == 2 * one.activations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -43,8 +44,7 @@ def predicted(config: dict[str, Any], **request: Any) -> Any:
     return predict(config, batch_size=BATCH, sequence_length=LENGTH, rank=RANK, device="cpu", **request)
 
 
-PLAIN = [(method, precision, checkpointing, {}) for method in ("full", "lora") for precision in ("fp32", "bf16", "bf16-mixed")
-         for checkpointing in (False, True)]  # fmt: skip
+PLAIN = [(*point, {}) for point in itertools.product(("full", "lora"), ("fp32", "bf16", "bf16-mixed"), (False, True))]
 OTHERS: list[tuple[str, str, bool, dict[str, Any]]] = [
     ("full", "fp32", False, {"tie_word_embeddings": False}),
     ("full", "bf16-mixed", False, {"attention_bias": True, "mlp_bias": True}),
@@ -66,7 +66,7 @@ def split(change: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("method", "precision", "checkpointing", "change"), PLAIN + OTHERS)
-def test_this_projects_llama_keeps_exactly_what_is_predicted(method: str, precision: str, checkpointing: bool, change: dict[str, Any]) -> None:
+def test_our_llama_keeps_exactly_what_is_predicted(method: str, precision: str, checkpointing: bool, change: dict[str, Any]) -> None:
     lora_lab = pytest.importorskip("lora_lab")
     llama = pytest.importorskip("lora_lab.models.llama")
     config, adapter = split(change)
@@ -75,7 +75,8 @@ def test_this_projects_llama_keeps_exactly_what_is_predicted(method: str, precis
         lora_lab.inject(model, rank=RANK, **adapter)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    footprint = predicted(config, method=method, precision=precision, gradient_checkpointing=checkpointing, implementation="lora_lab", **adapter)
+    asked = {"method": method, "precision": precision, "gradient_checkpointing": checkpointing, "implementation": "lora_lab"}
+    footprint = predicted(config, **asked, **adapter)
     # watched by hooks, a LoRA layer takes itself for checkpointed and keeps one int64 more
     stamps = 0 if checkpointing else 8 * footprint.request["adapted_layers"]
     assert measured(model.train(), precision) - stamps == footprint.saved_bytes
@@ -83,7 +84,7 @@ def test_this_projects_llama_keeps_exactly_what_is_predicted(method: str, precis
 
 @pytest.mark.parametrize(("method", "precision", "checkpointing", "change"), PLAIN + OTHERS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_transformers_llama_keeps_what_is_predicted(method: str, precision: str, checkpointing: bool, change: dict[str, Any], attention: str) -> None:
+def test_transformers_keeps_what_is_predicted(method: str, precision: str, checkpointing: bool, change: dict[str, Any], attention: str) -> None:
     """The rules are derived from transformers 5.23 and PEFT 0.21; another version may differ by a little, hence 2 %."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     config, adapter = split(change)
