@@ -192,8 +192,10 @@ class LayerCache:
         return buffer
 
     def fork(self) -> LayerCache:
-        """Another cache that starts with what is here so far; appending to it leaves this one alone (with gradients on)."""
-        return LayerCache() if self.keys is None or self.values is None else LayerCache(self.keys[:, :, : self.length], self.values[:, :, : self.length])
+        """Another cache that starts with what is here so far; appending to it leaves this one alone."""
+        if self.keys is None or self.values is None:
+            return LayerCache()
+        return LayerCache(self.keys[:, :, : self.length], self.values[:, :, : self.length])
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows of the batch (a bool [B] or indices)."""

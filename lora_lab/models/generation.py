@@ -7,7 +7,7 @@ own. Works with any causal model that takes transformers' arguments, ours or tra
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,32 +65,34 @@ def generate(model: nn.Module, prompts: Sequence[str] | Sequence[Sequence[int]] 
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     rows = _encode(prompts, tokenizer)
-    room = _check_room(model, rows, max_new_tokens)
+    limits = _limits(model, rows, max_new_tokens)
     stops = frozenset(stop_ids if stop_ids is not None else getattr(tokenizer, "end_ids", None) or _eos(tokenizer))
-    stream = _Stream(len(rows), tokenizer, stops, on_token)
+    stream = _Stream(limits, tokenizer, stops, on_token)
     started = time.perf_counter()
     generators, pad = _generators(seed, len(rows), model), getattr(tokenizer, "pad_token_id", 0) or 0
     with in_mode(model, training=False), torch.inference_mode():
-        for tokens in _tokens(model, rows, sampling, generators, use_cache, room, pad):
+        for tokens in _tokens(model, rows, sampling, generators, use_cache, limits, pad):
             if stream.add(tokens):
                 break
     texts = ["" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True) for ids in stream.ids]
     return Generation(stream.ids, texts, time.perf_counter() - started)
 
 
-def _tokens(model: nn.Module, rows: list[list[int]], sampling: Sampling, generators: list[torch.Generator], use_cache: bool, count: int,
-            pad: int) -> Iterator[Tensor]:  # fmt: skip
-    """Yield the next token of every row, [B], `count` times."""
+def _tokens(model: nn.Module, rows: list[list[int]], sampling: Sampling, generators: list[torch.Generator], use_cache: bool,
+            limits: list[int], pad: int) -> Iterator[Tensor]:  # fmt: skip
+    """Yield the next token of every row, [B], as often as the row with the most room needs."""
     ids, mask = left_pad(rows, pad, next(model.parameters()).device)
     step, positions, cache = ids, (mask.cumsum(1) - 1).clamp(min=0), None
-    for _ in range(count):
+    last = max(len(row) + limit for row, limit in zip(rows, limits, strict=True)) - 1  # rows that are done may not run out of positions
+    for _ in range(max(limits)):
         out = model(input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
         token = choose(out.logits[:, -1].float(), ids, mask, sampling, generators)
         yield token
         ids, mask = torch.cat((ids, token[:, None]), 1), torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
         cache = out.past_key_values if use_cache else None
         step = token[:, None] if use_cache else ids
-        positions = positions[:, -1:] + 1 if use_cache else torch.cat((positions, positions[:, -1:] + 1), 1)
+        following = (positions[:, -1:] + 1).clamp(max=last)
+        positions = following if use_cache else torch.cat((positions, following), 1)
 
 
 def choose(logits: Tensor, ids: Tensor, mask: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
@@ -131,12 +133,12 @@ def left_pad(rows: list[list[int]], pad: int, device: Any = None) -> tuple[Tenso
 
 
 class _Stream:
-    """Collects each row's tokens until its stop token, and hands out text as it becomes whole."""
+    """Collects each row's tokens until its stop token or its limit, and hands out text as it becomes whole."""
 
-    def __init__(self, rows: int, tokenizer: Any, stops: frozenset[int], on_token: OnToken | None) -> None:
-        self.ids: list[list[int]] = [[] for _ in range(rows)]
-        self.done = [False] * rows
-        self.shown = [0] * rows
+    def __init__(self, limits: list[int], tokenizer: Any, stops: frozenset[int], on_token: OnToken | None) -> None:
+        self.ids: list[list[int]] = [[] for _ in limits]
+        self.done = [False] * len(limits)
+        self.shown, self.limits = [0] * len(limits), limits
         self.tokenizer, self.stops, self.on_token = tokenizer, stops, on_token
 
     def add(self, tokens: Tensor) -> bool:
@@ -145,15 +147,15 @@ class _Stream:
             if self.done[row]:
                 continue
             self.ids[row].append(token)
-            self.done[row] = token in self.stops
+            self.done[row] = token in self.stops or len(self.ids[row]) == self.limits[row]
             if self.on_token:
                 self.on_token(row, token, self._new_text(row))
         return all(self.done)
 
     def _new_text(self, row: int) -> str:
-        """What this row's newest token added; nothing while it ends in half a character."""
+        """What this row's newest token added; nothing while it ends in half a character, unless no more will come."""
         text = "" if self.tokenizer is None else self.tokenizer.decode(self.ids[row], skip_special_tokens=True)
-        if text.endswith("\ufffd"):
+        if text.endswith("\ufffd") and not self.done[row]:
             return ""
         new, self.shown[row] = text[self.shown[row] :], len(text)
         return new
@@ -167,7 +169,9 @@ def _encode(prompts: Any, tokenizer: Any) -> list[list[int]]:
         if isinstance(prompt, str) and tokenizer is None:
             raise LoraLabError("prompts are texts, so a tokenizer is needed: generate(model, prompts, tokenizer)")
         # a rendered chat template brings its own special tokens
-        ids = tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, Iterable):
+            raise LoraLabError(f"prompt {index} is {prompt!r}: expected a text or a list of token ids; one prompt is [prompt]")
+        ids = tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise LoraLabError(f"prompt {index} is empty: expected at least one token")
         rows.append(ids)
@@ -176,14 +180,15 @@ def _encode(prompts: Any, tokenizer: Any) -> list[list[int]]:
     return rows
 
 
-def _check_room(model: nn.Module, rows: list[list[int]], wanted: int) -> int:
+def _limits(model: nn.Module, rows: list[list[int]], wanted: int) -> list[int]:
+    """How many tokens each row may get: as many as it would alone."""
     if wanted < 1:
         raise LoraLabError(f"max_new_tokens={wanted}: expected at least 1")
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max(map(len, rows))
     if context is not None and longest >= context:
         raise LoraLabError(f"a prompt has {longest} tokens, the model's context is {context}: shorten the prompt")
-    return wanted if context is None else min(wanted, context - longest)
+    return [wanted if context is None else min(wanted, context - len(row)) for row in rows]
 
 
 def _eos(tokenizer: Any) -> list[int]:

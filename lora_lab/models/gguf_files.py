@@ -53,17 +53,16 @@ class GGUFFile:
         """A transformers config.json as a dict."""
         names = {tensor.name for tensor in self.reader.tensors}
         heads, eos = self._number("attention.head_count"), self.metadata.get("tokenizer.ggml.eos_token_id")
-        embedding = next(tensor for tensor in self.reader.tensors if tensor.name == "token_embd.weight")
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": int(embedding.shape[1]),
+            "vocab_size": self._vocabulary(),
             "hidden_size": self._number("embedding_length"),
             "intermediate_size": self._number("feed_forward_length"),
             "num_hidden_layers": self._number("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._number("attention.head_count_kv", heads),
-            "head_dim": self._number("attention.key_length", self._number("embedding_length") // heads),
+            "head_dim": self._head_dim(heads),
             "max_position_embeddings": self._number("context_length"),
             "rms_norm_eps": float(f"{self._number('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32
             "hidden_act": "silu",
@@ -83,14 +82,33 @@ class GGUFFile:
         for stored in tqdm(self.reader.tensors, desc="dequantise", unit="tensor", disable=not progress):
             if stored.name == "rope_freqs.weight":  # factors of the rotary frequencies: in the config
                 continue
-            values = torch.from_numpy(self.gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+            values = self._dequantise(stored)
             values = values.reshape([int(size) for size in reversed(stored.shape)]).float()
             if ".attn_q." in stored.name or ".attn_k." in stored.name:
                 values = unpermute(values, heads if ".attn_q." in stored.name else kv_heads)
             yield transformers_name(stored.name), values
 
+    def _dequantise(self, stored: Any) -> Tensor:
+        try:
+            return torch.from_numpy(self.gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+        except NotImplementedError:
+            kind = stored.tensor_type.name
+            raise LoraLabError(f"{self.path}: the gguf package cannot dequantise {stored.name!r} ({kind}): take a Q4_0 or Q8_0 file") from None
+
     def tokenizer(self) -> Tokenizer | None:
         return build_tokenizer(self.metadata) if "tokenizer.ggml.tokens" in self.metadata else None
+
+    def _vocabulary(self) -> int:
+        embedding = next((tensor for tensor in self.reader.tensors if tensor.name == "token_embd.weight"), None)
+        if embedding is None:
+            raise LoraLabError(f"{self.path} lacks the tensor 'token_embd.weight': it is not a complete Llama model")
+        return int(embedding.shape[1])
+
+    def _head_dim(self, heads: int) -> int:
+        head_dim = int(self._number("attention.key_length", self._number("embedding_length") // heads))
+        if (rotated := self._number("rope.dimension_count", head_dim)) != head_dim:
+            raise LoraLabError(f"{self.path} rotates {rotated} of each head's {head_dim} dimensions; this version reads models that rotate all")
+        return head_dim
 
     def _number(self, key: str, default: Any = None) -> Any:
         value = self.metadata.get(f"llama.{key}", default)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from ..errors import LoraLabError
 from .tokenizer import Tokenizer
 
-CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # llama.cpp's token types
 # How text is cut before merging, by llama.cpp's name for it. None: the byte-level pre-tokenizer's own expression, GPT-2's.
 LLAMA3_CUT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
 CUTS: dict[str, Any] = {"gpt-2": [], "default": [], "smollm": ["digits"], "llama-bpe": [LLAMA3_CUT], "llama3": [LLAMA3_CUT]}
@@ -25,20 +25,25 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise LoraLabError(f"tokenizer.ggml.model={kind!r}: this version rebuilds 'gpt2' and 'llama'; put a tokenizer.json beside the file")
+    needed = "tokenizer.ggml.merges" if kind == "gpt2" else "tokenizer.ggml.scores"
+    if needed not in metadata:
+        raise LoraLabError(f"the GGUF file lacks the field {needed!r}: its tokenizer cannot be rebuilt; put a tokenizer.json beside the file")
     backend = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
-    added = [(token, type_) for token, type_ in zip(tokens, types, strict=False) if type_ in (CONTROL, USER_DEFINED)]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, type_ in added if type_ == CONTROL])
+    added = [(token, type_) for token, type_ in zip(tokens, types, strict=False) if type_ in (UNKNOWN, CONTROL, USER_DEFINED)]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, type_ in added if type_ != USER_DEFINED])
     backend.add_tokens([AddedToken(token, normalized=False) for token, type_ in added if type_ == USER_DEFINED])
     special = {f"{name}_token": tokens[metadata[f"tokenizer.ggml.{field}_token_id"]]
                for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
                if f"tokenizer.ggml.{field}_token_id" in metadata}  # fmt: skip
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos_token" in special:
+    starts = kind == "llama" or CUTS[metadata.get("tokenizer.ggml.pre", "default")] == [LLAMA3_CUT]  # llama.cpp's defaults
+    if metadata.get("tokenizer.ggml.add_bos_token", starts) and "bos_token" in special:
         bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, metadata["tokenizer.ggml.bos_token_id"])]
         )
-    return Tokenizer(backend, special, metadata.get("tokenizer.chat_template"))
+    ends = (metadata.get(f"tokenizer.ggml.{field}_token_id") for field in ("eos", "eot"))  # of the text, of a turn
+    return Tokenizer(backend, special, metadata.get("tokenizer.chat_template"), frozenset(end for end in ends if end is not None))
 
 
 def _byte_level(metadata: dict[str, Any]) -> Backend:

@@ -158,15 +158,15 @@ class LlamaForCausalLM(PretrainedModel):
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise LoraLabError("give either input_ids [B, T] or inputs_embeds [B, T, H], not both and not neither")
+        if input_ids is None:
+            return inputs_embeds  # type: ignore[return-value]
         embedding = self.get_input_embeddings()
-        if inputs_embeds is not None:
-            return inputs_embeds
         check_ids("input_ids", input_ids, len(embedding.weight))
         return embedding(input_ids)
 
     def _cache(self, past: Any, use_cache: bool) -> KVCache | None:
         if use_cache and self.model.recomputes:
-            raise LoraLabError("use_cache=True with gradient checkpointing in training mode: the recompute would fill the cache twice; use one of them")
+            raise LoraLabError("use_cache=True under gradient checkpointing in training mode: the recompute would fill the cache twice")
         if past is None:
             return KVCache(self.config.num_hidden_layers) if use_cache else None
         return past if isinstance(past, KVCache) else KVCache(past)

@@ -107,7 +107,10 @@ def weight_files(folder: Path) -> list[Path]:
         pickled = [path.name for path in folder.glob("*.bin")]
         hint = f"; {pickled[0]} is a pickle, which can run code when read: convert it with transformers' save_pretrained" if pickled else ""
         raise LoraLabError(f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint}")
-    names = sorted({str(name) for name in dict(read_json(index).get("weight_map", {})).values()})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise LoraLabError(f"{index} has no weight_map (tensor: file): download or copy the model again")
+    names = sorted({str(name) for name in weight_map.values()})
     if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
         raise LoraLabError(f"{index} lists {missing[0]!r}, which is not in the folder: download or copy the model again")
     return [folder / name for name in names]

@@ -35,9 +35,9 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 def summed_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """hidden: [L, H].  labels: [L].  A plain linear head takes the fast path; any other is called as it is, chunk by chunk."""
     if is_plain(head):
-        inputs = (hidden, head.weight, head.bias)
+        inputs: list[Any] = [hidden, head.weight, head.bias]
         if not torch.is_grad_enabled():  # no_grad does not reach ctx.needs_input_grad, and gradients would be made for nothing
-            inputs = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+            inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
         return LinearCrossEntropy.apply(*inputs, labels, compute_dtype(hidden))
     contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": lambda: checkpoint_contexts(head)}
     losses = [checkpoint(_called_loss, h, y, head, use_reentrant=False, **contexts) for h, y in _chunks(hidden, labels, _rows(head))]

@@ -5,6 +5,7 @@ Method names are those of transformers' tokenizers, so that either kind can be g
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises plain Exception
             raise LoraLabError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
+        backend.no_truncation()  # settings of somebody's last call, which would cut or pad every text from here on
+        backend.no_padding()
         config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
         special = {key: _text(value) for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
         stop = _json(folder / "generation_config.json").get("eos_token_id", _json(folder / "config.json").get("eos_token_id"))
@@ -48,11 +51,15 @@ class Tokenizer:
         return cls(backend, special, chat_template, stop_ids)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers reads too."""
+        """Write tokenizer.json, tokenizer_config.json and generation_config.json, which transformers reads too."""
         folder = Path(folder)
         write_file(folder / "tokenizer.json", lambda path: self.backend.save(str(path)))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
         write_json(folder / "tokenizer_config.json", {**config, **({"chat_template": self.chat_template} if self.chat_template else {})})
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # an older one would win over ours
+        if self.stop_ids:
+            generation = folder / "generation_config.json"
+            write_json(generation, {**_json(generation), "eos_token_id": sorted(self.stop_ids)})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -67,7 +74,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise LoraLabError("this tokenizer has no chat template: give plain prompts, or rows with instruction / input / output")
-        text = render(self.chat_template, messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special)
+        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        text = render(self.chat_template, **self.special, **given)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def token_id(self, name: str) -> int | None:
@@ -106,17 +114,39 @@ def render(template: str, **variables: Any) -> str:
     Raises LoraLabError for a template that is not valid, refuses its input, or reaches for what the sandbox forbids.
     """
     import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
     try:
-        return environment.from_string(template).render(**variables)
+        return str(_sandbox().from_string(template).render(**variables))
     except jinja2.TemplateError as error:
         raise LoraLabError(f"the chat template refused: {error}") from None
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever somebody else's program may raise
         raise LoraLabError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from None
+
+
+@functools.cache
+def _sandbox() -> Any:
+    """The environment transformers gives its templates: the same filters, functions and tags."""
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} marks what is to be learned; here it is only rendered."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    environment.globals["dict"] = lambda *items, **named: dict(*items, **named)  # the type itself would let dict.update(...) through
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -116,7 +116,7 @@ class _Run:
                     self.evaluate(held_out, step)
         result.peak_bytes = peak_bytes(self.device)
         if result.skipped_steps == result.steps:
-            warnings.warn(f"all {steps} steps were skipped by float16 overflow, so nothing was learned: train longer or in bf16-mixed", stacklevel=4)
+            warnings.warn(f"all {steps} steps were skipped by float16 overflow, so nothing was learned: train longer or in bf16-mixed", stacklevel=3)
         return result
 
     def step(self, micro_batches: list[list[Example]], step: int, steps: int) -> float:
