@@ -186,7 +186,7 @@ def _check_device(device: str | None) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise LoraLabError(f"--device {device}: {str(error).splitlines()[0]}") from None
 

@@ -88,8 +88,17 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate, up = ctx.saved_tensors
         needs_gate, needs_up = ctx.needs_input_grad
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate) if needs_gate else None
+        grad_gate = _silu_backward(grad * up, gate) if needs_gate else None
         return grad_gate, grad * F.silu(gate) if needs_up else None
+
+
+def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad * silu'(x)``: one kernel, or written out where it is itself to be differentiated (the kernel has no derivative)."""
+    if not torch.is_grad_enabled():
+        slope: Tensor = torch.ops.aten.silu_backward(grad, x)
+        return slope
+    gate = x.sigmoid()
+    return grad * gate * (1 + x * (1 - gate))
 
 
 class GatedMLP(nn.Module):
@@ -135,9 +144,9 @@ class Attention(nn.Module):
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (angle.to(q.dtype) for angle in rotary)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        causal = mask is None and (layer_cache is None or layer_cache.length == 0)  # else it is one token, which may look at all
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)
-        causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.groups > 1)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 

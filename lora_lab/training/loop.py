@@ -32,6 +32,9 @@ from .config import TrainConfig
 from .optimizers import OPTIMIZERS, learning_rate_share
 from .precision import PRECISIONS, learns_in_16_bit, stored_in
 
+NOTHING_LEARNS = ("the loss depends on no weight that requires grad: is the adapter that trains switched on (lora_lab.use)? "
+                  "Reentrant checkpointing over frozen inputs cuts the graph, too (use_reentrant=False)")  # fmt: skip
+
 
 @dataclass
 class FitResult:
@@ -145,6 +148,8 @@ class _Run:
         """Add this micro-batch's part of the step's gradient; returns its part of the step's loss."""
         with self.precision.autocast(self.device):
             loss: Tensor = self.model(**batch).loss * share
+        if not loss.requires_grad:
+            raise LoraLabError(NOTHING_LEARNS)
         self.scaler.scale(loss).backward()
         return float(loss.detach())
 
@@ -219,7 +224,7 @@ class _WhichLayersRan:
 
     def check(self, trained: list[nn.Parameter]) -> None:
         if all(p.grad is None for p in trained):
-            raise LoraLabError("no trainable weight received a gradient: the loss does not depend on any of them")
+            raise LoraLabError(NOTHING_LEARNS)
         for path in sorted(self.ran):
             layer = self.layers[path]
             for adapter in layer.lora_active:
@@ -252,19 +257,35 @@ def _drop_gradients(parameters: list[nn.Parameter]) -> None:
 @contextlib.contextmanager
 def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing for the run, where the model does not use it already."""
-    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+    if not wanted or _member(model, "is_{}_checkpointing"):
         yield
         return
-    if not hasattr(model, "gradient_checkpointing_enable"):
+    enable, disable = _member(model, "{}_checkpointing_enable"), _member(model, "{}_checkpointing_disable")
+    if enable is None or disable is None:
         raise LoraLabError(f"gradient_checkpointing=True: a {type(model).__name__} has no gradient_checkpointing_enable() to switch it on")
-    if isinstance(model, PretrainedModel):
-        model.gradient_checkpointing_enable()
-    else:  # transformers': its reentrant kind loses the gradients of layers with frozen inputs
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    _switch_on(model, enable)
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        disable()
+
+
+def _switch_on(model: nn.Module, enable: Any) -> None:
+    if isinstance(model, PretrainedModel):
+        enable()
+        return
+    try:
+        enable({"use_reentrant": False})  # transformers': its reentrant kind gives frozen inputs a gradient that nobody needs
+    except ValueError as error:
+        raise LoraLabError(f"gradient_checkpointing=True: {error}") from None
+    if hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()  # type: ignore[operator]
+
+
+def _member(model: nn.Module, name: str) -> Any:
+    """transformers calls it activation checkpointing since 5.23, and warns of the older name."""
+    newer = name.format("activation")
+    return getattr(model, newer if hasattr(model, newer) else name.format("gradient"), None)
 
 
 def _progress(steps: int, shown: bool) -> Any:

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 import transformers
 
+import lora_lab
 from lora_lab.models.llama import LlamaConfig, LlamaForCausalLM
 from lora_lab.models.tokenizer import Tokenizer
 
@@ -20,6 +21,7 @@ transformers.logging.set_verbosity_error()
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
 VOCABULARY = 260
+QUIET = {"progress": False}  # for `fit`
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -80,6 +82,23 @@ def their_llama(dtype: torch.dtype = torch.float32, seed: int = 1):
 def their_gpt2(dtype: torch.dtype = torch.float32, seed: int = 1):
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     return livelier(transformers.GPT2LMHeadModel(config), seed).to(dtype).eval()
+
+
+def exact_model(**changes):
+    """LoRA on a float64 model, both factors non-zero: where equality is algebra. Each call makes the same one."""
+    torch.manual_seed(5)
+    return lora_lab.inject(our_llama(torch.float64, **changes), rank=3, alpha=6, init="random")
+
+
+class CutOff(torch.nn.Module):
+    """Two layers, the graph cut between them: the first runs and learns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first, self.second = torch.nn.Embedding(300, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, input_ids, attention_mask, labels):
+        return type("Out", (), {"loss": self.second(self.first(self.embed(input_ids)).detach()).square().mean()})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora_lab import data
 
-LENGTHS = [random.Random(3).randint(5, 200) for _ in range(500)]
+LENGTHS = random.Random(3).choices(range(5, 200), k=500)
 
 
 def shuffled(lengths, size, seed):

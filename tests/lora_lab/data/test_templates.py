@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny_workshop import BOS, CHATML, END, EOS, START, chat_tokenizer, ids, plain_tokenizer, transformers_tokenizer
@@ -65,8 +67,8 @@ def test_a_turn_after_the_last_answer_is_left_out():
 
 
 def test_without_an_end_token_all_that_the_template_writes_for_an_answer_is_learned():
-    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    tokenizer = chat_tokenizer(template)
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    tokenizer = chat_tokenizer(template + "{% if add_generation_prompt %}assistant: {% endif %}")
     assert tokenizer.decode(learned(example(ROW, tokenizer))) == "3\n"
 
 
@@ -97,15 +99,15 @@ def test_a_template_whose_prompt_is_no_beginning_of_the_whole_is_refused_by_line
         data.encode_rows(rows, chat_tokenizer(template))
 
 
-ALTERNATES = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}" + CHATML
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
 
 
 @pytest.mark.parametrize("make", CHAT_TOKENIZERS.values(), ids=CHAT_TOKENIZERS)
 def test_a_row_that_the_template_refuses_is_named_with_its_line(make, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('\n\n{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    (tmp_path / "rows.jsonl").write_text("\n\n" + json.dumps(CHAT))
     rows, _ = data.load(tmp_path / "rows.jsonl")
-    with pytest.raises(LoraLabError, match=r"rows\.jsonl, line 3: .*the user speaks first"):
-        data.encode_rows(rows, make(ALTERNATES.replace("messages[0]", "messages[-1]")))
+    with pytest.raises(LoraLabError, match=r"rows\.jsonl, line 3: .*no system role here"):
+        data.encode_rows(rows, make(NO_SYSTEM))
 
 
 # Alpaca's prompt ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,336 @@
+"""The command line in process: the way through, and every mistake as one line, exit code 2, and nothing touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_workshop import chat_tokenizer, our_llama, plain_tokenizer, text_rows
+
+import lora_lab
+from lora_lab.__main__ import main
+from lora_lab.models import loading
+
+ROOT = Path(lora_lab.__file__).parent.parent
+CONTEXT = 128
+
+
+class Shop:
+    """A folder with a model, rows of text, and an adapter from an earlier run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.model, self.rows, self.adapter = folder / "model", folder / "rows.jsonl", folder / "adapter"
+
+    def finetune(self, **changes):
+        given = {"model": self.model, "data": self.rows, "out": self.adapter, "precision": "fp32", "max-steps": 3, "rank": 2, **changes}
+        return run("finetune", **given)
+
+    def generate(self, **changes):
+        return run("generate", **{"model": self.model, "prompt": "Say one.", "max-new-tokens": 5, "temperature": 0, "precision": "fp32", **changes})
+
+    def inspect(self, **changes):
+        return run("inspect", **{"model": self.model, **changes})
+
+    def file(self, name, content):
+        path = self.folder / name
+        path.write_text(content)
+        return path
+
+    def contents(self):
+        return {str(path): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
+
+
+def run(command, **options):
+    """main() with --name value for each option; a value of None leaves the option out, True is a switch, a list several words."""
+    words = [command]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
+    return main(words)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    torch.manual_seed(0)
+    shop = Shop(tmp_path_factory.mktemp("shop"))
+    loading.save(our_llama(max_position_embeddings=CONTEXT), shop.model, chat_tokenizer())
+    shop.rows.write_text("\n".join(json.dumps(row) for row in text_rows()))
+    assert shop.finetune() == 0
+    return shop
+
+
+@pytest.fixture
+def shop(finished, tmp_path, capsys):
+    shutil.copytree(finished.folder, tmp_path / "shop")
+    capsys.readouterr()
+    return Shop(tmp_path / "shop")
+
+
+# The way through ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_there_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "lora_lab", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and not result.stderr
+    assert all(command in result.stdout for command in ("finetune", "generate", "inspect", "demo"))
+
+
+def test_finetune_generate_and_inspect_work_one_after_the_other(shop, capsys):
+    out = shop.folder / "new"
+    assert shop.finetune(out=out, **{"eval-data": shop.rows, "epochs": 2, "max-steps": None, "micro-batch-size": 2, "learning-rate": 0.02}) == 0
+    printed = capsys.readouterr().out
+    held_out = re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", printed)
+    assert float(held_out[2]) < float(held_out[1])
+    assert re.search(r"parameters are trainable.*\nmemory: .*GiB(.|\n)*in 6 steps.*\nadapter saved to ", printed)
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "log.jsonl"]
+    assert len((out / "log.jsonl").read_text().splitlines()) == 6 + 2
+
+    assert shop.inspect(adapter=out) == 0
+    printed = capsys.readouterr().out
+    assert "q_proj" in printed and "A [2, 16]" in printed
+    texts = []
+    for adapter in (None, out, out):
+        assert shop.generate(adapter=adapter, seed=3, temperature=0.9) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1] == texts[2]
+
+
+def test_several_prompts_are_printed_with_their_answers(shop, capsys):
+    assert main(["generate", "--model", str(shop.model), "--prompt", "One?", "--prompt", "Two?", "--max-new-tokens", "2", "--precision", "fp32"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("> One?\n") and "\n> Two?\n" in out and "tokens" in err
+
+
+def test_inspect_shows_the_plan_without_an_adapter(shop, capsys):
+    assert shop.inspect(rank=4, precision="auto", **{"target-modules": ["q_proj", "v_proj"]}) == 0
+    assert "4 layers, 448 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "layers"), [(["all-linear"], 14), (["attention"], 8), (["q_proj"], 2), (["q_proj", "mlp.up_proj"], 4),
+                                               ([r".*layers\.0\..*_proj"], 7), (["model.layers.1.mlp.up_proj"], 1)])  # fmt: skip
+def test_target_modules_are_a_keyword_names_or_one_regular_expression(shop, capsys, words, layers):
+    assert shop.inspect(**{"target-modules": words}) == 0
+    assert re.search(rf"total +{layers} layers", capsys.readouterr().out)
+
+
+def test_the_seed_decides_everything(shop):
+    """The adapter's first values included: the same command makes the same file."""
+    tensors = {}
+    for name, seed in (("first", 1), ("second", 1), ("third", 2)):
+        torch.rand(len(tensors) + 1)
+        assert shop.finetune(out=shop.folder / name, seed=seed, dropout=0.1) == 0
+        tensors[name] = load_file(shop.folder / name / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, tensors["second"][key]) for key, tensor in tensors["first"].items())
+    assert not any(torch.equal(tensor, tensors["third"][key]) for key, tensor in tensors["first"].items())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed", "fp16-mixed", "auto"])
+def test_every_precision_runs_and_saves_float32(shop, precision):
+    assert shop.finetune(out=shop.folder / "new", precision=precision, **{"gradient-checkpointing": True}) == 0
+    assert {tensor.dtype for tensor in load_file(shop.folder / "new" / "adapter_model.safetensors").values()} == {torch.float32}
+    assert shop.generate(adapter=shop.folder / "new", precision=precision) == 0
+
+
+def test_peft_computes_the_same_with_the_adapter(shop):
+    ids = torch.tensor([[1, 2, 3, 4]])
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(shop.model), shop.adapter).eval()
+    model, _ = lora_lab.models.load(shop.model)
+    with torch.no_grad():
+        base = model(input_ids=ids).logits
+        ours = lora_lab.load(model, shop.adapter)(input_ids=ids).logits
+        torch.testing.assert_close(theirs(input_ids=ids).logits, ours, rtol=0, atol=1e-5)
+    assert not torch.allclose(ours, base, atol=1e-3)
+
+
+def test_a_model_without_a_chat_template_takes_instructions(shop, capsys):
+    loading.save(our_llama(max_position_embeddings=512), shop.folder / "plain", plain_tokenizer())
+    assert shop.finetune(model=shop.folder / "plain", out=shop.folder / "new") == 0
+    assert shop.generate(model=shop.folder / "plain", adapter=shop.folder / "new") == 0
+
+
+def test_warnings_are_one_line_and_the_callers_own_come_back(shop, capsys):
+    import warnings
+
+    before = warnings.showwarning
+    loading.save(our_llama(seed=2, max_position_embeddings=CONTEXT), shop.folder / "other", chat_tokenizer())
+    assert shop.generate(model=shop.folder / "other", adapter=shop.adapter) == 0  # shapes fit, weights differ
+    assert re.search(r"^warning: .*trained on a base with SHA-256 .*$", capsys.readouterr().err, re.MULTILINE)
+    assert warnings.showwarning is before
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------------
+
+
+def check_refusal(code, capsys, message):
+    """Exit code 2 and one "error:" line, perhaps with one indented line below; no traceback."""
+    err = capsys.readouterr().err
+    assert code == 2
+    assert len(re.findall(r"^error: ", err, re.MULTILINE)) == 1 and "Traceback" not in err
+    lines = err[err.index("error: ") :].rstrip("\n").split("\n")
+    assert len(lines) <= 2 and all(line.startswith("  ") for line in lines[1:])
+    assert re.search(message, "\n".join(lines))
+
+
+def rows(text):
+    return lambda shop: {"data": shop.file("bad.jsonl", text)}
+
+
+GOOD_ROW = json.dumps(text_rows(1)[0])
+BAD_FINETUNES = {
+    "unknown model": ({"model": "smollm2-135m-instruct"}, "unknown model.*did you mean 'smollm2-135m-instruct-q4'"),
+    "a model folder without a model": (lambda shop: {"model": shop.adapter}, "config.json is missing"),
+    "unknown data": ({"data": "revews"}, "no data at 'revews'.*did you mean 'reviews'"),
+    "unknown precision": ({"precision": "fp8"}, "--precision fp8: expected auto, fp32"),
+    "unknown device": ({"device": "gpu"}, "--device gpu"),
+    "a device that holds no numbers": ({"device": "meta"}, "--device meta"),
+    "unknown schedule": ({"schedule": "cosin"}, "did you mean 'cosine'"),
+    "a target that matches nothing": ({"target-modules": ["q_prj"]}, r"'q_prj' matches nothing\.\n  Linear layers here: .*did you mean 'q_proj'"),
+    "a broken regular expression": ({"target-modules": ["q_(proj"]}, "is not a regular expression"),
+    "rank 0": ({"rank": 0}, "rank=0: expected a whole number of at least 1"),
+    "alpha nan": ({"alpha": "nan"}, "alpha=nan"),
+    "dropout 1": ({"dropout": 1}, "dropout=1.0: expected 0 <= dropout < 1"),
+    "learning rate 0": ({"learning-rate": 0}, "learning_rate=0.0"),
+    "steps 0": ({"max-steps": 0}, "max_steps=0"),
+    "empty data": (rows("\n"), "holds no rows"),
+    "broken data": (rows("{oops\n"), r"bad.jsonl, line 1, column 2: not JSON"),
+    "a row without output": (rows(f'{GOOD_ROW}\n{{"instruction": "Say two."}}\n'), "bad.jsonl, line 2: the row has no 'output'"),
+    "half a character": (rows(r'{"instruction": "Say", "output": "\ud83d"}'), "bad.jsonl, line 1: 'output' holds"),
+    "a row longer than the context": (rows(f"{GOOD_ROW}\n\n" + json.dumps({"instruction": "Say", "output": "x" * CONTEXT})),
+                                      rf"bad.jsonl, line 3: the row has \d+ tokens, .*{CONTEXT}"),
+    "a row longer than max-length": ({"max-length": 30}, r"rows.jsonl, line 1: the row has \d+ tokens, .*30"),
+    "bad held-out rows": (lambda shop: {"eval-data": shop.file("bad.jsonl", "[]")}, "bad.jsonl holds no rows"),
+    "a file where the folder should be": (lambda shop: {"out": shop.rows}, "could not save"),
+    "a folder below a file": (lambda shop: {"out": shop.rows / "adapter"}, "could not save"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_FINETUNES.values(), ids=BAD_FINETUNES)
+def test_a_finetune_that_makes_no_sense_is_refused_before_anything_is_written(shop, capsys, change, message):
+    change = change(shop) if callable(change) else change
+    before = shop.contents()
+    check_refusal(shop.finetune(**change), capsys, message)
+    assert shop.contents() == before
+
+
+def test_a_loss_that_is_not_a_number_leaves_the_earlier_adapter(shop, capsys):
+    before = shop.contents()
+    check_refusal(shop.finetune(**{"learning-rate": 1e30, "max-steps": 10}), capsys, r"the (loss|gradient's norm) is (nan|inf) at step \d+")
+    untouched(shop, before)
+
+
+def untouched(shop, before):
+    """All but the log, which is the failed run's own."""
+    after = shop.contents()
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {str(shop.adapter / "log.jsonl")}
+
+
+@pytest.mark.parametrize("place", ["tensors", "rename"])
+def test_a_full_disk_while_saving_leaves_the_earlier_adapter(shop, capsys, monkeypatch, place):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((lora_lab.checkpoint, "save_file") if place == "tensors" else (os, "replace")), full)
+    before = shop.contents()
+    check_refusal(shop.finetune(seed=5), capsys, "could not save adapter 'default'.*No space left on device")
+    untouched(shop, before)
+
+
+def test_a_model_without_a_tokenizer_is_refused(shop, capsys):
+    (shop.model / "tokenizer.json").unlink()
+    before = shop.contents()
+    check_refusal(shop.finetune(), capsys, "tokenizer")
+    check_refusal(shop.generate(), capsys, "no tokenizer.json")
+    assert shop.contents() == before
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_files_are_named(shop, capsys):
+    half(shop.adapter / "adapter_model.safetensors")
+    for command in (shop.generate, shop.inspect):
+        check_refusal(command(adapter=shop.adapter), capsys, r"adapter_model\.safetensors is truncated")
+    half(shop.model / "model.safetensors")
+    before = shop.contents()
+    for command in (shop.generate, shop.inspect, shop.finetune):
+        check_refusal(command(), capsys, r"model\.safetensors is truncated")
+    (shop.model / "config.json").write_text("{")
+    check_refusal(shop.inspect(), capsys, r"config\.json is not JSON")
+    assert {name for name, content in shop.contents().items() if content != before[name]} == {str(shop.model / "config.json")}
+
+
+def test_an_adapter_of_another_model_is_refused(shop, capsys):
+    loading.save(our_llama(hidden_size=32, max_position_embeddings=CONTEXT), shop.folder / "wider", chat_tokenizer())
+    loading.save(our_llama(num_hidden_layers=1, max_position_embeddings=CONTEXT), shop.folder / "flatter", chat_tokenizer())
+    check_refusal(shop.generate(model=shop.folder / "wider", adapter=shop.adapter), capsys, "another model, or a wrong rank")
+    check_refusal(shop.inspect(model=shop.folder / "flatter", adapter=shop.adapter), capsys, "an adapter for another model: it adapts")
+
+
+BAD_USES = {
+    "unknown adapter folder": ("generate", {"adapter": "nowhere"}, "adapter folder 'nowhere' does not exist"),
+    "unknown adapter folder to look at": ("inspect", {"adapter": "nowhere"}, "adapter folder 'nowhere' does not exist"),
+    "unknown model": ("generate", {"model": "smollm"}, "unknown model 'smollm'"),
+    "unknown precision": ("generate", {"precision": "int8"}, "--precision int8: expected auto"),
+    "unknown precision to look at": ("inspect", {"precision": "int8"}, "--precision int8: expected auto"),
+    "unknown device": ("inspect", {"device": "gpu"}, "--device gpu"),
+    "temperature below zero": ("generate", {"temperature": "-1"}, "temperature=-1.0"),
+    "an empty prompt": ("generate", {"prompt": "", "raw": True}, "prompt 0 is empty"),
+    "a prompt beyond the context": ("generate", {"prompt": "x" * CONTEXT}, f"the model's context is {CONTEXT}"),
+    "no tokens": ("generate", {"max-new-tokens": 0}, "max_new_tokens=0"),
+    "a target that matches nothing": ("inspect", {"target-modules": ["q_prj"]}, "'q_prj' matches nothing"),
+}
+
+
+@pytest.mark.parametrize(("command", "change", "message"), BAD_USES.values(), ids=BAD_USES)
+def test_a_use_that_makes_no_sense_is_refused(shop, capsys, command, change, message):
+    before = shop.contents()
+    check_refusal(getattr(shop, command)(**change), capsys, message)
+    assert shop.contents() == before
+
+
+def test_the_demo_refuses_an_unknown_precision_before_it_loads_anything(capsys, tmp_path):
+    check_refusal(run("demo", precision="fp8", out=tmp_path / "demo"), capsys, "precision='fp8': expected one of")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_gguf_extra_its_name_is_in_the_error(shop, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / "cache"))
+    check_refusal(shop.inspect(model=shop.file("model.gguf", "GGUF")), capsys, r"pip install 'lora-lab\[gguf\]'")
+    check_refusal(shop.inspect(model="smollm2-135m-instruct-q4"), capsys, r"pip install 'lora-lab\[gguf\]'")
+
+
+def test_a_broken_gguf_file_is_named(shop, capsys):
+    check_refusal(shop.inspect(model=shop.file("model.gguf", "GGUF")), capsys, r"model\.gguf is truncated or not a GGUF file")
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["finetune"], ["finetune", "--rank", "two"], ["generate", "--model", "m"]])
+def test_what_the_parser_refuses_is_exit_code_2_too(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def test_interrupting_is_no_traceback(shop, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora_lab.training, "fit", interrupt)
+    before = shop.contents()
+    assert shop.finetune() == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted")
+    assert shop.contents() == before

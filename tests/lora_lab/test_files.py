@@ -1,0 +1,227 @@
+"""Files and folders appear whole or not at all; what was there before a failure is there after it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lora_lab
+from lora_lab import LoraLabError, files
+
+ROOT = Path(lora_lab.__file__).parent.parent
+FAILURES = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt(), RuntimeError("on purpose")]
+posix = pytest.mark.skipif(os.name != "posix", reason="permissions and file locks are POSIX's here")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def umask():
+    """Sets the process's umask, for one test."""
+    before = os.umask(0)
+    yield os.umask
+    os.umask(before)
+
+
+# write_file -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_under_another_name_and_then_renamed(tmp_path):
+    seen, path = [], tmp_path / "deep" / "file.txt"
+
+    def write(temporary):
+        seen.append((temporary.parent, temporary != path, path.exists()))
+        temporary.write_text("new")
+
+    files.write_file(path, write)
+    assert seen == [(path.parent, True, False)]  # beside the target: a rename across file systems is a copy
+    assert path.read_text() == "new" and names(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+@pytest.mark.parametrize("moment", ["while writing", "at the rename"])
+def test_a_failure_leaves_the_old_content_and_no_litter(tmp_path, monkeypatch, failure, moment):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail(*_):
+        raise failure
+
+    def write(temporary):
+        temporary.write_text("half")
+        if moment == "while writing":
+            fail()
+
+    if moment == "at the rename":
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(type(failure)):
+        files.write_file(path, write)
+    assert path.read_text() == "old" and names(tmp_path) == ["file.txt"]
+
+
+@posix
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_those_of_any_new_file(tmp_path, umask, mask, mode):
+    """mkstemp makes files that only their owner reads; a shared adapter has to be readable like every other file."""
+    umask(mask)
+    files.write_file(tmp_path / "file", lambda temporary: temporary.write_text("x"))
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+    with files.new_folder(tmp_path / "folder"):
+        pass
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
+    assert os.umask(mask) == mask  # asking for it did not change it
+
+
+def test_json_is_sorted_and_ends_with_a_line_break(tmp_path):
+    files.write_json(tmp_path / "a.json", {"b": 1, "a": ["é"]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"a": ["é"], "b": 1} and text.index('"a"') < text.index('"b"') and text.endswith("}\n")
+
+
+# new_folder -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_when_its_block_has_ended(tmp_path):
+    target = tmp_path / "deep" / "folder"
+    with files.new_folder(target) as temporary:
+        (temporary / "file").write_text("x")
+        assert not target.exists() and temporary.parent == target.parent
+    assert names(target.parent) == ["folder"] and names(target) == ["file"]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_an_exception_in_the_block_leaves_nothing(tmp_path, failure):
+    with pytest.raises(type(failure)), files.new_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("x")
+        raise failure
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_another_process_has_finished_meanwhile_stays(tmp_path):
+    with files.new_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("mine")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "file").write_text("theirs")
+    assert (tmp_path / "folder" / "file").read_text() == "theirs" and names(tmp_path) == ["folder"]
+
+
+def test_a_file_in_the_folders_place_is_an_error_and_stays(tmp_path):
+    (tmp_path / "folder").write_text("mine")
+    with pytest.raises(OSError), files.new_folder(tmp_path / "folder"):
+        pass
+    assert (tmp_path / "folder").read_text() == "mine" and names(tmp_path) == ["folder"]
+
+
+# lock -----------------------------------------------------------------------------------------------------------------------
+
+
+WAITER = """
+import sys
+import time
+from pathlib import Path
+from lora_lab.files import lock
+print("trying", flush=True)
+with lock(Path(sys.argv[1])):
+    print("in", Path(sys.argv[2]).exists(), flush=True)
+"""
+
+
+@posix
+def test_a_second_process_waits_until_the_first_has_left_the_lock(tmp_path):
+    path, done = tmp_path / "deep" / "work.lock", tmp_path / "done"
+    with files.lock(path):
+        waiter = subprocess.Popen([sys.executable, "-c", WAITER, str(path), str(done)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert waiter.stdout.readline() == "trying\n"
+        time.sleep(0.2)  # a lock that does not hold lets it in now
+        done.write_text("")
+    out, _ = waiter.communicate()
+    assert out == "in True\n" and waiter.returncode == 0
+
+
+@posix
+def test_the_lock_is_free_again_after_an_exception(tmp_path):
+    with pytest.raises(RuntimeError), files.lock(tmp_path / "work.lock"):
+        raise RuntimeError("on purpose")
+    with files.lock(tmp_path / "work.lock"):
+        pass
+
+
+def test_without_file_locks_the_block_runs_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with files.lock(tmp_path / "work.lock"):
+        pass
+
+
+# Small things ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1])
+def test_sha256_is_that_of_the_whole_file(tmp_path, size):
+    content = b"lora" * (size // 4) + b"x" * (size % 4)
+    (tmp_path / "file").write_bytes(content)
+    assert files.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("LORA_LAB_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if os.name == "posix":
+        assert files.cache_folder() == tmp_path / ".cache" / "lora-lab"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert files.cache_folder() == tmp_path / "xdg" / "lora-lab"
+        (tmp_path / "Library" / "Caches").mkdir(parents=True)
+        assert files.cache_folder() == tmp_path / "Library" / "Caches" / "lora-lab"
+    monkeypatch.setenv("LORA_LAB_CACHE", str(tmp_path / "mine"))
+    assert files.cache_folder() == tmp_path / "mine"
+    monkeypatch.setenv("LORA_LAB_CACHE", "~/mine")
+    assert files.cache_folder() == tmp_path / "mine"
+    assert not (tmp_path / "mine").exists()  # asking makes nothing
+
+
+def test_check_writable_leaves_no_trace_but_the_folder(tmp_path):
+    files.check_writable(tmp_path / "deep" / "out")
+    assert (tmp_path / "deep" / "out").is_dir() and names(tmp_path / "deep" / "out") == []
+
+
+def test_check_writable_names_the_folder_and_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(LoraLabError, match=rf"could not save .* to {folder}: .*(exists|[Nn]ot a directory)"):
+            files.check_writable(folder)
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(LoraLabError, match="Read-only file system"):
+        files.check_writable(tmp_path / "new")
+
+
+def test_saving_translates_what_the_system_refuses_and_nothing_else(tmp_path):
+    with pytest.raises(LoraLabError, match=r"could not save it to .*: No space left on device \(what was there before is untouched\)"), \
+            files.saving("it", tmp_path):  # fmt: skip
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error in (KeyError("x"), LoraLabError("mine"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, files.saving("it", tmp_path):
+            raise error
+        assert caught.value is error
+
+
+def test_saving_translates_safetensors_own_error(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(LoraLabError, match="could not save it"), files.saving("it", tmp_path):
+        save_file({}, tmp_path / "no" / "such" / "folder" / "file")

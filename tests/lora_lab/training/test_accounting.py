@@ -1,0 +1,133 @@
+"""The log, the saved steps and the peak: numbers on disk are the numbers of the result."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_workshop import QUIET, our_llama, same_bits, token_rows, weights
+
+import lora_lab
+from lora_lab import LoraLabError
+from lora_lab.training import accounting, fit
+from lora_lab.training.accounting import Log, peak_bytes, reset_peak
+
+ROWS = token_rows(8)
+
+
+def run(tmp_path, **changes):
+    model = lora_lab.inject(our_llama(), rank=2)
+    config = {"max_steps": 4, "micro_batch_size": 4, "output_dir": tmp_path / "out", **QUIET, **changes}
+    return model, fit(model, ROWS, config, eval_data=token_rows(3, seed=5))
+
+
+def entries(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_is_the_result_line_by_line(tmp_path):
+    _, result = run(tmp_path, eval_every=2, learning_rate=0.01, schedule="linear")
+    steps = [entry for entry in entries(tmp_path) if "loss" in entry]
+    assert [entry["loss"] for entry in steps] == result.losses
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
+    assert [entry["learning_rate"] for entry in steps] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert steps[-1]["tokens"] == result.tokens and not any(entry["skipped"] for entry in steps)
+    assert all(entry["grad_norm"] > 0 for entry in steps)
+    evaluations = [(entry["step"], entry["eval_loss"]) for entry in entries(tmp_path) if "eval_loss" in entry]
+    assert evaluations == list(zip([0, 2, 4], result.eval_losses, strict=True))
+
+
+def test_a_second_run_starts_a_new_log(tmp_path):
+    run(tmp_path)
+    run(tmp_path, max_steps=1)
+    assert [entry["step"] for entry in entries(tmp_path)] == [0, 1, 1]
+
+
+def test_every_line_is_json_whatever_the_numbers(tmp_path):
+    """json.dumps writes NaN, which is no JSON and which other readers refuse."""
+    Log(tmp_path).write(step=1, loss=float("nan"), grad_norm=float("inf"), skipped=True)
+    text = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "grad_norm": None, "skipped": True}
+
+
+def test_a_line_is_on_disk_as_soon_as_its_step_is_done(tmp_path):
+    model, seen = lora_lab.inject(our_llama(), rank=2), []
+    model.register_forward_pre_hook(lambda *_: seen.append(len((tmp_path / "log.jsonl").read_text().splitlines())))
+    fit(model, ROWS, {"max_steps": 3, "output_dir": tmp_path, **QUIET})
+    assert seen == [0, 1, 2]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, output_dir=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saved_steps_hold_what_trains_and_nothing_else(tmp_path):
+    model, _ = run(tmp_path, save_every=2)
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["log.jsonl", "step-000002.safetensors", "step-000004.safetensors"]
+    last = load_file(tmp_path / "out" / files[-1])
+    assert same_bits(last, {name: p for name, p in weights(model).items() if ".lora_" in name})
+    assert not same_bits(last, load_file(tmp_path / "out" / files[1]))
+    with safe_open(tmp_path / "out" / files[1], "pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "2"}
+
+
+def test_saved_steps_of_full_fine_tuning_hold_tied_weights_once(tmp_path):
+    model = our_llama(tie_word_embeddings=True)
+    fit(model, ROWS, {"max_steps": 1, "save_every": 1, "precision": "bf16-mixed", "output_dir": tmp_path, **QUIET})
+    assert same_bits(load_file(tmp_path / "step-000001.safetensors"), weights(model))
+
+
+@pytest.mark.parametrize("what", ["step", "log"])
+def test_a_full_disk_is_one_clear_error_and_keeps_earlier_files(tmp_path, monkeypatch, what):
+    run(tmp_path, save_every=4)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors"}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(accounting, *(("save_file", full) if what == "step" else ("open", full)), raising=False)
+    with pytest.raises(LoraLabError, match=rf"could not save {what}.*No space left on device"):
+        run(tmp_path, save_every=4)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors"} == before
+
+
+def test_a_file_where_the_folder_should_be_is_refused_before_training(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(LoraLabError, match="could not save log"):
+        run(tmp_path)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not reset a process's peak")
+def test_the_peak_covers_what_was_allocated_and_starts_anew():
+    """On a CPU it is the process's largest resident set."""
+    device = torch.device("cpu")
+    reset_peak(device)
+    start = peak_bytes(device)
+    torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert peak_bytes(device) - start > 0.8 * 64 * 2**20
+    with_it = peak_bytes(device)
+    reset_peak(device)
+    assert peak_bytes(device) <= with_it
+
+
+def test_the_result_has_time_and_memory(tmp_path):
+    _, result = run(tmp_path)
+    assert result.seconds > 0 and result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
+    assert result.peak_bytes > 2**20
+
+
+def test_progress_goes_to_stderr_and_can_be_switched_off(tmp_path, capsys):
+    run(tmp_path)
+    assert capsys.readouterr() == ("", "")
+    run(tmp_path, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "train" in err and "tokens/s" in err

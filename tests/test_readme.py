@@ -1,0 +1,66 @@
+"""The README keeps its word: its code runs, its tree is the tree, its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import lora_lab
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+PRINTED = re.search(r"prints\n\n```text\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_the_example_has_at_most_twelve_lines():
+    assert len([line for line in EXAMPLE.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 12
+
+
+@pytest.mark.real
+def test_the_example_runs_and_prints_the_count_the_readme_shows(smollm2, tmp_path, monkeypatch, capsys):
+    """With one step in place of thirty; the text it writes depends on the machine's rounding, the count does not."""
+    monkeypatch.chdir(tmp_path)
+    code = EXAMPLE.replace('"max_steps": 30', '"max_steps": 1, "progress": False')
+    assert code != EXAMPLE
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == PRINTED.splitlines()[0]
+    assert len(printed[1]) > 20
+    assert (tmp_path / "adapters" / "reviews" / "adapter_model.safetensors").is_file()
+
+
+def test_every_file_the_tree_names_exists():
+    tree = re.search(r"## What is where\n\n```text\n(.*?)```", README, re.DOTALL).group(1)
+    package, missing = "", []
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            package = line.split("/")[0]
+        for name in re.findall(r"[\w/]+\.py", line):
+            if not list((ROOT / package).rglob(name.rsplit("/", 1)[-1])):
+                missing.append(name)
+    assert not missing
+
+
+def test_every_module_of_lora_lab_is_in_the_tree():
+    tree = README.split("## What is where")[1].split("## ")[0]
+    names = {path.name for path in (ROOT / "lora_lab").rglob("*.py") if not path.name.startswith("__init__") and path.name != "version.py"}
+    assert {name for name in names if name not in tree} == set()
+
+
+def test_every_make_target_and_command_the_readme_names_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    from lora_lab.__main__ import parser
+
+    for line in re.findall(r"^\$ python -m lora_lab (.*)$", README, re.MULTILINE):
+        import shlex
+
+        parser().parse_args(shlex.split(line))
+
+
+def test_the_version_is_the_changelogs():
+    assert f"## {lora_lab.__version__}" in (ROOT / "CHANGELOG.md").read_text()
