@@ -7,7 +7,7 @@
 >>> torch.equal(model(torch.ones(1, 512)), before)                     # B starts at zero: nothing has changed yet
 True
 >>> print(lora_lab.count_parameters(model))
-4,608 of 38,082 parameters are trainable (12.10 %)
+4,608 of 38,090 parameters are trainable (12.10 %)
 >>> model = lora_lab.eject(model)                                      # as if nothing had happened
 """
 

@@ -63,7 +63,6 @@ class Block:
         if self.cache is not None:
             self.cache += [cached(k), cached(v)]
         y = ops.scaled_dot_product_attention(self.tape, q, k, v, self.model.tokens * self.model.arch.heads)
-        y = ops.copy(self.tape, "attention", y)  # heads side by side again: y is laid out as q is, [B, N, T, D]
         return lora_linear(self.model, y, f"{self.path}.self_attn.o_proj")
 
     def mlp(self, x: Sized) -> Sized:
@@ -138,28 +137,29 @@ def linear_cross_entropy(model: Model, hidden: Sized, count: int) -> Sized:
             kept.append(tape.new(hidden.numel, hidden.itemsize))
         if head.needs_grad:
             kept.append(tape.new(head.numel, head.itemsize, "gradients"))
-        _chunks(model, count)
+        _chunks(model, hidden, count)
         return tape.new(1, 4)
 
     return tape.record("loss", [hidden, head], forward, keeps_after=lambda _: kept)
 
 
-def _chunks(model: Model, count: int) -> None:
-    """The loop over chunks, with the lifetimes of its local names: the last chunk's logits and slope go when the next are bound."""
+def _chunks(model: Model, hidden: Sized, count: int) -> None:
+    """The loop over chunks: float32 logits beside their 16-bit origin or their 16-bit slope, one chunk at a time."""
     tape, head, V = model.tape, model.head, model.arch.vocabulary
     itemsize = model.autocast or head.itemsize
     operand = ops.cast(tape, Sized(head.numel, head.itemsize, head.storage), itemsize, part="workspace")
-    logits = slope = None
+    rows_of = ops.cast(tape, Sized(hidden.numel, hidden.itemsize, hidden.storage), itemsize, part="workspace")
     for rows in chunk_rows(count, V):
         narrow = tape.new(rows * V, itemsize, "logits")
         logits = ops.cast(tape, narrow, 4, part="logits")
         del narrow
-        tape.new(tape.inside_kernel(rows * V * 4), 1, "logits")  # logsumexp's exp(logits - max)
         slope = ops.cast(tape, logits, itemsize, part="logits")
+        del logits
         tape.new(rows * model.arch.hidden, itemsize)  # slope @ weight
         if head.needs_grad:
             tape.new(head.numel, itemsize, "workspace")  # slope.T @ hidden
-    del operand, logits, slope
+        del slope
+    del operand, rows_of
 
 
 def chunk_rows(count: int, vocabulary: int) -> list[int]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -204,7 +205,7 @@ def existing_tensors() -> Iterable[torch.Tensor]:
     """Every tensor Python can reach, with the gradients of the leaves among them."""
     gc.collect()
     for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor):
+        if issubclass(type(item), torch.Tensor) and not issubclass(type(item), FakeTensor):  # torch.compile leaves some behind
             yield item
             if item.is_leaf and item.grad is not None:
                 yield item.grad

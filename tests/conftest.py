@@ -17,6 +17,15 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread_for_small_models(request):
+    """On a busy machine two threads wait for each other, up to tenfold; real models keep all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if request.node.get_closest_marker("real") else 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of smollm2-135m-instruct-q4 in float32. Do not change the model."""

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import LoraLabError
 from .formats import Row, Rows, check_row
 
-IGNORE = -100
+IGNORE = -100  # the label of a token that is not learned: PyTorch's cross-entropy skips it
 Example = dict[str, list[int]]
 
 # Taori et al. 2023, Stanford Alpaca: for models without a chat template.

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IGNORE = -100  # the label of a position that is not learned
+
 # Norm -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +120,7 @@ class GatedMLP(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x: [B, N, T, D].  cos, sin: [B or 1, 1, T, D/2].
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle. x: [B, T, N, D].  cos, sin: [B or 1, T, 1, D/2].
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.4; the pairing by halves is GPT-NeoX's and Llama's on the hub.
     """
@@ -129,7 +131,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245) and rotary positions.
 
-    x: [B, T, H].  rotary: (cos, sin), each [B or 1, 1, T, D/2].  mask: bool [B, 1, T, S], True where a query may look; None is causal.
+    x: [B, T, H].  rotary: (cos, sin), each [B or 1, T, 1, D/2].  mask: bool [B, 1, T, S], True where a query may look; None is causal.
     """
 
     def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, **factory: Any) -> None:
@@ -141,18 +143,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=bias, **factory)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, layer_cache: LayerCache | None) -> Tensor:
-        q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, N, D]
         cos, sin = (angle.to(q.dtype) for angle in rotary)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (heads.transpose(1, 2) for heads in (rotate(q, cos, sin), rotate(k, cos, sin), v))  # [B, N, T, D], nothing moved
         causal = mask is None and (layer_cache is None or layer_cache.length == 0)  # else it is one token, which may look at all
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.groups > 1)
         return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, N * D] -> [B, N, T, D]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 def attention_mask(padding: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor | None:
@@ -169,6 +167,17 @@ def attention_mask(padding: Tensor | None, batch: int, length: int, past: int, d
     query, key = torch.arange(past, total, device=device)[:, None], torch.arange(total, device=device)[None, :]
     causal = (key <= query)[None, None]
     return causal if padding is None else (causal & padding.bool()[:, None, None, :]) | (key == query)[None, None]
+
+
+def padding_cannot_matter(padding: Tensor | None, labels: Tensor) -> bool:
+    """True where padding stands on the right and has no labels: causal attention keeps text from seeing it, so no mask is needed.
+
+    padding, labels: [B, T]. A mask would cost a [B, 1, T, T] tensor and, on most devices, the fastest attention kernel.
+    """
+    if padding is None or padding.shape != labels.shape or torch.compiler.is_compiling():
+        return False
+    on_the_right = (padding[:, 1:] <= padding[:, :-1]).all()
+    return bool(on_the_right & (labels[padding == 0] == IGNORE).all())
 
 
 # Key-value cache ------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from ..adapters import checkpoint_contexts
 from ..errors import LoraLabError
 from .base import CausalLMOutput, PretrainedModel, check_ids
-from .blocks import Attention, GatedMLP, KVCache, LayerCache, RMSNorm, attention_mask
-from .losses import IGNORE, next_token_loss
+from .blocks import IGNORE, Attention, GatedMLP, KVCache, LayerCache, RMSNorm, attention_mask, padding_cannot_matter
+from .losses import next_token_loss
 from .rotary import Rope
 
 
@@ -150,6 +150,8 @@ class LlamaForCausalLM(PretrainedModel):
         x = self._embed(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         self._check(x, attention_mask, position_ids, labels, cache)
+        if self.training and labels is not None and padding_cannot_matter(attention_mask, labels):
+            attention_mask = None
         hidden = self.model(x, attention_mask, position_ids, cache)
         loss = None if labels is None else next_token_loss(hidden, labels, self.lm_head)
         logits = self.lm_head(hidden[:, -logits_to_keep:]) if labels is None or not self.training else None

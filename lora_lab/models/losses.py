@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..adapters import checkpoint_contexts
-from .blocks import compute_dtype
+from .blocks import IGNORE, compute_dtype
 
 CHUNK_BYTES = 32 * 2**20
-IGNORE = -100
 
 
 def next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
@@ -83,24 +82,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
-        operand, rows, start = weight.to(dtype), _chunk_rows(len(weight)), 0
-        for h, y in _chunks(hidden, labels, rows):
-            logits = F.linear(h.to(dtype), operand, None if bias is None else bias.to(dtype)).to(exact)
-            shift = logits.logsumexp(-1, keepdim=True)
-            total += (shift.squeeze(-1) - logits.gather(1, y[:, None]).squeeze(1)).sum()
-            slope = logits.sub_(shift).exp_().scatter_add_(1, y[:, None], -torch.ones_like(shift)).to(dtype)  # softmax - onehot
+        operand, start = weight.to(dtype), 0
+        for h, y in _chunks(hidden.to(dtype), labels, _chunk_rows(len(weight))):
+            loss, slope = _loss_and_slope(F.linear(h, operand, None if bias is None else bias.to(dtype)), y)
+            total += loss
             if grad_hidden is not None:
                 grad_hidden[start : start + len(y)] = slope @ operand
             if grad_weight is not None:
-                grad_weight += slope.T @ h.to(dtype)
+                grad_weight += slope.T @ h
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             start += len(y)
+            del slope  # before the next chunk's logits are made
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        scaled = [None if g is None else g * grad for g in ctx.saved_tensors]
         return *scaled, None, None
+
+
+def _loss_and_slope(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed cross-entropy and its gradient, softmax - onehot, in the logits' dtype; in float32 at least, and in place there."""
+    dtype, labels = logits.dtype, labels[:, None]
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    logits -= logits.amax(-1, keepdim=True)
+    chosen = logits.gather(1, labels)
+    total = logits.exp_().sum(-1, keepdim=True)
+    slope = logits.div_(total).scatter_add_(1, labels, -torch.ones_like(total))
+    return (total.log() - chosen).sum(), slope.to(dtype)

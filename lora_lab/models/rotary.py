@@ -42,9 +42,9 @@ class Rope:
         return cls(float(theta), dim, positions, kind, numbers)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [B or 1, T] -> cos and sin, float32 [B or 1, 1, T, dim / 2]."""
+        """positions: [B or 1, T] -> cos and sin, float32 [B or 1, T, 1, dim / 2]."""
         frequencies, scale = KINDS[self.kind](self, positions)
-        angles = positions[:, None, :, None].float() * frequencies
+        angles = positions[:, :, None, None].float() * frequencies
         return angles.cos() * scale, angles.sin() * scale
 
     def powers(self, device: Any, theta: float | Tensor | None = None) -> Tensor:

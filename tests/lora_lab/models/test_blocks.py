@@ -214,11 +214,12 @@ def test_several_new_positions_after_a_cache_need_a_mask_even_without_padding():
 def test_attention_is_softmax_of_scaled_scores_with_repeated_keys(kv_heads, masked):
     """Vaswani et al. 2017, equation 1; Ainslie et al. 2023, section 2.2: groups of queries share a key."""
     layer, x = Attention(12, 4, kv_heads, 6, bias=True, dtype=torch.float64), randn(2, 5, 12)
-    angles = randn(1, 1, 5, 3, grad=False)
+    angles = randn(1, 5, 1, 3, grad=False)
     padding = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]) if masked else None
     mask = attention_mask(padding, 2, 5, 0, x.device)
-    q, k, v = (proj(x).view(2, 5, -1, 6).transpose(1, 2) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k, v = (proj(x).view(2, 5, -1, 6) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(4 // kv_heads, dim=1) for t in (k, v))
     visible = torch.ones(5, 5).tril().bool() if mask is None else mask
     weights = (q @ k.transpose(2, 3) / 6**0.5).masked_fill(~visible, -torch.inf).softmax(-1)
