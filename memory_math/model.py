@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+
 from . import operations as ops
 from .operations import Weight
 from .precision import ADAPTER_BYTES
@@ -15,7 +17,7 @@ def cached(tensor: Sized) -> Sized:
     return tensor
 
 
-class Model:
+class Model(abc.ABC):
     """The weights of `request`; `loss` and `prefill` run its forward pass on a tape.
 
     weights: by module path. adapters: path -> (lora_A [r, in], lora_B [out, r]). autocast: bytes per element that matrix products
@@ -80,9 +82,10 @@ class Model:
         """x as something that needs a gradient although no weight below it does (enable_input_require_grads)."""
         return x if x.needs_grad else Sized(x.numel, x.itemsize, x.storage, Node(0, "input", [], False, 0))
 
+    @abc.abstractmethod
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
         """ids: [B, T]. Returns the normalised hidden states [B, T, H]; `cache` collects the keys and values."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self, ids: Sized, labels: Sized) -> Sized:
-        raise NotImplementedError
+        """ids, labels: [B, T]. Returns the scalar loss."""

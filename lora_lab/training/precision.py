@@ -64,7 +64,6 @@ def stored_in(precision: Precision, model: nn.Module) -> Iterator[None]:
         for parameter, original in originals:
             back = parameter.data if original.numel() != parameter.numel() else original
             parameter.data = back.to(parameter.device, original.dtype)
-            parameter.grad = None
 
 
 def _casts(model: nn.Module, precision: Precision) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
@@ -76,7 +75,7 @@ def _casts(model: nn.Module, precision: Precision) -> Iterator[tuple[nn.Paramete
             seen.add(id(parameter))
             target = precision.trained if parameter.requires_grad else precision.frozen
             if getattr(module, "always_float32", False):
-                target = torch.float32 if precision.compute else None
+                target = torch.float32 if precision.compute or parameter.dtype.itemsize < 4 else None
             if target is not None and parameter.dtype != target:
                 yield parameter, target
 

@@ -224,6 +224,17 @@ def test_a_finetune_that_makes_no_sense_is_refused_before_anything_is_written(sh
     assert shop.contents() == before
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_training(shop, capsys, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(lora_lab.files.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(lora_lab.training, "fit", pytest.fail)
+    before = shop.contents()
+    check_refusal(shop.finetune(), capsys, "Read-only file system")
+    assert shop.contents() == before
+
+
 def test_a_loss_that_is_not_a_number_leaves_the_earlier_adapter(shop, capsys):
     before = shop.contents()
     check_refusal(shop.finetune(**{"learning-rate": 1e30, "max-steps": 10}), capsys, r"the (loss|gradient's norm) is (nan|inf) at step \d+")
