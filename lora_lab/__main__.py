@@ -141,7 +141,7 @@ def generate(options: argparse.Namespace) -> None:
         load(model, options.adapter)
     streaming = len(options.prompt) == 1
     result = models.generate(
-        model, [prompt if options.raw else _as_chat(prompt, tokenizer) for prompt in options.prompt], tokenizer,
+        model, [tokenizer.encode(prompt) if options.raw else _as_chat(prompt, tokenizer) for prompt in options.prompt], tokenizer,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         repetition_penalty=options.repetition_penalty, seed=options.seed,
         on_token=(lambda row, token, text: print(text, end="", flush=True)) if streaming else None,
@@ -193,9 +193,9 @@ def _check_device(device: str | None) -> None:
 
 def _load(options: argparse.Namespace, precision: str) -> Any:
     from . import models
-    from .training.precision import PRECISIONS
+    from .training.precision import storage_dtype
 
-    return models.load(options.model, dtype=PRECISIONS[precision].frozen, device=options.device)
+    return models.load(options.model, dtype=storage_dtype(precision), device=options.device)
 
 
 def _targets(names: list[str]) -> str | list[str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
-from .targets import lora_layers
+from .targets import adapter_names, lora_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 Selection = list[tuple[LoRA, tuple[str, ...]]]
@@ -25,7 +25,9 @@ def use(model: Model, adapters: str | Sequence[str] | None) -> Model:
     known = adapter_names(model)
     for name in names:
         if name not in known:
-            raise LoraLabError(f"use({adapters!r}): this model has the adapters {sorted(known)}{did_you_mean(name, known)}")
+            raise LoraLabError(f"use({adapters!r}): this model has the adapters {known}{did_you_mean(str(name), known)}")
+        if names.count(name) > 1:
+            raise LoraLabError(f"use({adapters!r}): {name!r} is named twice; its update can be added once")
     for layer in lora_layers(model).values():
         layer.lora_active = tuple(name for name in names if name in layer.lora_A)
     return model
@@ -49,10 +51,6 @@ def activate(model: nn.Module, adapters: tuple[str, ...], trainable: bool) -> No
         for parameters in (layer.lora_A, layer.lora_B):
             for name in parameters:
                 parameters[name].requires_grad_(trainable and name in adapters)
-
-
-def adapter_names(model: nn.Module) -> set[str]:
-    return {name for layer in lora_layers(model).values() for name in layer.lora_A}
 
 
 def selection(model: nn.Module) -> Selection:

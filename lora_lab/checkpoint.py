@@ -27,7 +27,18 @@ from .errors import LoraLabError, did_you_mean
 from .files import saving, write_file, write_json
 from .injection import apply_plan, injection_of
 from .layers import LoRA, is_adaptable, is_conv1d, layer_shape
-from .targets import AdapterConfig, Plan, PlannedLayer, check_adapter_name, first_match, lora_layers, name_matches, refuse_unreachable
+from .targets import (
+    AdapterConfig,
+    Plan,
+    PlannedLayer,
+    adapter_names,
+    check_adapter_name,
+    check_config,
+    first_match,
+    lora_layers,
+    name_matches,
+    refuse_unreachable,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 PREFIX = "base_model.model."
@@ -57,6 +68,8 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
     """
     adapter = _adapter_to_save(model, adapter)
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.lora_A}
+    if "" in layers:
+        raise LoraLabError("a layer alone has no name for a file to call it by: inject into a model that contains it, nn.Sequential(layer) will do")
     tensors = {f"{PREFIX}{path}.lora_{which}.weight": _finite(path, pair[adapter].detach().to("cpu", dtype).contiguous())
                for path, layer in layers.items() for which, pair in (("A", layer.lora_A), ("B", layer.lora_B))}  # fmt: skip
     config = peft_config(model, adapter, layers)
@@ -120,7 +133,7 @@ def _compact(values: dict[str, Any], default: Any, pattern: dict[str, Any]) -> t
 
 
 def _adapter_to_save(model: nn.Module, adapter: str | None) -> str:
-    names = sorted({name for layer in lora_layers(model).values() for name in layer.lora_A})
+    names = adapter_names(model)
     if adapter is not None and adapter not in names:
         raise LoraLabError(f"adapter={adapter!r}: this model has {names or 'no adapters'}{did_you_mean(adapter, names)}")
     active = sorted({name for layer in lora_layers(model).values() for name in layer.lora_active})
@@ -194,34 +207,49 @@ def _what_is_missing(folder: Path) -> str:
 
 
 def _read_config(folder: Path, metadata: dict[str, str]) -> AdapterConfig:
-    ours: Any = json.loads(metadata["lora_lab_config"]) if "lora_lab_config" in metadata else None
     path = folder / CONFIG
+    ours = _object(metadata["lora_lab_config"], folder / TENSORS) if "lora_lab_config" in metadata else None
     if not path.is_file() and ours is None:
         raise LoraLabError(f"{path} is missing: it holds alpha, without which the adapter's strength is unknown")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ours
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LoraLabError(f"{path} is not JSON: {error}") from None
-    if ours is not None and config != ours:
+    config = _object(path.read_bytes(), path) if path.is_file() else ours
+    if ours is not None and config is not None and config != ours:
         differ = sorted(key for key in {*ours, *config} if ours.get(key) != config.get(key))
         warnings.warn(f"{path} differs from the one saved with the tensors in {differ}; the tensors' own is used", stacklevel=3)
         config = ours
+    assert config is not None
     return _from_peft(config, path)
+
+
+def _object(text: str | bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoraLabError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise LoraLabError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
 
 
 def _from_peft(config: dict[str, Any], path: Path) -> AdapterConfig:
     """Keep what says how the tensors are used; refuse what would change the function and is not read here."""
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise LoraLabError(f"{path}: peft_type is {config.get('peft_type') if isinstance(config, dict) else config!r}, expected 'LORA'")
+    if config.get("peft_type") != "LORA":
+        raise LoraLabError(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     if config.get("init_lora_weights", True) not in HARMLESS_INITIALISATIONS:
         raise LoraLabError(f"{path}: init_lora_weights={config['init_lora_weights']!r} changed the base weights while training; convert the "
                            "adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)")  # fmt: skip
     for key, value in config.items():
         if key not in INFORMATION and value not in (None, False, {}, [], "none"):
             raise LoraLabError(f"{path}: {key}={value!r} is a feature this version does not read; the adapter would compute something else")
-    return AdapterConfig(rank=config.get("r", 8), alpha=config.get("lora_alpha", 8), rank_pattern=config.get("rank_pattern") or {},
+    ours = AdapterConfig(rank=config.get("r", 8), alpha=config.get("lora_alpha", 8), rank_pattern=config.get("rank_pattern") or {},
                          alpha_pattern=config.get("alpha_pattern") or {}, dropout=config.get("lora_dropout") or 0.0,
-                         rslora=bool(config.get("use_rslora")), target_modules=config.get("target_modules") or "all-linear")  # fmt: skip
+                         rslora=config.get("use_rslora") or False, target_modules=config.get("target_modules") or "all-linear")  # fmt: skip
+    try:
+        check_config(ours)
+    except LoraLabError as error:
+        raise LoraLabError(f"{path}: {error}") from None
+    if ours.alpha is None:
+        raise LoraLabError(f"{path}: lora_alpha is null, so the adapter's strength is unknown")
+    return ours
 
 
 def _pairs(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -271,7 +299,8 @@ def _check_name_is_free(model: nn.Module, plan: Plan, adapter: str, replace: boo
 
 
 def _warn_of_another_base(model: nn.Module, metadata: dict[str, str], folder: Path) -> None:
-    trained_on, here = metadata.get("base_sha256"), getattr(model, "base_sha256", None)
+    trained_on = metadata.get("base_sha256")
+    here = getattr(model, "base_sha256", None) if trained_on else None  # hashing a large base takes seconds
     if trained_on and here and trained_on != here:
         warnings.warn(f"{folder} was trained on a base with SHA-256 {trained_on[:12]}..., this one has {here[:12]}...: "
                       "the shapes fit, the weights differ", stacklevel=3)  # fmt: skip
@@ -279,7 +308,8 @@ def _warn_of_another_base(model: nn.Module, metadata: dict[str, str], folder: Pa
 
 @torch.no_grad()
 def _copy_values(model: nn.Module, adapter: str, pairs: dict[str, dict[str, Tensor]]) -> None:
-    for path, layer in lora_layers(model).items():
-        if path in pairs:
-            layer.lora_A[adapter].copy_(pairs[path]["A"])
-            layer.lora_B[adapter].copy_(pairs[path]["B"])
+    for path, pair in pairs.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, LoRA)
+        layer.lora_A[adapter].copy_(pair["A"])
+        layer.lora_B[adapter].copy_(pair["B"])

@@ -23,10 +23,11 @@ from .checkpoint import TENSORS, load, save
 from .errors import LoraLabError
 from .injection import inject, plan
 from .training import FitResult, TrainConfig, fastest_precision, fit
+from .training.precision import storage_dtype
 
 MODEL, RANK = "smollm2-135m-instruct-q4", 8
 HORRIBLE = "Write a horrible review of the following product."  # in no training row
-SAMPLING: dict[str, Any] = {"max_new_tokens": 90, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 7}
+SAMPLING: dict[str, Any] = {"max_new_tokens": 90, "temperature": 0.4, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 7}
 
 
 @dataclass
@@ -80,7 +81,7 @@ def run(settings: Settings) -> None:
 
     title("7. Before and after, the same requests and the same random numbers")
     after = write(model, prompts, tokenizer)
-    print(side_by_side(list(prompts), before, after))
+    print(side_by_side(list(prompts), before, after, headings=("BEFORE", "AFTER")))
 
     title("8. The numbers")
     print(numbers(result, predicted, measured))
@@ -103,7 +104,10 @@ def write(model: Any, prompts: dict[str, str], tokenizer: Any) -> list[str]:
 
 
 def memory(name: str, rows: data.Rows, config: TrainConfig) -> tuple[Any, Any]:
-    """(predicted, measured) bytes of one step on the longest rows, in a model of its own that is thrown away."""
+    """(predicted, measured) bytes of a step on the longest rows, in a model of its own that is thrown away.
+
+    Two steps are measured: from the second one on the optimizer's states are there all the time.
+    """
     model, tokenizer = models.load(name, dtype=storage_dtype(config.precision))
     longest = sorted(data.encode_rows(rows, tokenizer), key=lambda example: len(example["input_ids"]))[-config.micro_batch_size :]
     length = len(longest[-1]["input_ids"])
@@ -113,8 +117,8 @@ def memory(name: str, rows: data.Rows, config: TrainConfig) -> tuple[Any, Any]:
         model, method="lora", precision=config.precision, rank=RANK, batch_size=len(longest), sequence_length=length, label_tokens=labels,
         implementation="lora_lab", device="cpu",
     )  # fmt: skip
-    one_step = TrainConfig(max_steps=1, micro_batch_size=len(longest), precision=config.precision, progress=False)
-    return predicted, memory_math.measure(lambda: fit(model, longest, one_step), device="cpu")
+    two_steps = TrainConfig(max_steps=2, micro_batch_size=len(longest), precision=config.precision, progress=False)
+    return predicted, memory_math.measure(lambda: fit(model, longest, two_steps), device="cpu")
 
 
 def numbers(result: FitResult, predicted: Any, measured: Any) -> str:
@@ -155,19 +159,13 @@ def adapter_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def storage_dtype(precision: str) -> torch.dtype:
-    """What a frozen base is stored in, so that it need not be cast for training."""
-    return {"fp32": torch.float32, "fp16-mixed": torch.float16}.get(precision, torch.bfloat16)
-
-
-def side_by_side(requests: list[str], *columns: list[str], width: int = 120) -> str:
-    """Each request above its answers, in as many columns as there are lists of them."""
+def side_by_side(requests: list[str], *columns: list[str], headings: tuple[str, ...] = (), width: int = 120) -> str:
+    """Each request above its answers, in as many columns as there are lists of them, under headings where given."""
     each = (width - 3 * (len(columns) - 1)) // len(columns)
     blocks = []
     for row, request in enumerate(requests):
         cells = [textwrap.wrap(column[row].replace("\n", " "), each) or ["(nothing)"] for column in columns]
-        if len(columns) == 2:
-            cells = [[name, "-" * each, *cell] for name, cell in zip(("BEFORE", "AFTER"), cells, strict=True)]
+        cells = [[heading, "-" * each, *cell] for heading, cell in zip(headings, cells, strict=True)] if headings else cells
         height = max(map(len, cells))
         lines = [" | ".join((cell[i] if i < len(cell) else "").ljust(each) for cell in cells).rstrip() for i in range(height)]
         blocks.append("\n".join([*(f"> {line}" for line in textwrap.wrap(request, width - 2)), *lines]))

@@ -22,7 +22,7 @@ def cache_folder() -> Path:
     if os.name == "nt":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "lora-lab"
     mac = Path.home() / "Library" / "Caches"
-    base = mac if mac.is_dir() else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    base = mac if mac.is_dir() else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "lora-lab"
 
 

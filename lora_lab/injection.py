@@ -17,7 +17,7 @@ from torch import nn
 from . import layers as lora_layer
 from .adapters import activate
 from .errors import LoraLabError
-from .targets import AdapterConfig, Plan, check_adapter_name, lora_layers, make_plan
+from .targets import AdapterConfig, Plan, adapter_names, check_adapter_name, lora_layers, make_plan
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -116,6 +116,5 @@ def _restore_requires_grad(model: nn.Module, injection: Injection) -> None:
 
 def _check_new_adapter(model: nn.Module, adapter: str) -> None:
     check_adapter_name(adapter)
-    taken = {name for layer in lora_layers(model).values() for name in layer.lora_A}
-    if adapter in taken:
-        raise LoraLabError(f"adapter={adapter!r} is already in this model (it has {sorted(taken)}): choose another name, or eject first")
+    if adapter in (taken := adapter_names(model)):
+        raise LoraLabError(f"adapter={adapter!r} is already in this model (it has {taken}): choose another name, or eject first")

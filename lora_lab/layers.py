@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import LoraLabError
+from .errors import LoraLabError, did_you_mean
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -92,12 +92,13 @@ class LoRA:
     lora_active: tuple[str, ...]
     training: bool
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: [..., in].  Returns [..., out] in the base layer's dtype."""
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """input: [..., in].  Returns [..., out] in the base layer's dtype."""
+        x = remember_selection(input, self.lora_active)
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         for adapter in self.lora_active:
             y = y + self.lora_update(adapter, x).to(y.dtype)
-        return remember_selection(y, self.lora_active)
+        return y
 
     def lora_update(self, adapter: str, x: Tensor) -> Tensor:
         """``scaling * B A x``: [..., in] -> [..., out]. Casts the small A and B to x's dtype, never x to theirs."""
@@ -117,7 +118,7 @@ class LoRA:
         return _rebuild, (base,), dict(self.__dict__)
 
 
-class LoRALinear(LoRA, nn.Linear):  # type: ignore[misc]
+class LoRALinear(LoRA, nn.Linear):
     """An nn.Linear with one LoRA adapter called "default"; the rest of the layer is frozen.
 
     in_features, out_features: of the base.  rank: r >= 1.  alpha: the scaling is alpha / rank (None: alpha = rank).
@@ -132,6 +133,7 @@ class LoRALinear(LoRA, nn.Linear):  # type: ignore[misc]
 
     def __init__(self, in_features: int, out_features: int, rank: int = 8, *, alpha: float | None = None, dropout: float = 0.0,
                  bias: bool = True, init: str = "kaiming", device: Any = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
+        check_numbers(rank, alpha, dropout, init)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.requires_grad_(False)
         attach(self, "default", new_pair(self, rank, init), (rank if alpha is None else alpha) / rank, dropout)
@@ -217,10 +219,25 @@ def adapter_dtype(base: torch.dtype) -> torch.dtype:
     return base if base in (torch.float32, torch.float64) else torch.float32
 
 
-def check_rank(rank: int) -> int:
+def check_rank(rank: Any) -> int:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise LoraLabError(f"rank={rank!r}: expected a whole number of at least 1 (8 is a good start)")
     return rank
+
+
+def check_alpha(alpha: Any, name: str = "alpha") -> None:
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha)):
+        raise LoraLabError(f"{name}={alpha!r}: expected a finite number (alpha = rank gives a scaling of 1)")
+
+
+def check_numbers(rank: Any, alpha: Any, dropout: Any, init: Any) -> None:
+    """Raise LoraLabError for the first of an adapter's numbers that makes no sense."""
+    check_rank(rank)
+    check_alpha(alpha)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise LoraLabError(f"dropout={dropout!r}: expected 0 <= dropout < 1")
+    if init not in INITIALISATIONS:
+        raise LoraLabError(f"init={init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(str(init), INITIALISATIONS)}")
 
 
 # Initialisations: all but "random" start from a zero update (Hu et al. 2021, section 4.1) ------------------------------------
@@ -248,15 +265,15 @@ INITIALISATIONS = {"kaiming": _kaiming, "gaussian": _gaussian, "random": _random
 # The selection of adapters belongs to the forward pass -----------------------------------------------------------------------
 
 
-def remember_selection(y: Tensor, active: tuple[str, ...]) -> Tensor:
-    """Under activation checkpointing, make backward fail where the recompute ran with other adapters than the forward.
+def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
+    """Under (non-reentrant) checkpointing, make backward fail where the recompute ran with other adapters than the forward.
 
     Otherwise ``with disabled(model): loss = model(x).sum()`` followed by ``loss.backward()`` gives wrong gradients without a
     word. lora_lab's own models restore the selection for the recompute; a foreign model cannot, so it gets an error.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and y.requires_grad and _saved_tensor_hooks_are_set()):
-        return y
-    return _SelectionCheck.apply(y, torch.tensor(hash(active)), active)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and _saved_tensor_hooks_are_set()):
+        return x
+    return _SelectionCheck.apply(x, torch.tensor(hash(active)), active)
 
 
 def _saved_tensor_hooks_are_set() -> bool:
@@ -267,8 +284,8 @@ class _SelectionCheck(torch.autograd.Function):
     """Identity. What it saves as a tensor is recomputed by checkpointing, what it keeps on ctx is not: backward compares."""
 
     @staticmethod
-    def forward(y: Tensor, stamp: Tensor, active: tuple[str, ...]) -> Tensor:
-        return y.view_as(y)
+    def forward(x: Tensor, stamp: Tensor, active: tuple[str, ...]) -> Tensor:
+        return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 
 from .errors import LoraLabError, did_you_mean
-from .layers import INITIALISATIONS, LoRA, check_rank, is_adaptable, layer_shape
+from .layers import LoRA, check_alpha, check_numbers, check_rank, is_adaptable, layer_shape
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ATTENTION_PART = re.compile(r"attn|attention", re.IGNORECASE)
 CLASSIFIER_HEADS = ("score", "classifier")
+KEYWORDS = ("all-linear", "attention")
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     """Resolve a request against a model. Changes nothing; raises LoraLabError for anything that matches nothing."""
     check_config(config)
     paths = dict(adaptable_layers(model))
-    left_out = excluded(model, config.exclude_modules)
-    targets = [path for path in match_targets(model, paths, config.target_modules) if path not in left_out and in_layers(path, config.layers)]
+    named = match_targets(model, paths, config.target_modules)
+    check_layers(named, config.layers)
+    left_out = excluded(named, config.exclude_modules)
+    targets = [path for path in named if path not in left_out and (config.layers is None or layer_number(path) in config.layers)]
     if not targets:
         raise LoraLabError(f"exclude_modules={config.exclude_modules!r} and layers={config.layers!r} leave no layer to adapt")
     for pattern in (config.rank_pattern, config.alpha_pattern):
@@ -131,7 +134,8 @@ def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any) -
     else:
         raise LoraLabError(f"target_modules={request!r}: expected 'all-linear', 'attention', a list of names, or a regular expression")
     if not matched:
-        raise LoraLabError(f"target_modules={request!r} matches no layer.{layers_here(paths, str(request))}")
+        hint = "" if request in KEYWORDS else f" (a string is a regular expression over the whole path: for a name write [{request!r}])"
+        raise LoraLabError(f"target_modules={request!r} matches no layer{hint}.{layers_here(paths, str(request))}")
     return matched
 
 
@@ -165,26 +169,40 @@ def is_head(model: nn.Module, path: str, module: nn.Module) -> bool:
     """The output embedding, or a top-level classifier: "all-linear" leaves both alone, as PEFT does."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     head = get_output_embeddings() if callable(get_output_embeddings) else None
-    return module is head or path in CLASSIFIER_HEADS
+    return module is head or path.split(".")[0] in CLASSIFIER_HEADS
 
 
-def excluded(model: nn.Module, request: str | Sequence[str] | None) -> set[str]:
+def excluded(targets: list[str], request: str | Sequence[str] | None) -> set[str]:
+    """The targets a request leaves out. A name leaves out what it matches and everything below; each has to leave out something."""
     if request is None:
         return set()
-    paths = [path for path, _ in model.named_modules()]
     if isinstance(request, str):
         pattern = compile_pattern(request, "exclude_modules")
-        return {path for path in paths if pattern.fullmatch(path)}
-    for name in request:
-        if not any(name_matches(name, path) for path in paths):
-            raise LoraLabError(f"exclude_modules={request!r}: {name!r} matches nothing{did_you_mean(name, {p.rpartition('.')[2] for p in paths})}")
-    return {path for path in paths if any(name_matches(name, path) for name in request)}
+        groups = {request: {path for path in targets if pattern.fullmatch(path)}}
+    else:
+        groups = {name: {path for path in targets if any(name_matches(name, part) for part in ancestors(path))} for name in request}
+    for name, paths in groups.items():
+        if not paths:
+            hint = f" (a string is a regular expression over the whole path: for a name write [{name!r}])" if isinstance(request, str) else ""
+            raise LoraLabError(f"exclude_modules={request!r}: {name!r} matches none of the targets{hint}.{layers_here(targets, str(name))}")
+    return set().union(*groups.values())
 
 
-def in_layers(path: str, layers: Sequence[int] | None) -> bool:
-    """The first number in a path is its layer, as in PEFT's layers_to_transform."""
-    index = next((int(part) for part in path.split(".") if part.isdigit()), None)
-    return layers is None or index in layers
+def ancestors(path: str) -> list[str]:
+    """A path and the containers it is in: "a.b.c" -> ["a", "a.b", "a.b.c"]."""
+    parts = path.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def layer_number(path: str) -> int | None:
+    """The first number in a path, as in PEFT's layers_to_transform."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def check_layers(targets: list[str], layers: Sequence[int] | None) -> None:
+    present = sorted({number for path in targets if (number := layer_number(path)) is not None})
+    if absent := [number for number in layers or () if number not in present]:
+        raise LoraLabError(f"layers={list(layers or ())}: there is no layer {absent[0]} among the targets; they are in {present}")
 
 
 def first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:
@@ -198,7 +216,7 @@ def first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:
 def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise LoraLabError(f"{where}={pattern!r} is not a regular expression: {error}") from None
 
 
@@ -206,17 +224,17 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
 
 
 def check_config(config: AdapterConfig) -> None:
-    check_rank(config.rank)
-    for key, rank in config.rank_pattern.items():
-        compile_pattern(key, "rank_pattern")
-        check_rank(rank)
-    for name, alpha in {"alpha": config.alpha, **config.alpha_pattern}.items():
-        if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
-            raise LoraLabError(f"{name}={alpha!r}: expected a finite number (alpha = rank gives a scaling of 1)")
-    if not 0.0 <= config.dropout < 1.0:
-        raise LoraLabError(f"dropout={config.dropout!r}: expected 0 <= dropout < 1")
-    if config.init not in INITIALISATIONS:
-        raise LoraLabError(f"init={config.init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(config.init, INITIALISATIONS)}")
+    check_numbers(config.rank, config.alpha, config.dropout, config.init)
+    if not isinstance(config.rslora, bool):
+        raise LoraLabError(f"rslora={config.rslora!r}: expected True or False")
+    for name, pattern, check in (("rank_pattern", config.rank_pattern, check_rank), ("alpha_pattern", config.alpha_pattern, check_alpha)):
+        if not isinstance(pattern, dict):
+            raise LoraLabError(f"{name}={pattern!r}: expected a dict of name or pattern -> value")
+        for key, value in pattern.items():
+            compile_pattern(key, name)
+            check(value)
+    if config.layers is not None and not (isinstance(config.layers, Iterable) and all(isinstance(layer, int) for layer in config.layers)):
+        raise LoraLabError(f"layers={config.layers!r}: expected a list of layer numbers")
 
 
 def check_patterns(pattern: dict[str, Any], targets: list[str]) -> None:
@@ -241,5 +259,9 @@ def refuse_unreachable(path: str, module: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
-    """Every adapted layer of a model by its path; none is an error, where a verb needs one."""
+    """Every adapted layer of a model by its path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRA)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    return sorted({name for layer in lora_layers(model).values() for name in layer.lora_A})

@@ -105,6 +105,7 @@ def rotate(tape: Tape, x: Sized, angles: Sized) -> Sized:
 def lora_linear(model: Model, x: Sized, path: str) -> Sized:
     """LoRA.forward: ``W x + B (scaling * A x)``, with the small A and B cast to x's dtype."""
     tape = model.tape
+    x = remember_selection(model, x) if path in model.adapters else x
     y = ops.linear(tape, x, model.weights[path], model.weights.get(f"{path}.bias"), model.autocast)
     if path not in model.adapters:
         return y
@@ -113,15 +114,14 @@ def lora_linear(model: Model, x: Sized, path: str) -> Sized:
     if model.request.dropout:
         x = ops.dropout(tape, x)
     low = ops.elementwise(tape, "scaling", ops.linear(tape, x, A, copy=A_copy))
-    y = ops.add(tape, path, y, ops.linear(tape, low, B, copy=B_copy))
-    return remember_selection(model, y)
+    return ops.add(tape, path, y, ops.linear(tape, low, B, copy=B_copy))
 
 
-def remember_selection(model: Model, y: Sized) -> Sized:
-    """Under checkpointing a LoRA layer keeps one int64 that says which adapters its forward had."""
+def remember_selection(model: Model, x: Sized) -> Sized:
+    """Under checkpointing a LoRA layer whose input needs a gradient keeps one int64 that says which adapters its forward had."""
     if not model.request.gradient_checkpointing:
-        return y
-    return model.tape.record("selection", [y], lambda: y, keeps_after=lambda _: [model.tape.new(1, 8, "other")], passes=True)
+        return x
+    return model.tape.record("selection", [x], lambda: x, keeps_after=lambda _: [model.tape.new(1, 8, "other")], passes=True)
 
 
 def linear_cross_entropy(model: Model, hidden: Sized, count: int) -> Sized:

@@ -112,6 +112,8 @@ def check_row(row: Any, where: str) -> None:
 
 
 def _check_instruction(row: Row, where: str) -> None:
+    if row.get("input", "") is None:  # as many files say "no input"
+        row = {**row, "input": ""}
     for name in ("instruction", "input", "output"):
         if name in row and not isinstance(row[name], str):
             raise LoraLabError(f"{where}: {name!r} is a {type(row[name]).__name__}, expected text")

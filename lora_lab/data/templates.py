@@ -25,7 +25,7 @@ def messages_of(row: Row) -> list[dict[str, str]]:
     if "messages" in row:
         return list(row["messages"])
     answer = [{"role": "assistant", "content": row["output"]}] if "output" in row else []
-    return [{"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input", ""))))}, *answer]
+    return [{"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input") or "")))}, *answer]
 
 
 def prompt_of(row: Row, tokenizer: Any) -> str:
@@ -36,7 +36,7 @@ def prompt_of(row: Row, tokenizer: Any) -> str:
         return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
     if "messages" in row:
         raise LoraLabError("this tokenizer has no chat template, so rows with messages cannot be rendered: use instruction / input / output rows")
-    given, bos = row.get("input", ""), getattr(tokenizer, "bos_token_id", None)
+    given, bos = row.get("input") or "", getattr(tokenizer, "bos_token_id", None)
     start = "" if bos is None else str(tokenizer.decode([bos], skip_special_tokens=False))
     return start + ALPACA.format(instruction=row["instruction"], input=f"### Input:\n{given}\n\n" if given else "",
                                  paired=", paired with an input that provides further context" if given else "")  # fmt: skip
@@ -52,14 +52,15 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int | None = No
     max_length: tokens a row may have. Raises LoraLabError, naming the row, for one that is longer, empty, or has no labels.
     """
     where = rows.where if isinstance(rows, Rows) else "row {}".format
-    if not rows:
+    examples = [_checked(_encode(row, tokenizer, where(i)), max_length, where(i)) for i, row in enumerate(rows)]
+    if not examples:
         raise LoraLabError("the data holds no rows: there is nothing to train on")
-    return [_checked(_encode(row, tokenizer, where(i)), max_length, where(i)) for i, row in enumerate(rows)]
+    return examples
 
 
 def _encode(row: Row, tokenizer: Any, where: str) -> Example:
     if isinstance(row, Mapping) and "input_ids" in row:
-        return {"input_ids": _ids(row["input_ids"], where), "labels": _ids(row.get("labels", row["input_ids"]), where)}
+        return _encoded_already(row, where)
     check_row(row, where)
     if tokenizer is None:
         raise LoraLabError(f"{where} is text, so a tokenizer is needed: fit(model, rows, tokenizer=tokenizer)")
@@ -76,6 +77,16 @@ def _ids(values: Any, where: str) -> list[int]:
         return [int(value) for value in values]
     except (TypeError, ValueError):
         raise LoraLabError(f"{where}: input_ids and labels are {values!r:.60}, expected lists of whole numbers") from None
+
+
+def _encoded_already(row: Row, where: str) -> Example:
+    """Ids and labels as given; positions that the row's own attention_mask calls padding are dropped."""
+    ids, labels = _ids(row["input_ids"], where), _ids(row.get("labels", row["input_ids"]), where)
+    mask = _ids(row.get("attention_mask", [1] * len(ids)), where)
+    if not len(ids) == len(labels) == len(mask):
+        raise LoraLabError(f"{where}: {len(ids)} input_ids but {len(labels)} labels and {len(mask)} attention_mask values: expected one each")
+    kept = [index for index, text in enumerate(mask) if text]
+    return {"input_ids": [ids[index] for index in kept], "labels": [labels[index] for index in kept]}
 
 
 def _chat_pieces(row: Row, tokenizer: Any, where: str) -> Iterator[tuple[list[int], bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,17 @@ class PretrainedModel(nn.Module):
 
     @property
     def base_sha256(self) -> str | None:
-        """SHA-256 of the weights on disk this model was loaded from; adapters record it. None for a model made by hand."""
+        """SHA-256 of the weights on disk this model was loaded from; adapters record it.
+
+        None for a model made by hand, and (with a warning) where the files are no longer there: an adapter can be saved all the same.
+        """
         from .loading import weights_sha256
 
-        return weights_sha256(self.source_folder) if self.source_folder is not None else None
+        try:
+            return weights_sha256(self.source_folder) if self.source_folder is not None else None
+        except (LoraLabError, OSError) as error:
+            warnings.warn(f"the base's SHA-256 is not recorded: {error}", stacklevel=3)
+            return None
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int, also: int = 0) -> None:

@@ -75,7 +75,7 @@ def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None
 
 def _load_folder(folder: Path, name: str, dtype: Any, device: Any) -> tuple[PretrainedModel, Tokenizer | None]:
     model = build(read_json(folder / "config.json"), read_weights(weight_files(folder)), dtype, device)
-    model.name_or_path, model.source_folder = name, folder
+    model.name_or_path, model.source_folder = name, folder.resolve()
     return model, Tokenizer.from_folder(folder)
 
 
@@ -84,7 +84,7 @@ def _load_gguf(path: Path, dtype: Any, device: Any) -> tuple[PretrainedModel, To
 
     file = GGUFFile(path)
     model = build(file.config(), file.tensors(), dtype, device)
-    model.name_or_path, model.source_folder = str(path), path
+    model.name_or_path, model.source_folder = str(path), path.resolve()
     return model, file.tokenizer()
 
 

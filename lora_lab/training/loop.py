@@ -40,7 +40,7 @@ NOTHING_LEARNS = ("the loss depends on no weight that requires grad: is the adap
 class FitResult:
     """losses: mean over the labelled tokens of each step.  eval_losses: before the first step, at eval_every, after the last.
 
-    tokens: positions computed, without padding.  label_tokens: those that were learned.  seconds: of the steps, evaluation and
+    tokens: of the rows, padding not counted.  label_tokens: those that were learned.  seconds: of the steps, evaluation and
     saving left out.  peak_bytes: see `accounting.peak_bytes`.  skipped_steps: float16 overflows.
     """
 
@@ -70,6 +70,7 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     settings that make no sense, and on a loss that is not a number; dtypes, mode and checkpointing are the caller's own afterwards.
     """
     config = TrainConfig.of(config)
+    _refuse_other_tasks(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise LoraLabError("nothing in the model requires grad, so there is nothing to train: inject an adapter, or unfreeze weights")
@@ -80,9 +81,21 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     if learns_in_16_bit(model, precision):
         warnings.warn("weights are trained in 16 bit: updates smaller than about 1/256 of a weight are rounded away; "
                       "precision='bf16-mixed' keeps float32 masters", stacklevel=2)  # fmt: skip
-    with (_own_gradients(trained), stored_in(precision, model), in_mode(model, training=True),
+    with (torch.random.fork_rng(_gpus(trained[0])), _own_gradients(trained), stored_in(precision, model), in_mode(model, training=True),
           _checkpointing(model, config.gradient_checkpointing)):  # fmt: skip
         return _Run(model, trained, config, getattr(tokenizer, "pad_token_id", 0) or 0).train(examples, held_out)
+
+
+def _gpus(parameter: Tensor) -> list[int]:
+    """The GPU whose random numbers the run uses, if any: fork_rng gives them back to the caller as they were."""
+    return [parameter.get_device()] if parameter.device.type == "cuda" else []
+
+
+def _refuse_other_tasks(model: nn.Module) -> None:
+    """`fit` predicts the next token; a model with another task would take its labels for something else, without a word."""
+    other = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or type(model).__name__.endswith(other):
+        raise LoraLabError(f"fit trains causal language models (next-token prediction); a {type(model).__name__} has another task")
 
 
 class _Run:
@@ -147,7 +160,10 @@ class _Run:
     def backward(self, batch: Batch, share: float) -> float:
         """Add this micro-batch's part of the step's gradient; returns its part of the step's loss."""
         with self.precision.autocast(self.device):
-            loss: Tensor = self.model(**batch).loss * share
+            loss = getattr(self.model(**batch), "loss", None)
+        if not isinstance(loss, Tensor):
+            raise LoraLabError(f"a {type(self.model).__name__} returned no .loss for labels: fit needs a causal language model with its head")
+        loss = loss * share
         if not loss.requires_grad:
             raise LoraLabError(NOTHING_LEARNS)
         self.scaler.scale(loss).backward()
@@ -278,7 +294,7 @@ def _switch_on(model: nn.Module, enable: Any) -> None:
         enable({"use_reentrant": False})  # transformers': its reentrant kind gives frozen inputs a gradient that nobody needs
     except ValueError as error:
         raise LoraLabError(f"gradient_checkpointing=True: {error}") from None
-    if hasattr(model, "disable_input_require_grads"):
+    with contextlib.suppress(AttributeError):  # some versions of transformers have no such hook to remove, or fail without one
         model.disable_input_require_grads()  # type: ignore[operator]
 
 

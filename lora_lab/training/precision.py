@@ -46,6 +46,11 @@ PRECISIONS = {
 }
 
 
+def storage_dtype(precision: str) -> torch.dtype:
+    """What to load a frozen base in, so that it need not be cast for training: 16 bit in all but fp32."""
+    return PRECISIONS[precision].frozen or torch.float32
+
+
 @contextlib.contextmanager
 def stored_in(precision: Precision, model: nn.Module) -> Iterator[None]:
     """Inside the block the model's weights are stored as `precision` says; afterwards in their own dtypes again.

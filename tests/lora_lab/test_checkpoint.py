@@ -289,6 +289,15 @@ DAMAGE = {
     "saved modules": (edit_config(modules_to_save=["2"]), "modules_to_save"),
     "unknown key": (edit_config(shiny_new_thing={"x": 1}), "shiny_new_thing"),
     "pissa": (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa' changed the base"),
+    "alpha is text": (edit_config(lora_alpha="16"), "alpha='16'"),
+    "no alpha": (edit_config(lora_alpha=None), "lora_alpha is null"),
+    "rank is null": (edit_config(r=None), "rank=None"),
+    "pattern is a list": (edit_config(rank_pattern=["0"]), "rank_pattern"),
+    "broken pattern": (edit_config(rank_pattern={"(": 3}), "not a regular expression"),
+    "nan alpha": (edit_config(alpha_pattern={"0": float("nan")}), "alpha=nan"),
+    "rslora is text": (edit_config(use_rslora="no"), "rslora='no'"),
+    "dropout is 5": (edit_config(lora_dropout=5), "dropout=5"),
+    "a list": (lambda f: (f / CONFIG).write_text("[]"), "holds a list, expected an object"),
     "not json": (lambda f: (f / CONFIG).write_text("{"), "is not JSON"),
     "no config": (lambda f: (edit_tensors(lambda t: None)(f), (f / CONFIG).unlink()), "is missing: it holds alpha"),
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "does not exist"),
@@ -312,6 +321,30 @@ def test_unknown_settings_that_are_off_do_not_matter(harmless, toy, saved):
     folder, model = saved
     edit_config(**harmless)(folder)
     assert torch.equal(lora_lab.load(toy, folder)(X), model(X))
+
+
+def test_a_file_that_names_a_shared_layer_by_its_second_path_fills_it(tmp_path):
+    saved_from = lora_lab.inject(nn.ModuleDict({"b": nn.Linear(4, 4)}), rank=2, init="random")
+    lora_lab.save(saved_from, tmp_path)
+    shared = nn.Linear(4, 4)
+    model = lora_lab.load(nn.ModuleDict({"a": shared, "b": shared}), tmp_path)
+    assert torch.equal(model["a"].lora_B["default"], saved_from["b"].lora_B["default"])
+
+
+def test_a_layer_alone_has_no_name_to_be_saved_under(tmp_path):
+    with pytest.raises(LoraLabError, match="a layer alone has no name"):
+        lora_lab.save(lora_lab.inject(nn.Linear(4, 4), rank=2), tmp_path)
+
+
+def test_a_base_whose_files_are_gone_does_not_keep_an_adapter_from_being_saved(tmp_path):
+    theirs = build("llama", torch.float32)
+    theirs.save_pretrained(tmp_path / "base")
+    model, _ = lora_lab.models.load(tmp_path / "base")
+    lora_lab.inject(model, rank=2)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="SHA-256 is not recorded"):
+        lora_lab.save(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / TENSORS).is_file()
 
 
 def test_a_named_adapter_in_a_folder_below_is_pointed_out(toy, saved):

@@ -109,6 +109,11 @@ def test_exclude_layers_and_patterns_narrow_and_vary_the_request(model):
     assert attn["k_proj"].lora_scaling["default"] == 8 / 4 and model.layers[1].up_proj.lora_scaling["default"] == 1.0
 
 
+def test_excluding_a_container_leaves_out_everything_in_it(model):
+    lora_lab.inject(model, rank=2, exclude_modules=["attn"])
+    assert adapted(model) == sorted(f"layers.{i}.{name}" for i in range(2) for name in ("up_proj", "down_proj"))
+
+
 @pytest.mark.parametrize(("keywords", "scaling"), [({}, 1.0), ({"alpha": 16}, 4.0), ({"alpha": 16, "rslora": True}, 8.0), ({"rslora": True}, 2.0)])
 def test_scaling_is_alpha_over_rank_or_over_its_root_with_rslora(model, keywords, scaling):
     """Hu et al. 2021, section 4.1; Kalajdzievski 2023 (arXiv:2312.03732). alpha=None means alpha = rank."""
@@ -211,6 +216,8 @@ def test_active_adapters_are_summed_and_none_switches_all_off():
     assert torch.equal(lora_lab.use(model, None)(x), base)
     with pytest.raises(LoraLabError, match="'c'.*adapters"):
         lora_lab.use(model, "c")
+    with pytest.raises(LoraLabError, match="'a' is named twice"):
+        lora_lab.use(model, ["a", "a"])
 
 
 def test_disabled_is_the_base_and_comes_back_even_after_an_error(model):
@@ -243,8 +250,20 @@ def test_an_adapter_name_is_one_to_64_letters_digits_dashes_underscores(model):
         ({"target_modules": ["norm"]}, "is a LayerNorm, which LoRA does not adapt"),
         ({"target_modules": 3}, "expected 'all-linear'"),
         ({"target_modules": "(q"}, "not a regular expression"),
-        ({"exclude_modules": ["o_prj"]}, "'o_prj' matches nothing"),
-        ({"layers": [7]}, r"layers=\[7\] leave no layer"),
+        ({"target_modules": "q_proj"}, r"for a name write \['q_proj'\]"),
+        ({"exclude_modules": ["o_prj"]}, "'o_prj' matches none of the targets.*\n.*did you mean 'o_proj'"),
+        ({"exclude_modules": "q_proj"}, r"matches none of the targets .*write \['q_proj'\]"),
+        ({"exclude_modules": ["lm_head"]}, "'lm_head' matches none of the targets"),
+        ({"exclude_modules": ["layers"]}, "leave no layer to adapt"),
+        ({"layers": [0, 7]}, r"layers=\[0, 7\]: there is no layer 7 .*they are in \[0, 1\]"),
+        ({"layers": 0}, "layers=0: expected a list"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern=.*expected a dict"),
+        ({"alpha_pattern": {"q(": 3}}, "not a regular expression"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha=nan"),
+        ({"alpha": True}, "alpha=True"),
+        ({"dropout": "a"}, "dropout='a'"),
+        ({"init": None}, "init=None"),
+        ({"rslora": "yes"}, "rslora='yes'"),
         ({"rank_pattern": {"gate": 2}}, "pattern 'gate' matches none"),
         ({"alpha_pattern": {"^q_proj": 2}}, r"pattern '\^q_proj' matches none"),
         ({"rank_pattern": {"q_proj": 0}}, "rank=0"),

@@ -221,3 +221,31 @@ def test_conv1d_is_recognised_without_importing_transformers():
 def test_a_rank_that_is_not_a_whole_number_of_at_least_one_is_refused(rank):
     with pytest.raises(LoraLabError, match=f"rank={rank!r}"):
         LoRALinear(4, 4, rank=rank)
+
+
+def test_a_layers_output_may_be_changed_in_place_under_checkpointing():
+    """transformers' Falcon does: mlp_output += attention_output."""
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = random_layer(64, 64), randn(3, 64).requires_grad_()
+
+    def block(x):
+        y = layer(x)
+        y += x
+        return y
+
+    block(x).sum().backward()
+    expected, x.grad = x.grad, None
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert_close(x.grad, expected, rtol=0, atol=1e-12)
+
+
+def test_the_input_can_be_given_by_the_name_it_has_in_nn_linear():
+    layer, x = random_layer(), randn(2, 64)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("wrong", [{"init": "x"}, {"dropout": 2.0}, {"dropout": "a"}, {"alpha": True}, {"alpha": float("inf")}])
+def test_a_layer_made_by_hand_checks_its_numbers_at_once(wrong):
+    with pytest.raises(LoraLabError, match=next(iter(wrong))):
+        LoRALinear(4, 4, **wrong)
