@@ -1,7 +1,7 @@
 # make demo            a real model before LoRA and after (make demo QUICK=1 for a shorter training)
 # make test            every test, those on real models included
 # make lint            ruff and mypy
-# make bench           the benchmarks of the README, one after the other
+# make bench           the benchmark of the README
 # make notebooks       open the course in Jupyter
 # make clean           remove the environment and what tools leave behind
 #
