@@ -49,6 +49,7 @@ class LlamaConfig:
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in needed if name not in source]:
             raise LoraLabError(f"config.json lacks {', '.join(missing)}: a Llama cannot be built without")
+        check_fields(source, (*needed, "num_key_value_heads", "head_dim", "max_position_embeddings"))
         if (activation := source.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise LoraLabError(f"hidden_act={activation!r}: expected 'silu', the gate of every released Llama")
         heads = source["num_attention_heads"]
@@ -67,6 +68,19 @@ class LlamaConfig:
         ours = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("rope", "source")}
         kept = {name: value for name, value in self.source.items() if name != "rope_parameters"}
         return {**kept, **ours, **self.rope.to_dict(), "hidden_act": "silu", "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+def check_fields(source: dict[str, Any], whole_numbers: tuple[str, ...]) -> None:
+    """Raise LoraLabError for a field of a config.json that has the wrong kind of value, or means what is not modelled here."""
+    for name in whole_numbers:
+        value = source.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise LoraLabError(f"{name}={value!r} in config.json: expected a whole number of at least 1")
+    eps = source.get("rms_norm_eps", 1e-6)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or eps < 0:
+        raise LoraLabError(f"rms_norm_eps={eps!r} in config.json: expected a small positive number")
+    if source.get("quantization_config"):
+        raise LoraLabError("config.json has a quantization_config: quantised weights are not read here; load the original model")
 
 
 class LlamaDecoderLayer(nn.Module):

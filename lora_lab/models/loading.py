@@ -146,7 +146,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | None, device: Any) -> PretrainedModel:
     """Make the model without memory, then put each tensor in its place. Every parameter must come, and nothing else."""
-    architecture = (config.get("architectures") or ["none given"])[0]
+    names = config.get("architectures") or ["none given"]
+    architecture = str(names[0] if isinstance(names, list) else names)
     if architecture not in FAMILIES:
         raise LoraLabError(f"architecture {architecture!r} is not one of ours ({', '.join(FAMILIES)}){did_you_mean(architecture, FAMILIES)}")
     family = FAMILIES[architecture]

@@ -30,14 +30,22 @@ class Rope:
     @classmethod
     def from_config(cls, config: dict[str, Any], dim: int) -> Rope:
         """Read transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) alike."""
-        numbers = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(given, dict):
+            raise LoraLabError(f"rope_scaling={given!r}: expected an object with rope_type and its numbers, or null")
+        numbers = dict(given)
+        partial = numbers.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
         theta = numbers.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
         kind = numbers.pop("rope_type", None) or numbers.pop("type", None) or "default"
         positions = config.get("max_position_embeddings", 2048)
         if kind in ("yarn", "longrope", "llama3"):
             outside = config.get("original_max_position_embeddings")  # has the last word, as in transformers
             numbers["original_max_position_embeddings"] = outside or numbers.get("original_max_position_embeddings") or positions
-        if kind not in KINDS:
+        if partial != 1.0:
+            raise LoraLabError(f"partial_rotary_factor={partial!r}: rotating a part of each head is not read here, no Llama does")
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+            raise LoraLabError(f"rope_theta={theta!r}: expected a positive number (10000 in the first Llamas)")
+        if not isinstance(kind, str) or kind not in KINDS:
             raise LoraLabError(f"rope_type={kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}")
         return cls(float(theta), dim, positions, kind, numbers)
 

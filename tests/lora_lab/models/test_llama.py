@@ -272,3 +272,18 @@ def test_a_mask_covers_the_cache_too():
     past = model(input_ids=ids(2, 4), use_cache=True).past_key_values
     with pytest.raises(LoraLabError, match=r"attention_mask is \[2, 1\], expected \[2, 5\].*cache 4"):
         model(input_ids=ids(2, 1), attention_mask=torch.ones(2, 1), past_key_values=past)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_attention_heads": "4"}, {"hidden_size": 32.0}, {"vocab_size": -1}, {"num_key_value_heads": 0}, {"head_dim": True},
+     {"rms_norm_eps": "1e-5"}, {"rope_theta": "x"}, {"rope_theta": -1.0}, {"rope_scaling": 5}, {"rope_scaling": {"rope_type": ["x"]}}, {"partial_rotary_factor": 0.5},
+     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"quantization_config": {"bits": 4}}],
+    ids=str,
+)  # fmt: skip
+def test_a_config_field_of_the_wrong_kind_is_an_error_that_names_it(change):
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaConfig.from_dict(config)
+    name = "partial_rotary_factor" if "partial" in str(change) else "rope_type" if "rope_type" in str(change) else next(iter(change))
+    with pytest.raises(LoraLabError, match=name):
+        LlamaConfig.from_dict(config | change)
