@@ -277,7 +277,8 @@ def test_a_mask_covers_the_cache_too():
 @pytest.mark.parametrize(
     "change",
     [{"num_attention_heads": "4"}, {"hidden_size": 32.0}, {"vocab_size": -1}, {"num_key_value_heads": 0}, {"head_dim": True},
-     {"rms_norm_eps": "1e-5"}, {"rope_theta": "x"}, {"rope_theta": -1.0}, {"rope_scaling": 5}, {"rope_scaling": {"rope_type": ["x"]}}, {"partial_rotary_factor": 0.5},
+     {"rms_norm_eps": "1e-5"},
+     {"rope_theta": "x"}, {"rope_theta": -1.0}, {"rope_scaling": 5}, {"rope_scaling": {"rope_type": ["x"]}}, {"partial_rotary_factor": 0.5},
      {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {"quantization_config": {"bits": 4}}],
     ids=str,
 )  # fmt: skip
