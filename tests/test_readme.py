@@ -52,7 +52,7 @@ def test_every_module_of_lora_lab_is_in_the_tree():
 
 def test_every_make_target_and_command_the_readme_names_exists():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (?:PYTHON=\S+ )?([a-z]+)", README):
+    for target in re.findall(r"(?:`|\$ )make (?:PYTHON=\S+ )?([a-z]+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     from lora_lab.__main__ import parser
 
