@@ -189,7 +189,7 @@ def rows(text):
 
 GOOD_ROW = json.dumps(text_rows(1)[0])
 BAD_FINETUNES = {
-    "unknown model": ({"model": "smollm2-135m-instruct"}, "unknown model.*did you mean 'smollm2-135m-instruct-q4'"),
+    "unknown model": ({"model": "smollm2-135m-instruct-q5"}, "unknown model.*did you mean 'smollm2-135m-instruct-q4'"),
     "a model folder without a model": (lambda shop: {"model": shop.adapter}, "config.json is missing"),
     "unknown data": ({"data": "revews"}, "no data at 'revews'.*did you mean 'reviews'"),
     "unknown precision": ({"precision": "fp8"}, "--precision fp8: expected auto, fp32"),
