@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memory_math import MemoryMathError
+import memory_math
 
 from .errors import LoraLabError
 from .version import __version__
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             parsed.run(parsed)
-    except (LoraLabError, MemoryMathError) as error:
+    except (LoraLabError, memory_math.MemoryMathError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -103,8 +103,6 @@ def _demo(command: argparse.ArgumentParser) -> None:
 def finetune(options: argparse.Namespace) -> None:
     import torch
 
-    import memory_math
-
     from . import count_parameters, data, inject, save
     from .files import check_writable
     from .training import TrainConfig, fit
@@ -120,9 +118,9 @@ def finetune(options: argparse.Namespace) -> None:
     inject(model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=_targets(options.target_modules))
     check_writable(options.out)
     print(count_parameters(model))
-    longest = max(len(example["input_ids"]) for example in data.encode_rows(rows, tokenizer, config.max_length))
-    print(_prediction(memory_math, model, options, config, longest))
-    result = fit(model, rows, config, tokenizer=tokenizer, eval_data=held_out)
+    examples = data.Rows(data.encode_rows(rows, tokenizer, config.max_length), rows.source, rows.lines)
+    print(_prediction(model, options, config, longest=max(len(example["input_ids"]) for example in examples)))
+    result = fit(model, examples, config, tokenizer=tokenizer, eval_data=held_out)
     save(model, options.out)
     if result.eval_losses:
         print(f"held-out loss {result.eval_losses[0]:.3f} -> {result.eval_losses[-1]:.3f}")
@@ -204,7 +202,7 @@ def _targets(names: list[str]) -> str | list[str]:
     return names[0] if single else names
 
 
-def _prediction(memory_math: Any, model: Any, options: argparse.Namespace, config: Any, longest: int) -> str:
+def _prediction(model: Any, options: argparse.Namespace, config: Any, longest: int) -> str:
     """The predicted footprint of a step on the longest rows, where this model and these settings are modelled."""
     try:
         footprint = memory_math.predict(
@@ -213,7 +211,7 @@ def _prediction(memory_math: Any, model: Any, options: argparse.Namespace, confi
             gradient_checkpointing=config.gradient_checkpointing, implementation="lora_lab",
             device="cuda" if next(model.parameters()).is_cuda else "cpu",
         )  # fmt: skip
-    except MemoryMathError as error:
+    except memory_math.MemoryMathError as error:
         return f"memory: no prediction ({error})"
     return f"memory: a step on the longest rows ({longest} tokens) is predicted to need {footprint.gib():.2f} GiB of tensors"
 

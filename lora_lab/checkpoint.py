@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .adapters import activate
 from .errors import LoraLabError, did_you_mean
-from .files import saving, write_file, write_json
+from .files import json_object, saving, write_file, write_json
 from .injection import apply_plan, injection_of
 from .layers import LoRA, is_adaptable, is_conv1d, layer_shape
 from .targets import (
@@ -208,26 +208,16 @@ def _what_is_missing(folder: Path) -> str:
 
 def _read_config(folder: Path, metadata: dict[str, str]) -> AdapterConfig:
     path = folder / CONFIG
-    ours = _object(metadata["lora_lab_config"], folder / TENSORS) if "lora_lab_config" in metadata else None
+    ours = json_object(metadata["lora_lab_config"], folder / TENSORS) if "lora_lab_config" in metadata else None
     if not path.is_file() and ours is None:
         raise LoraLabError(f"{path} is missing: it holds alpha, without which the adapter's strength is unknown")
-    config = _object(path.read_bytes(), path) if path.is_file() else ours
+    config = json_object(path.read_bytes(), path) if path.is_file() else ours
     if ours is not None and config is not None and config != ours:
         differ = sorted(key for key in {*ours, *config} if ours.get(key) != config.get(key))
         warnings.warn(f"{path} differs from the one saved with the tensors in {differ}; the tensors' own is used", stacklevel=3)
         config = ours
     assert config is not None
     return _from_peft(config, path)
-
-
-def _object(text: str | bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LoraLabError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise LoraLabError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
 
 
 def _from_peft(config: dict[str, Any], path: Path) -> AdapterConfig:

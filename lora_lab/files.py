@@ -89,16 +89,31 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
+def check_writable(folder: Path) -> None:
+    """Make sure now that something can be saved into `folder` later. Raises LoraLabError; leaves no trace but the folder."""
+    with saving("anything", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
 def sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return _file_digest(handle)
-
-
-def _file_digest(handle: Any) -> str:
     digest = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def json_object(text: str | bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `text`, which came from `path`. Raises LoraLabError for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LoraLabError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise LoraLabError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -112,11 +127,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def check_writable(folder: Path) -> None:
-    """Make sure now that something can be saved into `folder` later. Raises LoraLabError; leaves no trace but the folder."""
-    with saving("anything", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass

@@ -5,11 +5,11 @@ LORA_LAB_REQUIRE_REAL=1 (CI sets it) turns a real model that cannot be had from 
 
 from __future__ import annotations
 
-import os
 import warnings
 
 import pytest
 import torch
+from real_models import had_or_skipped
 
 
 @pytest.fixture(autouse=True)
@@ -29,18 +29,10 @@ def one_thread_for_small_models(request):
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of smollm2-135m-instruct-q4 in float32. Do not change the model."""
-    return load_real()
-
-
-def load_real(**arguments):
     import lora_lab
 
-    try:
-        return lora_lab.models.load("smollm2-135m-instruct-q4", **arguments)
-    except lora_lab.LoraLabError as error:
-        if os.environ.get("LORA_LAB_REQUIRE_REAL"):
-            raise
-        pytest.skip(f"the real model cannot be had here: {error}")
+    with had_or_skipped():
+        return lora_lab.models.load("smollm2-135m-instruct-q4")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import LoraLabError, did_you_mean
-from ..files import saving, sha256, write_file, write_json
+from ..files import json_object, saving, sha256, write_file, write_json
 from ..layers import LoRA
 from .base import PretrainedModel
 from .llama import LlamaForCausalLM
@@ -132,13 +131,7 @@ def read_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise LoraLabError(f"{path} is missing: a model folder needs config.json and safetensors files")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoraLabError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise LoraLabError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
+    return json_object(path.read_bytes(), path)
 
 
 # Building -------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 
 from memory_math import MemoryMathError, count_parameters
 from memory_math.architectures import architecture_of
@@ -43,7 +45,6 @@ def test_preset_has_exactly_the_published_number_of_parameters(preset: str, tota
 ])  # fmt: skip
 def test_count_equals_the_built_model_part_by_part(change: dict[str, object]) -> None:
     """transformers builds the same config: every parameter's name and shape, with ties counted once."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = {**SMALL, **change}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"}))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 
 import pytest
+import torch
 
 from memory_math import MemoryMathError, compare, measure, predict, saved_bytes
 
-torch = pytest.importorskip("torch")
 MIB = 2**20
 
 

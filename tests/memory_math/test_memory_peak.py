@@ -6,11 +6,15 @@ import contextlib
 import itertools
 from typing import Any
 
+import peft
 import pytest
+import torch
+import transformers
 
+import lora_lab
+from lora_lab.models import llama
 from memory_math import compare, measure, predict
 
-torch = pytest.importorskip("torch")
 SHAPE = {
     "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 2, "intermediate_size": 688, "tie_word_embeddings": True,
@@ -55,8 +59,6 @@ def training_step(model: Any, optimizer: Any, precision: str, micro_batches: int
 
 
 def our_llama(method: str, precision: str, checkpointing: bool) -> Any:
-    lora_lab = pytest.importorskip("lora_lab")
-    llama = pytest.importorskip("lora_lab.models.llama")
     model = llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(SHAPE))
     if method == "lora":
         lora_lab.inject(model.bfloat16() if precision == "bf16-mixed" else model, rank=RANK)
@@ -96,7 +98,6 @@ def test_peak_with_other_optimizer_steps_and_with_accumulation(measured: Any, ki
 
 @pytest.mark.parametrize(("method", "precision", "checkpointing"), GRID)
 def test_peak_of_a_transformers_training_step(measured: Any, method: str, precision: str, checkpointing: bool) -> None:
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{key: value for key, value in SHAPE.items() if key != "model_type"}, use_cache=False)
     )
@@ -118,7 +119,6 @@ def test_peak_of_a_prompt(measured: Any, implementation: str) -> None:
     if implementation == "lora_lab":
         model = our_llama("full", "fp32", checkpointing=False)
     else:
-        transformers = pytest.importorskip("transformers")
         fields = {key: value for key, value in SHAPE.items() if key != "model_type"}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
     model.eval()

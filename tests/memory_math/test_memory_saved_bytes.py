@@ -6,11 +6,15 @@ import contextlib
 import itertools
 from typing import Any
 
+import peft
 import pytest
+import torch
+import transformers
 
+import lora_lab
+from lora_lab.models import llama, losses
 from memory_math import predict
 
-torch = pytest.importorskip("torch")
 SHAPE = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 176, "tie_word_embeddings": True,
@@ -67,8 +71,6 @@ def split(change: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize(("method", "precision", "checkpointing", "change"), PLAIN + OTHERS)
 def test_our_llama_keeps_exactly_what_is_predicted(method: str, precision: str, checkpointing: bool, change: dict[str, Any]) -> None:
-    lora_lab = pytest.importorskip("lora_lab")
-    llama = pytest.importorskip("lora_lab.models.llama")
     config, adapter = split(change)
     model = stored(llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config)), method, precision)
     if method == "lora":
@@ -90,7 +92,6 @@ def test_our_llama_keeps_exactly_what_is_predicted(method: str, precision: str, 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_transformers_keeps_what_is_predicted(method: str, precision: str, checkpointing: bool, change: dict[str, Any], attention: str) -> None:
     """The rules are derived from transformers 5.23 and PEFT 0.21; another version may differ by a little, hence 2 %."""
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     config, adapter = split(change)
     fields = {key: value for key, value in config.items() if key != "model_type"}
     model = stored(transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields, attn_implementation=attention)), method, precision)
@@ -108,7 +109,6 @@ def test_transformers_keeps_what_is_predicted(method: str, precision: str, check
 
 
 def test_the_loss_chunk_is_the_labs_own() -> None:
-    losses = pytest.importorskip("lora_lab.models.losses")
     from memory_math.llama_lora_lab import CHUNK_BYTES, chunk_rows
 
     assert CHUNK_BYTES == losses.CHUNK_BYTES

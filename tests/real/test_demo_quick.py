@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from real_models import had_or_skipped
 
 import lora_lab
 from lora_lab.checkpoint import CONFIG, TENSORS
@@ -22,12 +22,8 @@ ROOT = Path(lora_lab.__file__).parent.parent
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
     """(what one quick run printed, its folder), in a process of its own: it measures every tensor that is alive."""
-    try:
+    with had_or_skipped():
         fetch(MODEL)
-    except lora_lab.LoraLabError as error:
-        if os.environ.get("LORA_LAB_REQUIRE_REAL"):
-            raise
-        pytest.skip(f"the real model cannot be had here: {error}")
     out = tmp_path_factory.mktemp("demo") / "adapter"
     command = "from pathlib import Path; from lora_lab.demo import Settings, run; import sys; run(Settings(quick=True, out=Path(sys.argv[1])))"
     result = subprocess.run([sys.executable, "-c", command, str(out)], capture_output=True, text=True, cwd=ROOT)

