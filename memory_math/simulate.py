@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .llama_lora_lab import LoraLabLlama
-from .llama_transformers import TransformersLlama
-from .model import Model
+from .models.llama_lora_lab import LoraLabLlama
+from .models.llama import TransformersLlama
+from .models.base import Model
 from .optimizers import state_bytes, step_bytes
 from .request import Request
 from .tape import Ledger, Storage

@@ -109,7 +109,7 @@ def test_transformers_keeps_what_is_predicted(method: str, precision: str, check
 
 
 def test_the_loss_chunk_is_the_labs_own() -> None:
-    from memory_math.llama_lora_lab import CHUNK_BYTES, chunk_rows
+    from memory_math.models.llama_lora_lab import CHUNK_BYTES, chunk_rows
 
     assert CHUNK_BYTES == losses.CHUNK_BYTES
     assert chunk_rows(500, 49152) == [losses._chunk_rows(49152)] * 2 + [500 - 2 * losses._chunk_rows(49152)]

@@ -6,9 +6,9 @@ is for training on full windows; then the sdpa path takes PyTorch's fused kernel
 
 from __future__ import annotations
 
-from . import operations as ops
-from .model import Model, cached
-from .tape import Sized
+from .. import operations as ops
+from .base import Model, cached
+from ..tape import Sized
 
 
 class TransformersLlama(Model):

@@ -7,9 +7,9 @@ of one length, so that attention needs no mask.
 
 from __future__ import annotations
 
-from . import operations as ops
-from .model import Model, cached
-from .tape import Sized, Tape
+from .. import operations as ops
+from .base import Model, cached
+from ..tape import Sized, Tape
 
 CHUNK_BYTES = 32 * 2**20  # lora_lab.models.losses.CHUNK_BYTES, held equal by a test
 

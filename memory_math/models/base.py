@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import abc
 
-from . import operations as ops
-from .operations import Weight
-from .precision import ADAPTER_BYTES
-from .request import Request
-from .tape import Ledger, Node, Sized, Tape, keep
+from .. import operations as ops
+from ..operations import Weight
+from ..precision import ADAPTER_BYTES
+from ..request import Request
+from ..tape import Ledger, Node, Sized, Tape, keep
 
 
 def cached(tensor: Sized) -> Sized:
