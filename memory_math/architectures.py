@@ -1,186 +1,200 @@
 """The shape of a model, read from its config: how many parameters it has, part by part, and which linear layers.
 
-    count_parameters("smollm2-135m")                  a preset
+    count_parameters("llama-2-7b")                    a preset
     count_parameters("path/to/model")                 a folder with config.json, or the file itself
-    count_parameters({"model_type": "llama", ...})    the same as a dict
-    count_parameters(model)                           anything with a .config
+    count_parameters({"model_type": "gpt2", ...})     the same as a dict
+    count_parameters(model)                           any module: its own parameters, counted
 
-Today the Llama family (Llama 1 to 3, SmolLM2, TinyLlama). Every preset's total is held by a test to the integer that the built model has.
+The families are in families/, one file each; every preset's total is held by a test to its published integer or to the built model's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from .errors import MemoryMathError
+from .families import FAMILIES
+from .families.base import PARTS, Architecture, LinearLayer, Tensor
 from .presets import PRESETS
 
-SUPPORTED_TYPES = ("llama",)
+__all__ = ["SUPPORTED_TYPES", "Architecture", "LinearLayer", "ParameterCount", "Tensor", "architecture_of", "count_parameters"]
+
+SUPPORTED_TYPES = tuple(FAMILIES)
+FEW_PRESETS = "llama-3-8b, mistral-7b-v0.1, gpt2, opt-1.3b, pythia-1b, falcon-7b, bert-base-uncased, flan-t5-xl"
+
+# What a parameter is of a model that is not known by its config: the first whose words are in the path, between dots.
+PARTS_BY_NAME = tuple((part, re.compile(rf"(^|\.)({words})(\.|$)", re.IGNORECASE)) for part, words in (
+    ("adapters", r"lora_\w+|soft_prompt|prompt_encoder"),
+    ("norms", r"\w*norm\d?|ln|ln_\w+|\w+_ln"),
+    ("relative positions", r"relative_attention_bias"),
+    ("biases", r"\w*bias"),
+    ("q", r"q|q_proj|q_lin|wq|query|to_q"),
+    ("k", r"k|k_proj|k_lin|wk|key|to_k"),
+    ("v", r"v|v_proj|v_lin|wv|value|to_v"),
+    ("qkv", r"qkv|qkv_proj|c_attn|query_key_value|in_proj_weight|wqkv"),
+    ("o", r"o|o_proj|out_lin|(attn|attention|self_attn|self_attention)\.(wo|out_proj|c_proj|dense|output\.dense)"),
+    ("router", r"router|mlp\.gate|block_sparse_moe\.gate"),
+    ("experts", r"experts"),
+    ("gate", r"gate_proj|wi_0|w1"),
+    ("up", r"up_proj|gate_up_proj|wi|wi_1|w3|c_fc|fc1|lin1|dense_h_to_4h|intermediate\.dense"),
+    ("down", r"down_proj|w2|fc2|lin2|dense_4h_to_h|mlp\.c_proj|DenseReluDense\.wo|output\.dense"),
+    ("pooler", r"pooler"),
+    ("token types", r"token_type_embeddings|token_type"),
+    ("positions", r"wpe|\w*position\w*"),
+    ("head", r"lm_head|embed_out|predictions|output_projection"),
+    ("classifier", r"score|classifier|classification_head|pre_classifier"),
+    ("embedding", r"wte|shared|\w*embed\w*"),
+))  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LinearLayer:
-    """One linear layer of a block: its module name and its two sizes."""
+class ParameterCount(int):
+    """The number of parameters, which is what it is as an int, with `parts`: part -> count, each tensor once.
 
-    name: str
-    inputs: int
-    outputs: int
-    bias: bool = False
-
-    @property
-    def weights(self) -> int:
-        return self.inputs * self.outputs
-
-    @property
-    def parameters(self) -> int:
-        return self.weights + (self.outputs if self.bias else 0)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A Llama-like decoder: h hidden, L layers, a heads of hd, kv key/value heads, f the MLP's width, V the vocabulary."""
-
-    name: str
-    vocabulary: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    tied: bool
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    @property
-    def query_width(self) -> int:
-        """Columns of q and of the attention's output: a * hd, which need not be h."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Columns of k and of v: kv * hd."""
-        return self.kv_heads * self.head_dim
-
-    def linears(self) -> tuple[LinearLayer, ...]:
-        """The linear layers of one block, in the order the forward pass calls them."""
-        h, q, kv, f = self.hidden, self.query_width, self.kv_width, self.mlp_width
-        attention = [("q_proj", h, q), ("k_proj", h, kv), ("v_proj", h, kv), ("o_proj", q, h)]
-        mlp = [("gate_proj", h, f), ("up_proj", h, f), ("down_proj", f, h)]
-        return tuple(
-            [LinearLayer(f"self_attn.{name}", i, o, self.attention_bias) for name, i, o in attention]
-            + [LinearLayer(f"mlp.{name}", i, o, self.mlp_bias) for name, i, o in mlp]
-        )
-
-    def parameter_tensors(self) -> Iterator[tuple[str, int, int]]:
-        """(name, rows, columns) of every parameter tensor, each stored once: a tied head has none of its own. A vector is one row."""
-        yield "model.embed_tokens.weight", self.vocabulary, self.hidden
-        for path in (f"model.layers.{layer}" for layer in range(self.layers)):
-            for linear in self.linears():
-                yield f"{path}.{linear.name}.weight", linear.outputs, linear.inputs
-                if linear.bias:
-                    yield f"{path}.{linear.name}.bias", 1, linear.outputs
-            yield f"{path}.input_layernorm.weight", 1, self.hidden
-            yield f"{path}.post_attention_layernorm.weight", 1, self.hidden
-        yield "model.norm.weight", 1, self.hidden
-        if not self.tied:
-            yield "lm_head.weight", self.vocabulary, self.hidden
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], name: str = "config") -> Architecture:
-        """From the fields of a config.json, of transformers 4 or 5.
-
-        Raises MemoryMathError for another model type, and for a missing field, with what the field is for.
-        """
-        _check_type(config, name)
-        fields = {field: _whole(config, field, purpose, name) for field, purpose in FIELDS.items()}
-        heads = fields["num_attention_heads"]
-        kv_heads = _whole(config, "num_key_value_heads", "the key/value heads", name, default=heads)
-        head_dim = _whole(config, "head_dim", "the width of one head", name, default=0) or _even_split(fields["hidden_size"], heads, name)
-        _even_split(heads, kv_heads, name)
-        return cls(
-            name, fields["vocab_size"], fields["hidden_size"], fields["num_hidden_layers"], heads, kv_heads, head_dim,
-            fields["intermediate_size"], bool(config.get("tie_word_embeddings", False)),
-            bool(config.get("attention_bias", False)), bool(config.get("mlp_bias", False)),
-        )  # fmt: skip
-
-
-FIELDS = {
-    "vocab_size": "the rows of the embedding",
-    "hidden_size": "the width of the residual stream",
-    "num_hidden_layers": "the number of blocks",
-    "num_attention_heads": "the query heads",
-    "intermediate_size": "the width of the MLP",
-}
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Parameters by part, each tensor once; `total` is their sum and `parts` maps part to count."""
+    >>> count = count_parameters("smollm2-135m")
+    >>> count == 134_515_008, f"{count:,}", count.parts["embedding"]
+    (True, '134,515,008', 28311552)
+    """
 
     name: str
     parts: dict[str, int]
 
+    def __new__(cls, name: str, parts: Mapping[str, int]) -> ParameterCount:
+        count = super().__new__(cls, sum(parts.values()))
+        count.name, count.parts = name, dict(parts)
+        return count
+
+    def __getnewargs__(self) -> tuple[str, dict[str, int]]:  # type: ignore[override]
+        return self.name, self.parts
+
     @property
     def total(self) -> int:
-        return sum(self.parts.values())
+        return int(self)
 
-    def __str__(self) -> str:
-        width = max(len(part) for part in self.parts)
+    def table(self) -> str:
+        """A line for each part, and the total."""
+        width = max(len(part) for part in [*self.parts, "total"])
         lines = [f"{part:<{width}} {count:>18,}" for part, count in self.parts.items()]
         return "\n".join([self.name, *lines, f"{'total':<{width}} {self.total:>18,}"])
 
+    __str__ = table
+
 
 def count_parameters(source: object) -> ParameterCount:
-    """The exact number of parameters, part by part.
+    """The exact number of parameters, part by part, each shared tensor once.
 
-    source: a preset name, a config dict, a path to a folder or a config.json, or a model with a .config.
+    source: a preset name, a config dict, a path to a folder or a config.json, an Architecture, or a module, whose own parameters are
+    counted, adapters and all; it needs no config. A file that says nothing of its class is taken to be its family's main one.
+    Raises MemoryMathError for a model type that is not modelled, a field that is missing or of the wrong kind, quantised weights.
 
     >>> count_parameters("smollm2-135m").total
     134515008
     """
-    arch = architecture_of(source)
-    parts: dict[str, int] = {"embedding": arch.vocabulary * arch.hidden}
-    for linear in arch.linears():
-        parts[linear.name.rpartition(".")[2].removesuffix("_proj")] = arch.layers * linear.weights
-    parts["norms"] = (2 * arch.layers + 1) * arch.hidden
-    parts["head"] = 0 if arch.tied else arch.vocabulary * arch.hidden
-    parts["biases"] = arch.layers * sum(linear.parameters - linear.weights for linear in arch.linears())
-    return ParameterCount(arch.name, parts)
+    parameters = getattr(source, "named_parameters", None)
+    if callable(parameters):
+        return _count_tensors(source, parameters())
+    architecture = architecture_of(source)
+    return ParameterCount(architecture.name, architecture.parts())
+
+
+def _count_tensors(module: object, parameters: Iterable[tuple[str, Any]]) -> ParameterCount:
+    """The parts by the architecture where the module's config is understood and has this tensor, otherwise by its name."""
+    known = _known_tensors(module)
+    parts: dict[str, int] = {}
+    for path, parameter in parameters:
+        if not parameter.is_floating_point():
+            raise MemoryMathError(f"{path} holds {parameter.dtype}: packed weights cannot be counted; give the original's config")
+        tensor = known.get(path)
+        shares = tensor.parts if tensor and tensor.numel == parameter.numel() else ((_part_of(path), parameter.numel()),)
+        for part, elements in shares:
+            parts[part] = parts.get(part, 0) + elements
+    order = [*PARTS, *(part for part in parts if part not in PARTS)]
+    return ParameterCount(type(module).__name__, {part: parts[part] for part in order if part in parts})
+
+
+def _known_tensors(module: object) -> dict[str, Tensor]:
+    config = _fields_of(module)
+    if config is None or config.get("model_type") not in SUPPORTED_TYPES:
+        return {}
+    _refuse_quantised(config, type(module).__name__)
+    try:
+        return {tensor.path: tensor for tensor in architecture_of(module).tensors()}
+    except MemoryMathError:  # a class or a field that is not modelled: the names have to do
+        return {}
+
+
+def _part_of(path: str) -> str:
+    return next((part for part, pattern in PARTS_BY_NAME if pattern.search(path)), "other")
 
 
 def architecture_of(source: object) -> Architecture:
-    """The architecture of a preset name, a config dict, a path, or an object with a .config."""
+    """The architecture of a preset name, a config dict, a path, or an object with a .config, such as a model.
+
+    A model is of the class that it has, whatever its config says, and tied if it is.
+    """
     if isinstance(source, Architecture):
         return source
     if isinstance(source, Mapping):
-        return Architecture.from_config(source)
+        return _from_config(source)
     if isinstance(source, (str, Path)):
         return _from_name(str(source))
-    config = getattr(source, "config", None)
-    to_dict = getattr(config, "to_dict", None)
-    fields = config if isinstance(config, Mapping) else to_dict() if callable(to_dict) else getattr(config, "__dict__", None)
-    if not fields:
+    config = _fields_of(source)
+    if not config:
         expected = "a preset name, a config dict, a path, or a model with a .config"
         raise MemoryMathError(f"{type(source).__name__} has no config to read: expected {expected}")
-    return Architecture.from_config(fields, type(source).__name__)
+    return _from_model(source, config)
+
+
+def _from_config(config: Mapping[str, Any], name: str = "config") -> Architecture:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise MemoryMathError(f"{name}: model_type={kind!r} is not modelled yet; supported now: {', '.join(SUPPORTED_TYPES)}")
+    _refuse_quantised(config, name)
+    return FAMILIES[kind].from_config(config, name)
+
+
+def _from_model(model: object, config: Mapping[str, Any]) -> Architecture:
+    name, family = type(model).__name__, FAMILIES.get(str(config.get("model_type")))
+    if family is not None and name.startswith(family.class_names):
+        config = {**config, "architectures": [name]}
+    architecture = _from_config(config, name)
+    tied = _is_tied(model)
+    return architecture if tied is None else replace(architecture, tied=tied)
+
+
+def _is_tied(model: object) -> bool | None:
+    """Whether the model's output embedding is its input embedding; None where it has none, or does not say."""
+    getters = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
+    layers = [getter() if callable(getter) else None for getter in getters]
+    if any(layer is None for layer in layers):
+        return None
+    inputs, outputs = (getattr(layer, "weight", None) for layer in layers)
+    return inputs is outputs
+
+
+def _fields_of(model: object) -> Mapping[str, Any] | None:
+    config = getattr(model, "config", None)
+    if isinstance(config, Mapping):
+        return config
+    to_dict = getattr(config, "to_dict", None)
+    return to_dict() if callable(to_dict) else getattr(config, "__dict__", None)
 
 
 def _from_name(name: str) -> Architecture:
     preset = PRESETS.get(name.lower())
     if preset is not None:
-        return Architecture.from_config(preset, name.lower())
+        return _from_config(preset, name.lower())
     path = Path(name).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        return Architecture.from_config(_read_json(path), path.parent.name or str(path))
+        return _from_config(_read_json(path), path.parent.name or str(path))
     near = get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"presets: {', '.join(PRESETS)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(PRESETS)} presets, such as {FEW_PRESETS}"
     raise MemoryMathError(f"{name!r} is neither a preset nor a folder with a config.json nor such a file: {hint}")
 
 
@@ -194,26 +208,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_type(config: Mapping[str, Any], name: str) -> None:
-    kind = config.get("model_type")
-    if kind not in SUPPORTED_TYPES:
-        raise MemoryMathError(f"{name}: model_type={kind!r} is not modelled yet; supported now: {', '.join(SUPPORTED_TYPES)}")
+def _refuse_quantised(config: Mapping[str, Any], name: str) -> None:
     if config.get("quantization_config"):
         raise MemoryMathError(f"{name}: quantization_config is set; quantised weights are not modelled yet, give the original's config")
-
-
-def _whole(config: Mapping[str, Any], field: str, purpose: str, name: str, default: int | None = None) -> int:
-    value = config.get(field)
-    value = default if value is None else value
-    if value is None:
-        raise MemoryMathError(f"{name}: the config has no {field} ({purpose}); found: {', '.join(sorted(config)) or 'nothing'}")
-    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != default):
-        raise MemoryMathError(f"{name}: {field}={value!r} ({purpose}): expected a whole number of at least 1")
-    return value
-
-
-def _even_split(total: int, parts: int, name: str) -> int:
-    if total % parts:
-        fields = "num_attention_heads, num_key_value_heads and head_dim"
-        raise MemoryMathError(f"{name}: {total} does not divide into {parts} heads: check {fields}")
-    return total // parts

@@ -8,7 +8,7 @@ returns a `Footprint`: the parts that are alive at the peak, the peak of every p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from . import hardware
 from .allocator import CachingAllocator
 from .architectures import architecture_of
 from .errors import MemoryMathError
-from .report import footprint_table
+from .report import footprint_html, footprint_json, footprint_svg, footprint_table
 from .request import Request, check
 from .simulate import Simulation, simulate
 from .tape import Ledger
@@ -96,6 +96,17 @@ class Footprint:
     def __str__(self) -> str:
         return self.table()
 
+    def svg(self, gpu: str | int | None = None) -> str:
+        """The parts as a stacked bar, with the usable bytes of `gpu` (or a limit in bytes) marked, above the peaks of the phases."""
+        return footprint_svg(self, gpu)
+
+    def _repr_html_(self) -> str:
+        return footprint_html(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`as_dict` as JSON, bytes as whole numbers."""
+        return footprint_json(self, indent)
+
     def fits(self, gpu: str) -> bool:
         """Whether `total` is within the usable bytes of one GPU (its memory less the CUDA context)."""
         return self.total <= hardware.gpu_of(gpu).usable_bytes
@@ -118,48 +129,74 @@ def predict(
     optimizer: str = "adamw",
     batch_size: int = 1,
     sequence_length: int = 2048,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | int | str = False,
     attention: str = "sdpa",
     loss: str | None = None,
     rank: int = 8,
     target_modules: str | Sequence[str] = "all-linear",
     num_virtual_tokens: int = 20,
     dropout: float = 0.0,
-    adapter_dtype: str | None = None,
+    adapter_dtype: object = None,
     grad_accum_steps: int = 1,
     zero_stage: int = 0,
     world_size: int = 1,
     tensor_parallel: int = 1,
     compile: bool = False,
-    versions: object = None,
-    implementation: str = "transformers",
-    device: str = "cuda",
+    versions: Mapping[str, str] | None = None,
+    target_length: int | None = None,
+    offload_optimizer: bool = False,
+    offload_activations: bool = False,
+    optimizer_in_backward: bool = False,
     optimizer_implementation: str | None = None,
+    implementation: str | None = None,
+    device: str | None = None,
     label_tokens: int | None = None,
 ) -> Footprint:
-    """The memory of one step.
+    """The memory of one step, on one device.
 
     source: a preset name, a config dict, a path to a folder or config.json, or a model with a .config.
-    method: "full", "lora", or "inference" (a prompt of sequence_length for each of batch_size rows, logits of the last position).
-    precision: "fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"; see precision.py. optimizer: "sgd", "momentum", "adam", "adamw".
-    batch_size, sequence_length: of one micro-batch; rows of one length, no padding. grad_accum_steps: micro-batches per step.
-    gradient_checkpointing: keep each block's input and run the block again in backward. attention: "eager", "sdpa", "flash".
-    loss: None takes the implementation's own: "cross_entropy" in transformers, "chunked" in lora_lab.
-    rank, target_modules, dropout: of LoRA; used by method="lora" only.
-    implementation: whose model code it is, "transformers" (5.23, with PEFT's LoRA) or "lora_lab" (this project's).
-    device: "cuda" (16-bit attention by FlashAttention 2), or "cpu", where what one operator allocates for itself is left out, as no tensor
-    shows it. optimizer_implementation: "fused", "foreach", "for-loop"; None is lora_lab's fused, else torch's own choice.
+    method: what trains: "full" everything; "lora", "dora", "qlora" adapters on a frozen, under "qlora" quantised, model; "prompt", "prefix"
+    `num_virtual_tokens` vectors before the text or keys and values in every block; "frozen" nothing, but gradients reach the embeddings;
+    or "inference": a prompt of sequence_length for each of batch_size rows, keys and values kept, logits of the last position.
+    precision: "fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"; see precision.py. quantization: of the frozen linear layers, "none", "nf4",
+    "nf4-dq", "int8"; see quantization.py. adapter_dtype: of adapters and prompts, None is float32.
+    optimizer: "sgd", "momentum", "adam", "adamw", "adamw8bit", "adafactor", "lion"; see optimizers.py. optimizer_implementation: "fused",
+    "foreach", "for-loop"; None is lora_lab's fused, else torch's own choice. optimizer_in_backward: every gradient is used as it arrives.
+    batch_size, sequence_length: of one micro-batch; rows of one length, no padding. target_length: of an encoder-decoder's decoder, None is
+    sequence_length. grad_accum_steps: micro-batches per step.
+    gradient_checkpointing: True keeps each block's input and runs the block again in backward, n does so for every n-th block, "attention" for
+    the core of every attention. attention: "eager", "sdpa", "flash". loss: see models/losses.py; None takes the implementation's own,
+    "cross_entropy" in transformers ("hf_legacy" before 4.45), "chunked" in lora_lab.
+    rank, target_modules, dropout: of the adapters. compile: as torch.compile runs it, elementwise work computed again in backward.
+    zero_stage, world_size, tensor_parallel: see parallel.py. offload_optimizer, offload_activations: to the host's memory.
+    versions: libraries whose behaviour changed, {"transformers": "4.28"}; see versions.py.
+    implementation: whose model code it is, "transformers" (5.23, with PEFT 0.21) or "lora_lab" (this project's). device: "cuda" (16-bit attention
+    by FlashAttention 2), or "cpu", where what one operator allocates for itself is left out, as no tensor shows it. None: those of a model
+    given as source, else transformers on CUDA.
     label_tokens: positions with a label (lora_lab computes the loss of no others); None is every position that has a next one.
-    The other keywords are refused at anything but their default: they belong to methods that are not modelled yet.
     Raises MemoryMathError for a value or a combination that is not modelled.
 
     >>> predict("smollm2-135m", method="lora", precision="bf16-mixed", batch_size=4, sequence_length=256).weights
     278798976
     """
-    architecture = architecture_of(source)
-    request = check(architecture, **{name: value for name, value in locals().items() if name not in ("source", "architecture")})
+    asked = {name: value for name, value in locals().items() if name != "source"}
+    asked["implementation"] = implementation or _implementation_of(source)
+    asked["device"] = device or _device_of(source)
+    request = check(architecture_of(source), **asked)
     ledger = CachingAllocator() if request.device == "cuda" else Ledger()
     return _footprint(request, simulate(request, ledger), ledger)
+
+
+def _implementation_of(source: object) -> str:
+    """Whose code a live model is."""
+    return "lora_lab" if type(source).__module__.startswith("lora_lab.") else "transformers"
+
+
+def _device_of(source: object) -> str:
+    """Where a live model is; a GPU is what all else is meant for."""
+    parameters = getattr(source, "parameters", None)
+    first = next(iter(parameters()), None) if callable(parameters) else None
+    return "cpu" if first is not None and first.device.type == "cpu" else "cuda"
 
 
 def _footprint(request: Request, run: Simulation, ledger: Ledger) -> Footprint:
@@ -187,26 +224,51 @@ def _gpu_totals(ledger: CachingAllocator) -> tuple[Interval, Interval]:
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    plain = {name: value for name, value in vars(request).items() if name not in ("architecture", "adapted", "precision")}
-    return {**plain, "precision": request.precision.name, "adapted_layers": len(request.adapted)}
+    """The request as plain values."""
+    special = ("architecture", "adapted", "precision", "parallel", "versions")
+    plain = {name: value for name, value in vars(request).items() if name not in special}
+    rest = {"precision": request.precision.name, "adapted_layers": len(request.adapted), "versions": dict(request.versions.asked)}
+    return {**plain, **vars(request.parallel), **rest}
 
 
 def _how(request: Request, run: Simulation) -> dict[str, str]:
     """One line per part: the product that it is."""
-    precision, full = request.precision, request.method == "full"
-    adapters = f" + {run.trained:,} adapter parameters x 4 B" if request.method == "lora" else ""
-    each = precision.trained if full else 4
-    kept = "block inputs, and one block run again" if request.gradient_checkpointing else f"{request.architecture.layers} blocks"
-    stored, tokens, words = (precision.trained if full else precision.frozen), request.tokens, request.architecture.vocabulary
+    tokens, words = request.tokens, request.architecture.vocabulary
+    blocks = f"{request.architecture.layers} blocks"
+    kept = {True: "block inputs, and one block run again", False: blocks, "attention": f"{blocks}, attention run again"}
+    every = kept.get(request.gradient_checkpointing, f"{blocks}, every {request.gradient_checkpointing}th run again")
+    copies = request.autocast is not None and request.method == "full"
     return {
-        "weights": f"{run.parameters:,} parameters x {stored} B{adapters}",
-        "gradients": f"of {run.trained:,} trained parameters x {each} B, those alive at the peak" if request.trains else "none",
-        "optimizer_states": f"{request.optimizer}: {run.trained:,} parameters" if request.trains else "none",
-        "activations": f"kept for backward: {kept} x {tokens:,} tokens" if request.trains else f"keys and values of {tokens:,} tokens",
+        "weights": _weights_text(request, run),
+        "gradients": f"of {run.trained:,} trained parameters x {_trained_itemsize(request)} B, those alive at the peak" if request.trains else "none",
+        "optimizer_states": _states_text(request, run),
+        "activations": f"kept for backward: {every} x {tokens:,} tokens" if request.trains else f"keys and values of {tokens:,} tokens",
         "logits": f"loss {request.loss!r} over {words:,} words" if request.trains else "last position of each row",
-        "workspace": "gradients on their way, temporaries" + (", 16-bit weight copies" if precision.mixed and full else ""),
+        "workspace": "gradients on their way, temporaries" + (", 16-bit weight copies" if copies else ""),
         "other": "token ids, labels, rotary tables",
     }
+
+
+def _trained_itemsize(request: Request) -> int:
+    return request.weight_itemsize if request.method == "full" else request.adapter_itemsize
+
+
+def _weights_text(request: Request, run: Simulation) -> str:
+    stored = f"{run.parameters:,} parameters x {request.weight_itemsize} B"
+    if request.quantization != "none":
+        stored = f"{run.parameters:,} parameters, linear layers in {request.quantization}, the rest x {request.weight_itemsize} B"
+    extra = f" + {run.trained:,} trained x {request.adapter_itemsize} B" if run.trained and request.method != "full" else ""
+    shards = request.parallel.weight_shards
+    return stored + extra + (f", / {shards}" if shards > 1 else "")
+
+
+def _states_text(request: Request, run: Simulation) -> str:
+    if not request.trains:
+        return "none"
+    masters = ", with float32 masters" if request.divided_masters else ""
+    shards = request.parallel.state_shards
+    where = " in the host's memory" if request.offload_optimizer else f", / {shards}" if shards > 1 else ""
+    return f"{request.optimizer}: {run.trained:,} parameters{masters}{where}"
 
 
 def _validated(request: Request) -> str:

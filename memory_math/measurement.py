@@ -180,25 +180,31 @@ def measure(step: Callable[[], object] | None = None, *, device: str | None = No
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
-    """The bytes autograd keeps for backward when `forward` runs: each storage once, parameters and buffers not counted.
+    """The bytes autograd keeps for backward once `forward` has run: each storage once, parameters and buffers not counted.
 
     forward: runs the forward pass and returns something that keeps its graph alive (the loss).
     Source: torch.autograd.graph.saved_tensors_hooks, which sees every tensor that a node of the graph saves.
     """
     owned = {tensor.untyped_storage()._cdata for tensor in _parameters_and_buffers()}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that no address is used twice
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in owned:
-            kept[storage._cdata] = storage
-        return tensor
+    def pack(tensor: torch.Tensor) -> _Kept:
+        packed = _Kept(tensor)
+        kept.add(packed)
+        return packed
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
         result = forward()
-    total = sum(storage.nbytes() for storage in kept.values())
+    storages = {packed.tensor.untyped_storage()._cdata: packed.tensor.untyped_storage().nbytes() for packed in kept}
     del result
-    return total
+    return sum(nbytes for storage, nbytes in storages.items() if storage not in owned)
+
+
+class _Kept:
+    """One tensor as autograd keeps it; gone with the node that kept it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 def existing_tensors() -> Iterable[torch.Tensor]:

@@ -13,14 +13,31 @@ from .tape import Leaf, Ledger, Sized, Storage, Tape
 
 
 class Weight(Sized):
-    """A weight matrix [rows, columns] (a vector has one row). `leaf` is where its gradient arrives; None where it is frozen."""
+    """A weight matrix [rows, columns] (a vector has one row). `leaf` is where its gradient arrives; None where it is frozen.
+
+    shards: devices that hold a part of it each; one part is in the ledger.
+    """
 
     __slots__ = ("columns", "leaf", "name", "rows")
 
-    def __init__(self, ledger: Ledger, name: str, rows: int, columns: int, itemsize: int, trains: bool) -> None:
-        self.name, self.rows, self.columns = name, rows, columns
-        self.leaf = Leaf() if trains else None
-        super().__init__(rows * columns, itemsize, Storage(ledger, rows * columns * itemsize, "weights"), self.leaf)
+    def __init__(self, ledger: Ledger, name: str, rows: int, columns: int, itemsize: int, leaf: Leaf | None, shards: int = 1) -> None:
+        self.name, self.rows, self.columns, self.leaf = name, rows, columns, leaf
+        stored = -(-rows * columns // shards) * itemsize
+        super().__init__(rows * columns, itemsize, Storage(ledger, stored, "weights"), leaf)
+
+
+class QuantizedWeight(Weight):
+    """A frozen matrix stored in `packed` bytes, and computed with as a matrix of `itemsize` that exists for one product at a time.
+
+    dequantized: bytes of that matrix and of what making it takes. keeps_input: the product keeps its input, although nothing needs it.
+    """
+
+    __slots__ = ("dequantized", "keeps_input")
+
+    def __init__(self, ledger: Ledger, name: str, shape: tuple[int, int], itemsize: int, packed: int, dequantized: int, keeps_input: bool) -> None:
+        self.name, self.leaf, self.dequantized, self.keeps_input = name, None, dequantized, keeps_input
+        self.rows, self.columns = shape
+        Sized.__init__(self, self.rows * self.columns, itemsize, Storage(ledger, packed, "weights"))
 
 
 def weight_copy(tape: Tape, weight: Weight, itemsize: int) -> Sized:
@@ -78,6 +95,8 @@ def linear(
 
     autocast: bytes per element that all three are cast to first; None where autocast is off. copy: a cast of the weight to compute with.
     """
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(tape, x, weight, part)
     matrix: Sized = copy or weight
     rest: list[Sized] = [] if bias is None else [bias]
     if autocast is not None:
@@ -88,13 +107,22 @@ def linear(
     return tape.record(weight.name, [x, matrix, *rest], lambda: tape.new(numel, x.itemsize, part), keeps=keeps)
 
 
+def quantized_linear(tape: Tape, x: Sized, weight: QuantizedWeight, part: str = "temporary") -> Sized:
+    """A product with a quantised weight, which is dequantised for it, and again for its backward."""
+    x, numel = cast(tape, x, weight.itemsize), x.numel // weight.columns * weight.rows
+    keeps, busy = [x] * weight.keeps_input, weight.dequantized
+    return tape.record(weight.name, [x], lambda: tape.new(numel, x.itemsize, part), keeps=keeps, busy=busy, scratch=busy)
+
+
 def embedding(tape: Tape, ids: Sized, table: Weight) -> Sized:
     """Rows of `table`; the ids are kept if the table trains, and its gradient is dense."""
     return tape.record(table.name, [table], lambda: tape.new(ids.numel * table.columns, table.itemsize), keeps=[ids])
 
 
-def scaled_dot_product_attention(tape: Tape, q: Sized, k: Sized, v: Sized, head_rows: int, autocast: int | None = None) -> Sized:
-    """The fused kernels: q, k, v and the output are kept, and one float32 logsumexp for each of `head_rows` (tokens * heads).
+def scaled_dot_product_attention(
+    tape: Tape, q: Sized, k: Sized, v: Sized, head_rows: int, autocast: int | None = None, mask: Sized | None = None
+) -> Sized:
+    """The fused kernels: q, k, v, a mask and the output are kept, and one float32 logsumexp for each of `head_rows` (tokens * heads).
 
     k and v keep their own width under grouped queries. On CUDA FlashAttention 2 also keeps two random-number words; its backward sums
     q's gradient in float32, needs a float32 per row, and under grouped queries makes the gradients of k and v at q's width first
@@ -107,7 +135,7 @@ def scaled_dot_product_attention(tape: Tape, q: Sized, k: Sized, v: Sized, head_
     scratch = tape.inside_kernel(4 * q.numel + head_rows * LOGSUMEXP_BYTES + expanded)
 
     def keeps(y: Sized) -> list[Sized]:
-        return [q, k, v, y, tape.new(kept, 1)]
+        return [q, k, v, y, tape.new(kept, 1), *([] if mask is None else [mask])]
 
     return tape.record("attention", [q, k, v], lambda: tape.new(q.numel, q.itemsize), keeps_after=keeps, scratch=scratch)
 

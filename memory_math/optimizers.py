@@ -1,34 +1,77 @@
-"""What optimizers keep per parameter, and what one step needs on top while it runs (torch.optim of PyTorch 2.13)."""
+"""What optimizers keep per parameter, and what one step needs on top while it runs (torch.optim of PyTorch 2.13; bitsandbytes' 8 bit).
+
+States have the dtype of their parameter in torch.optim, and are 8 bit with a float32 per block of 256 in bitsandbytes, which leaves tensors of
+fewer than 4,096 elements in 32 bit (Dettmers et al. 2021, arXiv:2110.02861, section 2; min_8bit_size). Adafactor keeps the sums of a
+matrix's rows and of its columns instead of the matrix (Shazeer and Stern 2018, arXiv:1804.04235, section 3). Lion keeps one momentum
+(Chen et al. 2023, arXiv:2302.06675, algorithm 2).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .errors import MemoryMathError
 
 STEP_COUNTER_BYTES = 4  # Adam counts its steps in one float32 per parameter tensor
+BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
+CODES_8BIT = 2 * 256 * 4  # bitsandbytes' two codebooks, made for each tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One trained tensor: [rows, columns] of itemsize bytes each; a vector has one row."""
+
+    rows: int
+    columns: int
+    itemsize: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """copies: tensors kept per parameter, as large and of the same dtype. counts_steps: whether it keeps a step count per tensor.
+    """state: bytes kept for one tensor.
 
     foreach_copies: temporaries as large as all parameters in a foreach step. loop_copies: temporaries as large as one tensor at a time
     (Adam's are sqrt(v), and in the loop its quotient by the bias correction).
     """
 
-    copies: int
-    counts_steps: bool
-    foreach_copies: int
-    loop_copies: int
+    state: Callable[[Shape], int]
+    foreach_copies: int = 0
+    loop_copies: int = 0
+
+
+def _copies(count: int, counter: int = 0) -> Callable[[Shape], int]:
+    return lambda tensor: count * tensor.nbytes + counter
+
+
+def _adam_8bit(tensor: Shape) -> int:
+    if tensor.numel < SMALLEST_8BIT:
+        return 2 * 4 * tensor.numel
+    return 2 * (tensor.numel + 4 * -(-tensor.numel // BLOCK_8BIT)) + CODES_8BIT
+
+
+def _adafactor(tensor: Shape) -> int:
+    """torch.optim.Adafactor: sums of rows and of columns for matrices, one number per element for vectors; the dtype is the gradient's."""
+    sums = tensor.numel if tensor.rows == 1 else tensor.rows + tensor.columns
+    return sums * tensor.itemsize + STEP_COUNTER_BYTES
 
 
 OPTIMIZERS = {
-    "sgd": Optimizer(copies=0, counts_steps=False, foreach_copies=0, loop_copies=0),
-    "momentum": Optimizer(copies=1, counts_steps=False, foreach_copies=0, loop_copies=0),
-    "adam": Optimizer(copies=2, counts_steps=True, foreach_copies=1, loop_copies=2),
-    "adamw": Optimizer(copies=2, counts_steps=True, foreach_copies=1, loop_copies=2),
+    "sgd": Optimizer(_copies(0)),
+    "momentum": Optimizer(_copies(1)),
+    "adam": Optimizer(_copies(2, STEP_COUNTER_BYTES), foreach_copies=1, loop_copies=2),
+    "adamw": Optimizer(_copies(2, STEP_COUNTER_BYTES), foreach_copies=1, loop_copies=2),
+    "adamw8bit": Optimizer(_adam_8bit),
+    "adafactor": Optimizer(_adafactor, foreach_copies=1, loop_copies=1),
+    "lion": Optimizer(_copies(1), foreach_copies=1, loop_copies=2),
 }
 IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 
@@ -36,30 +79,33 @@ IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 def optimizer_of(name: str) -> Optimizer:
     """The optimizer called `name`."""
     if name not in OPTIMIZERS:
-        raise MemoryMathError(f"optimizer={name!r} is not modelled yet; supported now: {', '.join(OPTIMIZERS)}")
+        raise MemoryMathError(f"optimizer={name!r} is not modelled; modelled now: {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
 
 
-def state_bytes(name: str, tensors: Sequence[tuple[int, int]]) -> int:
-    """Bytes of state for parameter tensors given as (elements, bytes per element).
+def state_bytes(name: str, tensors: Sequence[Shape], masters: bool = False) -> int:
+    """Bytes of state. masters: the tensors are 16-bit copies, and a float32 master and float32 states are kept for each.
 
-    >>> state_bytes("adamw", [(1000, 4)])
+    >>> state_bytes("adamw", [Shape(10, 100, 4)])
+    8004
+    >>> state_bytes("adafactor", [Shape(1000, 1000, 4)])
     8004
     """
     optimizer = optimizer_of(name)
-    counters = STEP_COUNTER_BYTES * len(tensors) * optimizer.counts_steps
-    return counters + optimizer.copies * sum(numel * itemsize for numel, itemsize in tensors)
+    if not masters:
+        return sum(optimizer.state(tensor) for tensor in tensors)
+    return sum(optimizer.state(Shape(tensor.rows, tensor.columns, 4)) + 4 * tensor.numel for tensor in tensors)
 
 
-def step_bytes(name: str, implementation: str, tensors: Sequence[tuple[int, int]]) -> int:
+def step_bytes(name: str, implementation: str, tensors: Sequence[Shape]) -> int:
     """Bytes that exist only while the step runs.
 
     fused: one kernel, none. foreach: PyTorch's default on CUDA; works on all tensors at once, so its temporaries are as large as the model.
     for-loop: the default on the CPU; one tensor after another. Weight decay of "sgd", "momentum" and "adam" is taken as 0.
     """
-    optimizer, sizes = optimizer_of(name), [numel * itemsize for numel, itemsize in tensors]
+    optimizer = optimizer_of(name)
     if implementation == "fused":
         return 0
     if implementation == "foreach":
-        return optimizer.foreach_copies * sum(sizes)
-    return optimizer.loop_copies * max(sizes, default=0)
+        return optimizer.foreach_copies * sum(tensor.nbytes for tensor in tensors)
+    return optimizer.loop_copies * max((tensor.nbytes for tensor in tensors), default=0)

@@ -1,153 +1,200 @@
-"""What is asked of `predict`, checked: everything that is not modelled is refused here, by name."""
+"""What is asked of `predict`, checked: everything that is not modelled, or that cannot go together, is refused here, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from .architectures import Architecture, LinearLayer
 from .errors import MemoryMathError
 from .optimizers import IMPLEMENTATIONS, optimizer_of
-from .precision import Precision, precision_of
+from .parallel import Parallel, check_parallel
+from .precision import ADAPTER_BYTES, Precision, itemsize_of, precision_of
+from .quantization import QUANTIZATIONS
+from .tape import Leaf
+from .targets import adapted_layers, near
+from .versions import Versions, versions_of
 
-METHODS = ("full", "lora", "inference")
+METHODS = ("full", "frozen", "lora", "dora", "qlora", "prompt", "prefix", "inference")
+ADAPTED = ("lora", "dora", "qlora")
 ATTENTIONS = {"transformers": ("eager", "sdpa", "flash"), "lora_lab": ("sdpa",)}
-LOSSES = {"transformers": ("cross_entropy",), "lora_lab": ("chunked",)}
+LOSSES = {"transformers": ("cross_entropy", "chunked", "hf_legacy", "mean", "none"), "lora_lab": ("chunked",)}
 DEVICES = ("cuda", "cpu")
-NOT_YET = {  # keyword -> the one value that is modelled today
-    "quantization": "none",
-    "num_virtual_tokens": 20,
-    "adapter_dtype": None,
-    "zero_stage": 0,
-    "world_size": 1,
-    "tensor_parallel": 1,
-    "compile": False,
-    "versions": None,
-}
+OWN_METHODS = ("full", "frozen", "lora", "inference")  # what lora_lab's models are modelled with today
+IDLE_IN_INFERENCE = {"gradient_checkpointing": False, "grad_accum_steps": 1, "offload_activations": False, "optimizer_in_backward": False}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request; `adapted` maps the path of every linear layer with an adapter to its shape."""
+    """A checked request; `adapted` maps the path of every linear layer with an adapter to its shape. `method` is what trains."""
 
     architecture: Architecture
     method: str
     precision: Precision
+    quantization: str
     optimizer: str
     optimizer_implementation: str
     batch_size: int
     sequence_length: int
-    gradient_checkpointing: bool
+    target_length: int
+    gradient_checkpointing: bool | int | str
     attention: str
     loss: str
     rank: int
+    num_virtual_tokens: int
     dropout: float
+    adapter_itemsize: int
     grad_accum_steps: int
+    parallel: Parallel
+    offload_optimizer: bool
+    offload_activations: bool
+    optimizer_in_backward: bool
+    compile: bool
+    versions: Versions
     implementation: str
     device: str
     label_tokens: int
     adapted: dict[str, LinearLayer] = field(default_factory=dict)
 
     @property
+    def positions(self) -> int:
+        """Positions in one row, the virtual tokens of a prompt included."""
+        return self.sequence_length + (self.num_virtual_tokens if self.method == "prompt" else 0)
+
+    @property
+    def prefix(self) -> int:
+        """Virtual keys and values in front of every block's own."""
+        return self.num_virtual_tokens if self.method == "prefix" else 0
+
+    @property
     def tokens(self) -> int:
         """T: positions in one micro-batch."""
-        return self.batch_size * self.sequence_length
+        return self.batch_size * self.positions
 
     @property
     def trains(self) -> bool:
         return self.method != "inference"
 
+    @property
+    def divided_masters(self) -> bool:
+        """ZeRO's mixed precision: 16-bit weights and gradients, and the float32 masters among the divided optimizer states."""
+        return self.parallel.sharded and self.precision.mixed and self.method == "full"
+
+    @property
+    def weight_itemsize(self) -> int:
+        """Bytes per stored element of the model's own weights."""
+        if self.method == "full" and not self.divided_masters:
+            return self.precision.trained
+        return self.precision.compute if self.method == "full" else self.precision.frozen
+
+    @property
+    def autocast(self) -> int | None:
+        """Bytes per element that matrix products are cast to; None where they run in what they are given."""
+        return self.precision.compute if self.precision.mixed and self.trains and not self.divided_masters else None
+
+    @property
+    def keeps_quantized_input(self) -> bool:
+        """bitsandbytes before 0.43.2 kept the input of every 4-bit product (CHANGELOG of 0.43.2, "QLoRA mem bug")."""
+        return self.quantization in ("nf4", "nf4-dq") and self.versions.before("bitsandbytes", "0.43.2")
+
+    def leaf(self) -> Leaf:
+        """Where the gradient of one trained tensor arrives."""
+        return Leaf(self.parallel.gradient_shards, self.optimizer_in_backward)
+
+    def checkpoints(self, block: int) -> bool:
+        """Whether this block keeps its input only, and runs again in backward."""
+        every = self.gradient_checkpointing
+        return every is True or (isinstance(every, int) and every > 0 and block % every == 0)
+
 
 def check(architecture: Architecture, **asked: Any) -> Request:
     """The request, or MemoryMathError with the value, what is supported and what to do."""
-    for name, modelled in NOT_YET.items():
-        if (value := asked.pop(name)) != modelled:
-            raise MemoryMathError(f"{name}={value!r} is not modelled yet: leave it at {modelled!r}")
     asked["implementation"] = implementation = one_of("implementation", asked["implementation"], ATTENTIONS)
     asked["device"] = one_of("device", asked["device"], DEVICES)
-    asked["method"] = one_of("method", asked["method"], METHODS)
+    asked["method"] = method = one_of("method", asked["method"], METHODS)
     asked["precision"] = precision_of(asked["precision"])
+    asked["quantization"] = one_of("quantization", asked["quantization"], QUANTIZATIONS)
+    if method == "qlora" and asked["quantization"] == "none":
+        asked["quantization"] = "nf4"
+    asked["versions"] = versions_of(asked["versions"])
+    for name in ("batch_size", "sequence_length", "rank", "grad_accum_steps", "num_virtual_tokens", "world_size", "tensor_parallel"):
+        asked[name] = whole(name, asked[name])
+    asked["parallel"] = check_parallel(asked.pop("zero_stage"), asked.pop("world_size"), asked.pop("tensor_parallel"))
     asked["optimizer_implementation"] = _step_kind(asked["optimizer_implementation"], implementation, asked["device"])
     asked["attention"] = one_of("attention", asked["attention"], ATTENTIONS[implementation], implementation)
-    asked["loss"] = one_of("loss", asked["loss"] or LOSSES[implementation][0], LOSSES[implementation], implementation)
-    for name in ("batch_size", "sequence_length", "rank", "grad_accum_steps"):
-        asked[name] = whole(name, asked[name])
-    asked["gradient_checkpointing"] = _flag("gradient_checkpointing", asked["gradient_checkpointing"])
+    asked["loss"] = one_of("loss", asked["loss"] or _own_loss(implementation, asked["versions"]), LOSSES[implementation], implementation)
+    asked["gradient_checkpointing"] = _checkpointing(asked["gradient_checkpointing"])
+    for name in ("compile", "offload_optimizer", "offload_activations", "optimizer_in_backward"):
+        asked[name] = _flag(name, asked[name])
     asked["dropout"] = _share(asked["dropout"])
+    asked["adapter_itemsize"] = _adapter_bytes(asked.pop("adapter_dtype"))
+    asked["target_length"] = whole("target_length", asked["target_length"] or asked["sequence_length"])
     asked["label_tokens"] = _labels(asked["label_tokens"], asked["batch_size"], asked["sequence_length"])
     targets = asked.pop("target_modules")
-    adapted = adapted_layers(architecture, targets) if asked["method"] == "lora" else {}
+    adapted = adapted_layers(architecture, targets) if method in ADAPTED else {}
+    architecture = architecture.shard(asked["parallel"].tensor_parallel)
+    adapted = adapted_layers(architecture, targets) if adapted else {}
     request = Request(architecture=architecture, adapted=adapted, **asked)
     _check_together(request)
     return request
 
 
 def _check_together(request: Request) -> None:
-    """Combinations that would do nothing, or that no kernel exists for."""
+    """Combinations that would do nothing, that no kernel exists for, or that do not work."""
     optimizer_of(request.optimizer)
     precision, method = request.precision.name, request.method
     if precision == "fp16" and method == "full":
         raise MemoryMathError("precision='fp16' with method='full': weights do not train in pure fp16; use 'fp16-mixed' (or 'bf16')")
-    if request.attention == "flash" and request.precision.compute != 2:
-        raise MemoryMathError(f"attention='flash' with precision={precision!r}: the kernel takes 16-bit inputs only; use 'sdpa'")
-    if request.attention == "flash" and request.device == "cpu":
-        raise MemoryMathError("attention='flash' with device='cpu': the kernel runs on CUDA only; use 'sdpa'")
-    if request.dropout and method != "lora":
+    if request.quantization != "none" and method == "full":
+        raise MemoryMathError(
+            f"quantization={request.quantization!r} with method='full': integer codes have no gradient; "
+            "use method='qlora' (adapters over the frozen codes) or quantization='none'"
+        )
+    _check_attention(request)
+    if request.dropout and method not in ADAPTED:
         raise MemoryMathError(f"dropout={request.dropout} is LoRA's dropout and does nothing with method={method!r}: leave it at 0")
     if request.label_tokens != request.batch_size * (request.sequence_length - 1) and request.implementation != "lora_lab":
         raise MemoryMathError("label_tokens is for implementation='lora_lab': transformers computes the logits of every position")
+    if request.optimizer_in_backward and request.grad_accum_steps > 1:
+        raise MemoryMathError("optimizer_in_backward=True with grad_accum_steps > 1: a gradient that is used at once cannot be accumulated")
+    if method == "prefix" and request.gradient_checkpointing:
+        raise MemoryMathError("gradient_checkpointing with method='prefix': the prefix is handed on in the key/value cache, which checkpointing turns off")
     if method == "inference":
         _check_inference(request)
+    if request.implementation == "lora_lab":
+        _check_own(request)
+
+
+def _check_attention(request: Request) -> None:
+    if request.attention == "flash" and request.precision.compute != 2:
+        precision = request.precision.name
+        raise MemoryMathError(f"attention='flash' with precision={precision!r}: the kernel takes 16-bit inputs only; use 'sdpa'")
+    if request.attention == "flash" and request.device == "cpu":
+        raise MemoryMathError("attention='flash' with device='cpu': the kernel runs on CUDA only; use 'sdpa'")
 
 
 def _check_inference(request: Request) -> None:
     labelled = request.batch_size * (request.sequence_length - 1)
-    for name, idle in (("gradient_checkpointing", False), ("grad_accum_steps", 1), ("label_tokens", labelled)):
+    for name, idle in {**IDLE_IN_INFERENCE, "label_tokens": labelled}.items():
         if (value := getattr(request, name)) != idle:
             raise MemoryMathError(f"{name}={value!r} does nothing with method='inference', which has no backward pass: leave it out")
 
 
-def adapted_layers(architecture: Architecture, targets: object) -> dict[str, LinearLayer]:
-    """Path -> layer for every layer that `targets` names: "all-linear", "attention", or a list of names matched at dots from the right."""
-    linears = architecture.linears()
-    if targets == "all-linear":
-        chosen = list(linears)
-    elif targets == "attention":
-        chosen = [linear for linear in linears if linear.name.startswith("self_attn.")]
-    elif isinstance(targets, Sequence) and not isinstance(targets, str):
-        chosen = _named(linears, list(targets))
-    else:
-        raise MemoryMathError(f"target_modules={targets!r}: expected 'all-linear', 'attention', or a list like ['q_proj', 'v_proj']")
-    return {f"model.layers.{layer}.{linear.name}": linear for layer in range(architecture.layers) for linear in chosen}
-
-
-def _named(linears: Sequence[LinearLayer], names: list[str]) -> list[LinearLayer]:
-    short = [linear.name.rpartition(".")[2] for linear in linears]
-    here = f"\n  Linear layers of a block here: {', '.join(short)}"
-    for name in names:
-        if not any(_matches(name, linear.name) for linear in linears):
-            raise MemoryMathError(f"target_modules={names!r}: {name!r} matches nothing.{here}{_near(name, short)}")
-    if not names:
-        raise MemoryMathError(f"target_modules=[] names no layer.{here}")
-    return [linear for linear in linears if any(_matches(name, linear.name) for name in names)]
-
-
-def _matches(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _near(value: object, choices: Collection[str]) -> str:
-    near = get_close_matches(str(value), list(choices), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def _check_own(request: Request) -> None:
+    """lora_lab's own models: what is not written there yet."""
+    if request.method not in OWN_METHODS:
+        raise MemoryMathError(f"method={request.method!r} is not modelled with implementation='lora_lab'; modelled now: {', '.join(OWN_METHODS)}")
+    for name, idle in (("quantization", "none"), ("compile", False)):
+        if (value := getattr(request, name)) != idle:
+            raise MemoryMathError(f"{name}={value!r} is not modelled with implementation='lora_lab': leave it at {idle!r}")
 
 
 def one_of(name: str, value: Any, choices: Collection[str], implementation: str | None = None) -> str:
     """`value` where it is among `choices`, which may be those of one implementation."""
     if value not in list(choices):
         whose = f" with implementation={implementation!r}" if implementation else ""
-        raise MemoryMathError(f"{name}={value!r} is not modelled{whose}; modelled now: {', '.join(choices)}{_near(value, choices)}")
+        raise MemoryMathError(f"{name}={value!r} is not modelled{whose}; modelled now: {', '.join(choices)}{near(value, choices)}")
     return str(value)
 
 
@@ -164,15 +211,31 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _checkpointing(value: Any) -> bool | int | str:
+    if isinstance(value, bool) or value == "attention" or (isinstance(value, int) and value >= 1):
+        return value
+    raise MemoryMathError(f"gradient_checkpointing={value!r}: expected True (every block), False, n (every n-th block) or 'attention'")
+
+
 def _share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise MemoryMathError(f"dropout={value!r}: expected a number with 0 <= dropout < 1")
     return float(value)
 
 
-def _labels(value: Any, batch: Any, sequence: Any) -> int:
+def _adapter_bytes(dtype: object) -> int:
+    return ADAPTER_BYTES if dtype is None else itemsize_of(dtype)
+
+
+def _own_loss(implementation: str, versions: Versions) -> str:
+    """transformers before 4.45 made float32 logits and a shifted copy of them; see models/losses.py."""
+    old = implementation == "transformers" and versions.before("transformers", "4.45")
+    return "hf_legacy" if old else LOSSES[implementation][0]
+
+
+def _labels(value: Any, batch: int, sequence: int) -> int:
     """None: every position that has a next one."""
-    most = whole("batch_size", batch) * (whole("sequence_length", sequence) - 1)
+    most = batch * (sequence - 1)
     if value is None:
         return most
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from .models.llama_lora_lab import LoraLabLlama
-from .models.llama import TransformersLlama
+from .errors import MemoryMathError
+from .models import MODELS
 from .models.base import Model
-from .optimizers import state_bytes, step_bytes
+from .optimizers import Shape, state_bytes, step_bytes
+from .parallel import communication_bytes
 from .request import Request
 from .tape import Ledger, Storage
 
-MODELS: dict[str, type[Model]] = {"transformers": TransformersLlama, "lora_lab": LoraLabLlama}
 CUBLAS_WORKSPACE_BYTES = 8_519_680  # Ampere and older; PyTorch takes 32 MiB on Hopper
 
 
@@ -25,25 +26,61 @@ class Simulation:
     trained: int
 
 
+def model_of(request: Request, ledger: Ledger) -> Model:
+    """The model of the request's family, as the implementation asked for writes it."""
+    family, implementation = request.architecture.family, request.implementation
+    if (implementation, family) not in MODELS:
+        known = ", ".join(sorted(name for owner, name in MODELS if owner == implementation))
+        raise MemoryMathError(f"{request.architecture.name}: the family {family!r} is not modelled with implementation={implementation!r}, only {known}")
+    return MODELS[implementation, family](request, ledger)
+
+
 def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
     """Run `request` on a fresh ledger. Training is in its steady state: the second step, when the optimizer has its states."""
     ledger = ledger or Ledger()
-    model = MODELS[request.implementation](request, ledger)
-    tensors = [(weight.numel, weight.itemsize) for weight in model.trained]
-    states = Storage(ledger, state_bytes(request.optimizer, tensors), "optimizer_states")
+    model = model_of(request, ledger)
+    tensors = [Shape(weight.rows, weight.columns, weight.itemsize) for weight in model.trained]
+    trained = sum(tensor.numel for tensor in tensors)
+    standing = [
+        Storage(ledger, _state_bytes(request, tensors), "optimizer_states"),
+        Storage(ledger, CUBLAS_WORKSPACE_BYTES if request.device == "cuda" else 0, "workspace"),
+        Storage(ledger, _exchange(request, model, trained), "workspace"),
+    ]
     ledger.enter("forward")
-    workspace = Storage(ledger, CUBLAS_WORKSPACE_BYTES if request.device == "cuda" else 0, "workspace")
     if request.trains:
         _train(request, model, tensors)
     else:
         model.generation_pass()
     elements = sum(weight.numel for weight in model.weights.values())
-    result = Simulation(ledger, model.tape.kept_by_name, elements, sum(numel for numel, _ in tensors))
-    del states, workspace
+    result = Simulation(ledger, model.tape.kept_by_name, elements, trained)
+    del standing
     return result
 
 
-def _train(request: Request, model: Model, tensors: list[tuple[int, int]]) -> None:
+def _state_bytes(request: Request, tensors: list[Shape]) -> int:
+    if request.offload_optimizer or not request.trains:
+        return 0
+    return -(-state_bytes(request.optimizer, tensors, request.divided_masters) // request.parallel.state_shards)
+
+
+def _exchange(request: Request, model: Model, trained: int) -> int:
+    """Buckets and gathered blocks of data-parallel training."""
+    itemsize = request.precision.compute if request.parallel.sharded or request.method != "full" else request.weight_itemsize
+    blocks = _blocks(model)
+    rest = sum(weight.numel for weight in model.weights.values()) - sum(blocks)
+    return communication_bytes(request.parallel, blocks, rest, trained, itemsize) if request.trains else 0
+
+
+def _blocks(model: Model) -> list[int]:
+    """Weights of each block: tensors whose paths agree up to the first number."""
+    sizes: dict[str, int] = {}
+    for path, weight in model.weights.items():
+        if block := re.match(r"[^0-9]*\.\d+\.", path):
+            sizes[block.group()] = sizes.get(block.group(), 0) + weight.numel
+    return list(sizes.values())
+
+
+def _train(request: Request, model: Model, tensors: list[Shape]) -> None:
     """From the second micro-batch on the gradients of the first are there during forward, so two are enough to see the peak."""
     for _ in range(min(request.grad_accum_steps, 2)):
         model.ledger.enter("forward")
@@ -52,4 +89,12 @@ def _train(request: Request, model: Model, tensors: list[tuple[int, int]]) -> No
         model.tape.backward(loss)
         del loss
     model.ledger.enter("optimizer step")
-    Storage(model.ledger, step_bytes(request.optimizer, request.optimizer_implementation, tensors), "workspace")
+    Storage(model.ledger, _step_bytes(request, tensors), "workspace")
+
+
+def _step_bytes(request: Request, tensors: list[Shape]) -> int:
+    """With the step in backward one tensor at a time is stepped; with offloaded states the host steps."""
+    if request.offload_optimizer:
+        return 0
+    kind = "for-loop" if request.optimizer_in_backward and request.optimizer_implementation == "foreach" else request.optimizer_implementation
+    return -(-step_bytes(request.optimizer, kind, tensors) // request.parallel.state_shards)

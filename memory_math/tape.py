@@ -99,17 +99,26 @@ class Sized:
 
 
 class Leaf:
-    """The end of the graph at a trained parameter: the first gradient to arrive becomes ``.grad``, later ones are added into it."""
+    """The end of the graph at a trained parameter: the first gradient to arrive becomes ``.grad``, later ones are added into it.
 
-    __slots__ = ("grad",)
+    shards: devices among which gradients are divided as they arrive; one part stays. applied: the optimizer uses a gradient the moment it
+    arrives (optimizer step in backward), and it is gone.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("applied", "grad", "shards")
+
+    def __init__(self, shards: int = 1, applied: bool = False) -> None:
+        self.shards, self.applied = shards, applied
         self.grad: Storage | None = None
 
     def accumulate(self, grad: Sized) -> None:
-        if self.grad is None:
+        if self.applied or self.grad is not None:
+            return
+        if self.shards == 1:
             self.grad = grad.storage
             self.grad.move("gradients")
+        else:
+            self.grad = Storage(grad.storage.ledger, -(-grad.numel // self.shards) * grad.itemsize, "gradients")
 
 
 class Node:
@@ -150,14 +159,25 @@ class Frame:
     def __init__(self, function: Callable[..., Sized], inputs: Sequence[Sized]) -> None:
         self.function, self.inputs = function, list(inputs)
         self.kept = [keep(tensor.storage) for tensor in inputs]
+        self.away: list[tuple[int, int, Node | Leaf | None]] = []
         self.slots = 0
         self.again: dict[int, list[Storage]] | None = None
 
     def unpack(self, tape: Tape, slot: int) -> list[Storage]:
         if self.again is None:
             self.again = {}
+            self._bring_back(tape)
             tape.run_in(self)
         return self.again.pop(slot)
+
+    def send_away(self) -> None:
+        """The inputs wait in the host's memory until they are needed again."""
+        self.away = [(tensor.numel, tensor.itemsize, tensor.node) for tensor in self.inputs]
+        self.inputs, self.kept = [], []
+
+    def _bring_back(self, tape: Tape) -> None:
+        if self.away:
+            self.inputs = [Sized(numel, itemsize, tape.new(numel, itemsize).storage, node) for numel, itemsize, node in self.away]
 
 
 class _Recomputed(Exception):
@@ -174,17 +194,23 @@ def keep(storage: Storage) -> Storage:
 class Tape:
     """Records operations on sizes and plays them backwards.
 
-    device: "cpu" or "cuda", where an operation's rule depends on it. weight_copies: autocast's cache of cast weights.
+    device: "cpu" or "cuda", where an operation's rule depends on it. offload: what is kept for backward waits in the host's memory and comes
+    back for the operation that needs it. weight_copies: autocast's cache of cast weights.
     kept_by_name: bytes by the first operation that kept them; their sum is what saved_tensors_hooks sees of one forward pass.
     """
 
-    def __init__(self, ledger: Ledger, device: str = "cuda") -> None:
-        self.ledger, self.device = ledger, device
+    def __init__(self, ledger: Ledger, device: str = "cuda", offload: bool = False) -> None:
+        self.ledger, self.device, self.offload = ledger, device, offload
         self.weight_copies: dict[int, Sized] = {}
         self.kept_by_name: dict[str, int] = {}
         self._seen: set[int] = set()
         self._order = 0
         self._frame: Frame | None = None
+
+    @property
+    def inside_checkpoint(self) -> bool:
+        """Whether a checkpointed stretch is running."""
+        return self._frame is not None
 
     def new(self, numel: int, itemsize: int, part: str = "temporary") -> Sized:
         """A fresh tensor."""
@@ -224,7 +250,8 @@ class Tape:
     def _put_away(self, node: Node, kept: list[Storage]) -> None:
         frame = self._frame
         if frame is None:
-            node.kept = [keep(storage) for storage in kept]
+            node.kept, elsewhere = self._stored(kept)
+            node.scratch += elsewhere
             self._count(node.name, kept)
         elif frame.again is None:  # the first run only learns that there will be something to ask for
             node.frame, node.slot = frame, frame.slots
@@ -233,6 +260,12 @@ class Tape:
             frame.again[len(frame.again)] = [keep(storage) for storage in kept]
             if len(frame.again) == frame.slots:
                 raise _Recomputed
+
+    def _stored(self, kept: list[Storage]) -> tuple[list[Storage], int]:
+        """What stays on the device, and the bytes that have moved to the host."""
+        if not self.offload:
+            return [keep(storage) for storage in kept], 0
+        return [], sum(storage.nbytes for storage in kept if storage.part != "weights")
 
     def _count(self, name: str, kept: list[Storage]) -> None:
         for storage in kept:
@@ -257,6 +290,8 @@ class Tape:
         self._count("checkpoint", frame.kept)
         result = self.run_in(frame)
         assert result is not None
+        if self.offload:
+            frame.send_away()
         return result
 
     def backward(self, loss: Sized) -> None:

@@ -1,14 +1,33 @@
-"""What both ways of writing Llama down share: the weights and adapters of a request, laid out in the ledger."""
+"""What every model on the tape shares: the weights of a request in the ledger, what is trained on top of them, and one pass.
+
+A family's file writes down its forward pass (`hidden_states`) and the loss where it is not the next token's; the bytes follow.
+"""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from .. import operations as ops
-from ..operations import Weight
-from ..precision import ADAPTER_BYTES
+from ..operations import QuantizedWeight, Weight
+from ..precision import INDEX_BYTES
+from ..quantization import dequantized_bytes, quantized_bytes
 from ..request import Request
 from ..tape import Ledger, Node, Sized, Tape, keep
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """lora_A [r, in], lora_B [out, r], and DoRA's magnitude [out]."""
+
+    A: Weight
+    B: Weight
+    magnitude: Weight | None = None
+
+    @property
+    def tensors(self) -> list[Weight]:
+        return [weight for weight in (self.A, self.B, self.magnitude) if weight is not None]
 
 
 def cached(tensor: Sized) -> Sized:
@@ -18,34 +37,60 @@ def cached(tensor: Sized) -> Sized:
 
 
 class Model(abc.ABC):
-    """The weights of `request`; `loss` and `prefill` run its forward pass on a tape.
+    """The weights of `request`; `training_pass` and `generation_pass` run its forward pass on a tape.
 
-    weights: by module path. adapters: path -> (lora_A [r, in], lora_B [out, r]). autocast: bytes per element that matrix products
-    are cast to, None outside mixed precision.
+    weights: by module path. adapters: by module path. prompt: the trained vectors of prompt or prefix tuning. autocast: bytes per element
+    that matrix products are cast to, None outside mixed precision. tokens: positions of one micro-batch, virtual ones included.
     """
 
     def __init__(self, request: Request, ledger: Ledger) -> None:
         self.request, self.arch, self.ledger = request, request.architecture, ledger
-        self.tokens, self.sequence = request.tokens, request.sequence_length
-        self.autocast = request.precision.compute if request.precision.mixed and request.trains else None
+        self.tokens, self.sequence = request.tokens, request.positions
+        self.autocast = request.autocast
         self.weights = self._weights()
-        self.adapters = self._adapters()
-        self.tape = Tape(ledger, request.device)
+        self.adapters = {path: self._adapter(path, linear.inputs, linear.outputs) for path, linear in request.adapted.items()}
+        self.prompt = self._prompt()
+        self.tape = self._tape()
 
     def _weights(self) -> dict[str, Weight]:
-        full, precision = self.request.method == "full", self.request.precision
-        itemsize = precision.trained if full else precision.frozen
-        tensors = self.arch.parameter_tensors()
-        return {name.removesuffix(".weight"): Weight(self.ledger, name, rows, columns, itemsize, full) for name, rows, columns in tensors}
+        quantized = {linear.name for linear in self.arch.linears()} if self.request.quantization != "none" else set()
+        return {
+            name.removesuffix(".weight"): self._weight(name, rows, columns, name.removesuffix(".weight") in quantized)
+            for name, rows, columns in self.arch.parameter_tensors()
+        }
 
-    def _adapters(self) -> dict[str, tuple[Weight, Weight]]:
+    def _weight(self, name: str, rows: int, columns: int, quantized: bool) -> Weight:
+        request, parallel = self.request, self.request.parallel
+        if quantized:
+            packed = quantized_bytes(request.quantization, rows, columns) // parallel.weight_shards
+            dense = dequantized_bytes(request.quantization, rows * columns, request.precision.compute)
+            return QuantizedWeight(self.ledger, name, (rows, columns), request.precision.compute, packed, dense, request.keeps_quantized_input)
+        leaf = request.leaf() if request.method == "full" else None
+        return Weight(self.ledger, name, rows, columns, request.weight_itemsize, leaf, parallel.weight_shards)
+
+    def trainable(self, name: str, rows: int, columns: int) -> Weight:
+        """A small tensor that is trained beside the frozen model."""
+        return Weight(self.ledger, name, rows, columns, self.request.adapter_itemsize, self.request.leaf(), self.request.parallel.weight_shards)
+
+    def _adapter(self, path: str, inputs: int, outputs: int) -> Adapter:
         rank = self.request.rank
+        A, B = self.trainable(f"{path}.lora_A", rank, inputs), self.trainable(f"{path}.lora_B", outputs, rank)
+        return Adapter(A, B, self.trainable(f"{path}.lora_magnitude_vector", 1, outputs) if self.request.method == "dora" else None)
 
-        def pair(path: str, inputs: int, outputs: int) -> tuple[Weight, Weight]:
-            A = Weight(self.ledger, f"{path}.lora_A", rank, inputs, ADAPTER_BYTES, True)
-            return A, Weight(self.ledger, f"{path}.lora_B", outputs, rank, ADAPTER_BYTES, True)
+    def _prompt(self) -> Weight | None:
+        """Prompt tuning: [P, H]; prefix tuning: a key and a value for every block, [P, 2 * L * kv]."""
+        if self.request.method not in ("prompt", "prefix"):
+            return None
+        width = self.arch.hidden if self.request.method == "prompt" else 2 * self.arch.layers * self.arch.kv_width
+        return self.trainable("prompt_encoder", self.request.num_virtual_tokens, width)
 
-        return {path: pair(path, linear.inputs, linear.outputs) for path, linear in self.request.adapted.items()}
+    def _tape(self) -> Tape:
+        return Tape(self.ledger, self.request.device, offload=self.request.offload_activations)
+
+    @property
+    def activation_itemsize(self) -> int:
+        """Bytes per element of the residual stream."""
+        return self.request.weight_itemsize
 
     @property
     def head(self) -> Weight:
@@ -54,29 +99,42 @@ class Model(abc.ABC):
     @property
     def trained(self) -> list[Weight]:
         """Every tensor that has a gradient and optimizer states."""
-        everything = [*self.weights.values(), *(weight for pair in self.adapters.values() for weight in pair)]
+        adapters = [weight for adapter in self.adapters.values() for weight in adapter.tensors]
+        everything = [*self.weights.values(), *adapters, *([self.prompt] if self.prompt else [])]
         return [weight for weight in everything if weight.leaf is not None]
 
     def training_pass(self) -> Sized:
         """A forward pass on a fresh tape, up to the loss."""
-        self.tape = Tape(self.ledger, self.request.device)
-        ids, labels = self._batch(), self._batch()
-        loss = self.loss(ids, labels)
+        self.tape = self._tape()
+        loss = self.loss(*self.batch())
         self.tape.weight_copies.clear()
         return loss
 
+    def batch(self) -> tuple[Sized, Sized]:
+        """ids and labels, [B, T] of int64."""
+        return self.ids(self.request.batch_size * self.request.sequence_length), self.ids(self.request.batch_size * self.request.sequence_length)
+
+    def ids(self, count: int) -> Sized:
+        return self.tape.new(count, INDEX_BYTES, "other")
+
     def generation_pass(self) -> None:
         """The prompt of every row at once, without gradients: keys and values of all blocks stay, logits are made for the last position."""
-        self.tape = Tape(self.ledger, self.request.device)
-        ids, cache = self._batch(), list[Sized]()
+        self.tape = self._tape()
+        ids, cache = self.ids(self.tokens), list[Sized]()
         hidden = self.hidden_states(ids, cache)
         self.ledger.enter("logits")
         last = self.tape.new(self.request.batch_size * self.arch.hidden, hidden.itemsize)
         del hidden
         ops.linear(self.tape, last, self.head, part="logits")
 
-    def _batch(self) -> Sized:
-        return self.tape.new(self.tokens, 8, "other")
+    def run_block(self, number: int, forward: Callable[..., Sized], *inputs: Sized) -> Sized:
+        """One block, checkpointed where the request says so."""
+        return self.tape.checkpoint(forward, *inputs) if self.request.checkpoints(number) else forward(*inputs)
+
+    def needed(self, x: Sized) -> Sized:
+        """The input of the first block: PEFT makes it need a gradient for checkpointing (enable_input_require_grads)."""
+        frozen = self.request.method == "frozen" or (self.request.adapted and self.request.gradient_checkpointing)
+        return self.source(x) if frozen else x
 
     def source(self, x: Sized) -> Sized:
         """x as something that needs a gradient although no weight below it does (enable_input_require_grads)."""

@@ -29,10 +29,11 @@ class LoraLabLlama(Model):
 
     def blocks(self, x: Sized, cache: list[Sized] | None = None) -> Sized:
         """LlamaModel: x [B, T, H] through every block and the last norm."""
+        x = self.source(x) if self.request.method == "frozen" else x
         rotary = self.tape.new(self.sequence * self.arch.head_dim, 4, "other")  # cos and sin of half a head each, float32
         for layer in range(self.arch.layers):
             block = Block(self, f"model.layers.{layer}", rotary, cache)
-            x = self.tape.checkpoint(block.forward, x) if self.request.gradient_checkpointing else block.forward(x)
+            x = self.run_block(layer, block.forward, x)
         return rms_norm(self, x, "model.norm")
 
     def next_token_loss(self, hidden: Sized, labels: Sized) -> Sized:
@@ -109,7 +110,7 @@ def lora_linear(model: Model, x: Sized, path: str) -> Sized:
     y = ops.linear(tape, x, model.weights[path], model.weights.get(f"{path}.bias"), model.autocast)
     if path not in model.adapters:
         return y
-    A, B = model.adapters[path]
+    A, B = model.adapters[path].A, model.adapters[path].B
     A_copy, B_copy = ops.cast(tape, A, x.itemsize), ops.cast(tape, B, x.itemsize)
     if model.request.dropout:
         x = ops.dropout(tape, x)
@@ -119,7 +120,7 @@ def lora_linear(model: Model, x: Sized, path: str) -> Sized:
 
 def remember_selection(model: Model, x: Sized) -> Sized:
     """Under checkpointing a LoRA layer whose input needs a gradient keeps one int64 that says which adapters its forward had."""
-    if not model.request.gradient_checkpointing:
+    if not model.tape.inside_checkpoint:
         return x
     return model.tape.record("selection", [x], lambda: x, keeps_after=lambda _: [model.tape.new(1, 8, "other")], passes=True)
 

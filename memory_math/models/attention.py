@@ -1,0 +1,53 @@
+"""The core of attention, from q, k and v to the mixed values, as transformers' `sdpa` and `eager` functions run it."""
+
+from __future__ import annotations
+
+from .. import operations as ops
+from ..tape import Sized
+from .base import Model
+
+GQA_SINCE = "4.54"  # transformers: from here on k and v of grouped queries go into the kernel unexpanded, where there is no mask
+
+
+def attend(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
+    """q: [B, T, q width], k and v: [B, P + T, kv width]. mask: [B, 1, T, P + T], where causality alone does not say who sees whom."""
+    core = eager if model.request.attention == "eager" else fused
+    if model.request.gradient_checkpointing == "attention":
+        return model.tape.checkpoint(lambda q, k, v: core(model, q, k, v, mask), q, k, v)
+    return core(model, q, k, v, mask)
+
+
+def fused(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
+    """One kernel; a mask is written out in q's dtype for each call, and makes transformers repeat k and v to q's width."""
+    tape = model.tape
+    if k.numel < _repeated(model, q, k) and (mask is not None or model.request.versions.before("transformers", GQA_SINCE)):
+        k, v = (ops.copy(tape, "attention", tensor, _repeated(model, q, tensor)) for tensor in (k, v))
+    written = None if mask is None else tape.new(mask.numel, q.itemsize)
+    rows = model.tokens * model.arch.heads
+    return ops.scaled_dot_product_attention(tape, q, k, v, rows, model.autocast, mask=written)
+
+
+def _repeated(model: Model, q: Sized, k: Sized) -> int:
+    """Elements of k, one head of it for every head of q."""
+    return k.numel * model.arch.query_width // model.arch.kv_width
+
+
+def eager(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
+    """k and v are repeated to q's width, and q, k, v are laid out anew for the batched product; scores are s x s per head.
+
+    The mask is added, softmax is taken in float32 and cast back.
+    """
+    tape, autocast = model.tape, model.autocast
+    length = _repeated(model, q, k) // (q.numel // model.sequence)
+    scores = model.tokens * length * model.arch.heads
+    k, v = (ops.copy(tape, "attention", tensor, _repeated(model, q, tensor)) for tensor in (k, v))
+    q = ops.copy(tape, "attention", q)
+    s = ops.matmul(tape, "attention scores", q, k, scores, autocast)
+    del q, k
+    s = ops.elementwise(tape, "attention scaling", s)
+    s = ops.elementwise(tape, "attention mask", s)
+    s = ops.softmax(tape, "attention softmax", ops.cast(tape, s, 4))
+    s = ops.cast(tape, s, v.itemsize)
+    attended = ops.matmul(tape, "attention", s, v, model.tokens * model.arch.query_width, autocast)
+    del s, v
+    return ops.copy(tape, "attention", attended)

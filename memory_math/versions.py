@@ -1,0 +1,55 @@
+"""Libraries whose memory behaviour changed, and since when.
+
+`predict(..., versions={"transformers": "4.28", "bitsandbytes": "0.41.1"})` asks for a step as these versions ran it; a library that is not
+named is the one the models here were written from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .errors import MemoryMathError
+
+CURRENT = {"torch": "2.13", "transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.49"}
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version as a tuple that sorts.
+
+    >>> release("0.43.2.dev0") < release("0.43.10")
+    True
+    """
+    numbers = re.match(r"\d+(\.\d+)*", str(version))
+    if numbers is None:
+        raise MemoryMathError(f"version {version!r}: expected something like '4.44' or '0.43.2'")
+    return tuple(int(number) for number in numbers.group().split("."))
+
+
+@dataclass(frozen=True)
+class Versions:
+    """asked: what the user named."""
+
+    asked: Mapping[str, str] = field(default_factory=dict)
+
+    def before(self, library: str, version: str) -> bool:
+        """Whether `library` is older than `version` in this request."""
+        return release(self.asked.get(library, CURRENT[library])) < release(version)
+
+
+def versions_of(asked: object) -> Versions:
+    """The versions of a request, or MemoryMathError.
+
+    >>> versions_of({"transformers": "4.28"}).before("transformers", "4.45")
+    True
+    """
+    if asked is None:
+        return Versions()
+    if not isinstance(asked, Mapping):
+        raise MemoryMathError(f"versions={asked!r}: expected a dict like {{'transformers': '4.44'}}")
+    for library, version in asked.items():
+        if library not in CURRENT:
+            raise MemoryMathError(f"versions names {library!r}; those whose memory behaviour is known to change are {', '.join(CURRENT)}")
+        release(version)
+    return Versions(dict(asked))
