@@ -40,15 +40,14 @@ class Parallel:
 
     @property
     def sharded(self) -> bool:
-        return self.zero_stage > 0 and self.world_size > 1
+        """Whether training follows ZeRO's rules; on one device that is its mixed precision alone."""
+        return self.zero_stage > 0
 
 
 def check_parallel(zero_stage: int, world_size: int, tensor_parallel: int) -> Parallel:
     """The division, or MemoryMathError."""
     if zero_stage not in ZERO_STAGES or isinstance(zero_stage, bool):
         raise MemoryMathError(f"zero_stage={zero_stage!r}: expected 0 (every device holds everything), 1, 2 or 3")
-    if zero_stage and world_size == 1:
-        raise MemoryMathError(f"zero_stage={zero_stage} with world_size=1 divides nothing: give the number of data-parallel devices as world_size")
     return Parallel(zero_stage, world_size, tensor_parallel)
 
 

@@ -4,7 +4,7 @@ The same words hold everywhere in the project:
 
     fp32        everything 32 bit
     bf16        weights, gradients, optimizer states and activations 16 bit
-    fp16        the same 16 bits; for frozen weights and inference, as training them in pure fp16 is not something that works
+    fp16        the same bytes as bf16 (whether weights learn in pure fp16 is another question: with Adam they do not)
     bf16-mixed  weights that train are 32-bit masters, computed with in 16 bit (autocast); weights that do not train are stored in 16 bit
     fp16-mixed  the same bytes as bf16-mixed (the loss scale is one number)
 

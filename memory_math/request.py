@@ -143,9 +143,7 @@ def check(architecture: Architecture, **asked: Any) -> Request:
 def _check_together(request: Request) -> None:
     """Combinations that would do nothing, that no kernel exists for, or that do not work."""
     optimizer_of(request.optimizer)
-    precision, method = request.precision.name, request.method
-    if precision == "fp16" and method == "full":
-        raise MemoryMathError("precision='fp16' with method='full': weights do not train in pure fp16; use 'fp16-mixed' (or 'bf16')")
+    method = request.method
     if request.quantization != "none" and method == "full":
         raise MemoryMathError(
             f"quantization={request.quantization!r} with method='full': integer codes have no gradient; "

@@ -43,7 +43,7 @@ def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
     trained = sum(tensor.numel for tensor in tensors)
     standing = [
         Storage(ledger, _state_bytes(request, tensors), "optimizer_states"),
-        Storage(ledger, CUBLAS_WORKSPACE_BYTES if request.device == "cuda" else 0, "workspace"),
+        Storage(ledger, _cublas_bytes(request), "workspace"),
         Storage(ledger, _exchange(request, model, trained), "workspace"),
     ]
     ledger.enter("forward")
@@ -61,6 +61,11 @@ def _state_bytes(request: Request, tensors: list[Shape]) -> int:
     if request.offload_optimizer or not request.trains:
         return 0
     return -(-state_bytes(request.optimizer, tensors, request.divided_masters) // request.parallel.state_shards)
+
+
+def _cublas_bytes(request: Request) -> int:
+    """One workspace for each thread that multiplies matrices: Python's, and autograd's in training (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+    return CUBLAS_WORKSPACE_BYTES * (1 + request.trains) if request.device == "cuda" else 0
 
 
 def _exchange(request: Request, model: Model, trained: int) -> int:

@@ -105,5 +105,6 @@ class Bert(Architecture):
         yield from linear(dense, self.hidden, {"head": self.hidden}, bias=True)
         yield from norm(layer_norm, self.hidden, bias=True)
         yield vector(f"{path}.bias", self.vocabulary, "biases")
-        if not self.tied:
+        if not self.tied:  # then the decoder has its own bias as well, beside the one above
             yield matrix(f"{path}.decoder.weight", self.vocabulary, self.hidden, "head")
+            yield vector(f"{path}.decoder.bias", self.vocabulary, "biases")

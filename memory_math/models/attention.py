@@ -6,9 +6,6 @@ from .. import operations as ops
 from ..tape import Sized
 from .base import Model
 
-GQA_SINCE = "4.54"  # transformers: from here on k and v of grouped queries go into the kernel unexpanded, where there is no mask
-
-
 def attend(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
     """q: [B, T, q width], k and v: [B, P + T, kv width]. mask: [B, 1, T, P + T], where causality alone does not say who sees whom."""
     core = eager if model.request.attention == "eager" else fused
@@ -19,12 +16,23 @@ def attend(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None
 
 def fused(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
     """One kernel; a mask is written out in q's dtype for each call, and makes transformers repeat k and v to q's width."""
-    tape = model.tape
-    if k.numel < _repeated(model, q, k) and (mask is not None or model.request.versions.before("transformers", GQA_SINCE)):
+    tape, habits = model.tape, model.habits
+    if k.numel < _repeated(model, q, k) and (mask is not None or habits.repeats):
         k, v = (ops.copy(tape, "attention", tensor, _repeated(model, q, tensor)) for tensor in (k, v))
-    written = None if mask is None else tape.new(mask.numel, q.itemsize)
-    rows = model.tokens * model.arch.heads
-    return ops.scaled_dot_product_attention(tape, q, k, v, rows, model.autocast, mask=written)
+    elif habits.lays_out and tape.device == "cuda":
+        k, v = (ops.copy(tape, "attention", tensor) for tensor in (k, v))
+    if habits.lays_out and tape.device == "cuda":
+        q = ops.copy(tape, "attention", q)
+    written = _written(model, mask, q.itemsize)
+    y = ops.scaled_dot_product_attention(tape, q, k, v, model.tokens * model.arch.heads, model.autocast, mask=written)
+    return ops.copy(tape, "attention", y) if habits.copies_output and tape.device == "cuda" else y
+
+
+def _written(model: Model, mask: Sized | None, itemsize: int) -> Sized | None:
+    """The mask as the kernel takes it: one of true and false becomes numbers of q's dtype, anew for each call."""
+    if mask is None or (mask.itemsize == itemsize and not model.habits.mask_per_block):
+        return mask
+    return model.tape.new(mask.numel, itemsize)
 
 
 def _repeated(model: Model, q: Sized, k: Sized) -> int:
@@ -46,6 +54,8 @@ def eager(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None)
     del q, k
     s = ops.elementwise(tape, "attention scaling", s)
     s = ops.elementwise(tape, "attention mask", s)
+    if model.habits.bounded_scores:
+        s = ops.elementwise(tape, "attention bound", s, keeps=[s])
     s = ops.softmax(tape, "attention softmax", ops.cast(tape, s, 4))
     s = ops.cast(tape, s, v.itemsize)
     attended = ops.matmul(tape, "attention", s, v, model.tokens * model.arch.query_width, autocast)

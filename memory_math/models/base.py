@@ -15,6 +15,7 @@ from ..precision import INDEX_BYTES
 from ..quantization import dequantized_bytes, quantized_bytes
 from ..request import Request
 from ..tape import Ledger, Node, Sized, Tape, keep
+from .history import habits_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Model(abc.ABC):
     def __init__(self, request: Request, ledger: Ledger) -> None:
         self.request, self.arch, self.ledger = request, request.architecture, ledger
         self.tokens, self.sequence = request.tokens, request.positions
-        self.autocast = request.autocast
+        self.autocast, self.habits = request.autocast, habits_of(request.versions)
+        self.held: list[Sized] = []  # what the model's output holds until the loss has been taken from it
         self.weights = self._weights()
         self.adapters = {path: self._adapter(path, linear.inputs, linear.outputs) for path, linear in request.adapted.items()}
         self.prompt = self._prompt()
@@ -107,7 +109,9 @@ class Model(abc.ABC):
         """A forward pass on a fresh tape, up to the loss."""
         self.tape = self._tape()
         loss = self.loss(*self.batch())
+        self.ledger.enter("after forward")
         self.tape.weight_copies.clear()
+        self.held.clear()
         return loss
 
     def batch(self) -> tuple[Sized, Sized]:
@@ -135,6 +139,10 @@ class Model(abc.ABC):
         """The input of the first block: PEFT makes it need a gradient for checkpointing (enable_input_require_grads)."""
         frozen = self.request.method == "frozen" or (self.request.adapted and self.request.gradient_checkpointing)
         return self.source(x) if frozen else x
+
+    def hold(self, *tensors: Sized) -> None:
+        """The model's output refers to these."""
+        self.held += tensors
 
     def source(self, x: Sized) -> Sized:
         """x as something that needs a gradient although no weight below it does (enable_input_require_grads)."""

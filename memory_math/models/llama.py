@@ -28,11 +28,12 @@ class TransformersLlama(Model):
 
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
         embedded = x = self.embed(ids)  # the name lives as long as the forward does
-        rotary = self.tape.new(2 * self.sequence * self.arch.head_dim, x.itemsize, "other")
+        rotary = self.rotary(x.itemsize)
+        mask = self.tape.new(self.tokens * self.sequence, x.itemsize, "other") if self.habits.masked else None
         x = self.needed(x)
         prefix = prefix_of(self)
         for layer in range(self.arch.layers):
-            block = Block(self, f"model.layers.{layer}", rotary, cache, prefix.layers[layer] if prefix else None)
+            block = Block(self, f"model.layers.{layer}", rotary, mask, cache, prefix.layers[layer] if prefix else None)
             x = self.run_block(layer, block.forward, x)
         hidden = self.norm(x, "model.norm")
         del embedded
@@ -40,6 +41,15 @@ class TransformersLlama(Model):
 
     def norm(self, x: Sized, path: str) -> Sized:
         return (norms.gemma_norm if self.arch.norm_plus_one else norms.rms_norm)(self, x, path)
+
+    def rotary(self, itemsize: int) -> Sized:
+        """cos and sin, [T, hd] each."""
+        return self.tape.new(2 * self.sequence * self.arch.head_dim, itemsize, "other")
+
+    @property
+    def caches(self) -> bool:
+        """Whether training fills a cache of keys and values that attention does not work on."""
+        return self.habits.caches and self.request.trains and not self.request.gradient_checkpointing
 
     def embed(self, ids: Sized) -> Sized:
         x = ops.embedding(self.tape, ids, self.weights["model.embed_tokens"])
@@ -51,8 +61,11 @@ class TransformersLlama(Model):
 class Block:
     """LlamaDecoderLayer."""
 
-    def __init__(self, model: TransformersLlama, path: str, rotary: Sized, cache: list[Sized] | None, prefix: LayerPrefix | None) -> None:
-        self.model, self.tape, self.path, self.rotary, self.cache, self.prefix = model, model.tape, path, rotary, cache, prefix
+    def __init__(
+        self, model: TransformersLlama, path: str, rotary: Sized, mask: Sized | None, cache: list[Sized] | None, prefix: LayerPrefix | None
+    ) -> None:
+        self.model, self.tape, self.path, self.cache, self.prefix = model, model.tape, path, cache, prefix
+        self.rotary, self.mask = rotary, mask
 
     def forward(self, x: Sized) -> Sized:
         normalised = self.model.norm(x, f"{self.path}.input_layernorm")
@@ -67,10 +80,13 @@ class Block:
         q, k, v = (linear(self.model, x, f"{self.path}.self_attn.{name}_proj") for name in "qkv")
         if self.model.arch.qk_norm:
             q, k = (self.head_norm(tensor, name) for tensor, name in ((q, "q_norm"), (k, "k_norm")))
-        q, k = self.rotate(q), self.rotate(k)
+        rotary = self.model.rotary(q.itemsize) if self.model.habits.rotary_per_block else self.rotary
+        q, k = self.rotate(q, rotary), self.rotate(k, rotary)
         if self.cache is not None:
             self.cache += [cached(k), cached(v)]
-        mask = None
+        if self.model.caches:
+            self.model.hold(k, v)
+        mask = self.mask
         if self.prefix is not None:
             k, v, mask = self.prefix.before(k, v)
         return linear(self.model, attention.attend(self.model, q, k, v, mask), f"{self.path}.self_attn.o_proj")
@@ -78,15 +94,15 @@ class Block:
     def head_norm(self, x: Sized, name: str) -> Sized:
         return self.model.norm(x, f"{self.path}.self_attn.{name}")
 
-    def rotate(self, x: Sized) -> Sized:
-        """``x * cos + rotate_half(x) * sin``: only cos and sin are kept, one pair for all blocks."""
+    def rotate(self, x: Sized, table: Sized) -> Sized:
+        """``x * cos + rotate_half(x) * sin``: only cos and sin are kept."""
         turned = ops.elementwise(self.tape, "rotary", x, scratch=x.nbytes)
-        turned = self.times_table(turned)
-        return ops.add(self.tape, "rotary", self.times_table(x), turned)
+        turned = self.times(turned, table)
+        return ops.add(self.tape, "rotary", self.times(x, table), turned)
 
-    def times_table(self, x: Sized) -> Sized:
-        itemsize = max(x.itemsize, self.rotary.itemsize)
-        return self.tape.record("rotary", [x], lambda: self.tape.new(x.numel, itemsize), keeps=[self.rotary])
+    def times(self, x: Sized, table: Sized) -> Sized:
+        itemsize = max(x.itemsize, table.itemsize)
+        return self.tape.record("rotary", [x], lambda: self.tape.new(x.numel, itemsize), keeps=[table])
 
     def mlp(self, x: Sized) -> Sized:
         tape, path = self.tape, f"{self.path}.mlp"

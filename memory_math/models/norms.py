@@ -15,7 +15,7 @@ def rms_norm(model: Model, x: Sized, path: str) -> Sized:
     if model.request.compile:
         return _fused(model, x, path)
     tape, weight, itemsize = model.tape, model.weights[path], x.itemsize
-    x = _normalised(model, ops.cast(tape, x, 4), path, x.numel // weight.numel)
+    x = _normalised(model, x, path, x.numel // weight.numel)
     return ops.multiply(tape, path, weight, ops.cast(tape, x, itemsize))
 
 
@@ -24,19 +24,19 @@ def gemma_norm(model: Model, x: Sized, path: str) -> Sized:
     if model.request.compile:
         return _fused(model, x, path)
     tape, weight, itemsize = model.tape, model.weights[path], x.itemsize
-    x = _normalised(model, ops.cast(tape, x, 4), path, x.numel // weight.numel)
+    x = _normalised(model, x, path, x.numel // weight.numel)
     one_more = ops.elementwise(tape, path, ops.cast(tape, weight, 4))
     return ops.cast(tape, ops.multiply(tape, path, one_more, x), itemsize)
 
 
 def _normalised(model: Model, x: Sized, path: str, vectors: int) -> Sized:
-    """``x * rsqrt(mean(x^2) + eps)``, x in float32."""
-    tape = model.tape
-    squares = ops.elementwise(tape, path, x, keeps=[x], scratch=2 * x.nbytes)
+    """``x * rsqrt(mean(x^2) + eps)`` in float32."""
+    tape, full = model.tape, ops.cast(model.tape, x, 4)
+    squares = ops.elementwise(tape, path, full, keeps=[full], scratch=2 * full.nbytes)
     mean = tape.record(path, [squares], lambda: tape.new(vectors, 4))
     del squares
     factor = tape.record(path, [mean], lambda: tape.new(vectors, 4), keeps_after=lambda y: [y])
-    return ops.multiply(tape, path, x, factor)
+    return ops.multiply(tape, path, x if model.habits.norm_keeps_input else full, factor)
 
 
 def _fused(model: Model, x: Sized, path: str) -> Sized:
