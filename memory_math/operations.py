@@ -148,8 +148,14 @@ def matmul(tape: Tape, name: str, a: Sized, b: Sized, numel: int, autocast: int 
 
 
 def softmax(tape: Tape, name: str, x: Sized, part: str = "temporary") -> Sized:
-    """softmax or log_softmax: only the result is kept."""
-    return tape.record(name, [x], lambda: tape.new(x.numel, x.itemsize, part), keeps_after=lambda y: [y])
+    """softmax or log_softmax: only the result is kept; in old versions (see versions.py) the input, too."""
+    keeps = [x] * ("softmax" in tape.keeps_input)
+    return tape.record(name, [x], lambda: tape.new(x.numel, x.itemsize, part), keeps=keeps, keeps_after=lambda y: [y])
+
+
+def mean(tape: Tape, name: str, x: Sized, numel: int) -> Sized:
+    """The mean over one dimension, [numel]; nothing is kept, in old versions (see versions.py) the input."""
+    return tape.record(name, [x], lambda: tape.new(numel, x.itemsize), keeps=[x] * ("mean" in tape.keeps_input))
 
 
 def dropout(tape: Tape, x: Sized) -> Sized:
@@ -164,4 +170,4 @@ def cross_entropy(tape: Tape, logits: Sized, labels: Sized) -> Sized:
     Backward makes two more tensors as large as the logits, the first of which dies with the second.
     """
     scores = softmax(tape, "log_softmax", logits, part="logits")
-    return tape.record("loss", [scores], lambda: tape.new(1, 4), keeps_after=lambda y: [scores, labels, tape.new(1, 4)])
+    return tape.record("loss", [scores], lambda: tape.new(1, scores.itemsize), keeps_after=lambda y: [scores, labels, tape.new(1, scores.itemsize)])

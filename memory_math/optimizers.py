@@ -83,29 +83,34 @@ def optimizer_of(name: str) -> Optimizer:
     return OPTIMIZERS[name]
 
 
+def state_sizes(name: str, tensors: Sequence[Shape], masters: bool = False) -> list[int]:
+    """Bytes of state, tensor by tensor. masters: the tensors are 16-bit copies, with a float32 master and float32 states for each."""
+    optimizer = optimizer_of(name)
+    if not masters:
+        return [optimizer.state(tensor) for tensor in tensors]
+    return [optimizer.state(Shape(tensor.rows, tensor.columns, 4)) + 4 * tensor.numel for tensor in tensors]
+
+
 def state_bytes(name: str, tensors: Sequence[Shape], masters: bool = False) -> int:
-    """Bytes of state. masters: the tensors are 16-bit copies, and a float32 master and float32 states are kept for each.
+    """Bytes of state in all.
 
     >>> state_bytes("adamw", [Shape(10, 100, 4)])
     8004
     >>> state_bytes("adafactor", [Shape(1000, 1000, 4)])
     8004
     """
-    optimizer = optimizer_of(name)
-    if not masters:
-        return sum(optimizer.state(tensor) for tensor in tensors)
-    return sum(optimizer.state(Shape(tensor.rows, tensor.columns, 4)) + 4 * tensor.numel for tensor in tensors)
+    return sum(state_sizes(name, tensors, masters))
 
 
-def step_bytes(name: str, implementation: str, tensors: Sequence[Shape]) -> int:
-    """Bytes that exist only while the step runs.
+def step_sizes(name: str, implementation: str, tensors: Sequence[Shape]) -> list[int]:
+    """Tensors that exist only while the step runs, in bytes.
 
     fused: one kernel, none. foreach: PyTorch's default on CUDA; works on all tensors at once, so its temporaries are as large as the model.
     for-loop: the default on the CPU; one tensor after another. Weight decay of "sgd", "momentum" and "adam" is taken as 0.
     """
-    optimizer = optimizer_of(name)
+    optimizer, sizes = optimizer_of(name), [tensor.nbytes for tensor in tensors]
     if implementation == "fused":
-        return 0
+        return []
     if implementation == "foreach":
-        return optimizer.foreach_copies * sum(tensor.nbytes for tensor in tensors)
-    return optimizer.loop_copies * max((tensor.nbytes for tensor in tensors), default=0)
+        return optimizer.foreach_copies * sizes
+    return optimizer.loop_copies * [max(sizes, default=0)]

@@ -95,8 +95,8 @@ class Request:
 
     @property
     def keeps_quantized_input(self) -> bool:
-        """bitsandbytes before 0.43.2 kept the input of every 4-bit product (CHANGELOG of 0.43.2, "QLoRA mem bug")."""
-        return self.quantization in ("nf4", "nf4-dq") and self.versions.before("bitsandbytes", "0.43.2")
+        """bitsandbytes keeps the input of an 8-bit product, and kept that of a 4-bit one before 0.43.2 (CHANGELOG, "QLoRA mem bug")."""
+        return self.quantization == "int8" or (self.quantization != "none" and self.versions.before("bitsandbytes", "0.43.2"))
 
     def leaf(self) -> Leaf:
         """Where the gradient of one trained tensor arrives."""
@@ -131,6 +131,7 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     asked["adapter_itemsize"] = _adapter_bytes(asked.pop("adapter_dtype"))
     asked["target_length"] = whole("target_length", asked["target_length"] or asked["sequence_length"])
     asked["label_tokens"] = _labels(asked["label_tokens"], asked["batch_size"], asked["sequence_length"])
+    architecture = architecture if method == "inference" else architecture.with_loss()
     targets = asked.pop("target_modules")
     adapted = adapted_layers(architecture, targets) if method in ADAPTED else {}
     architecture = architecture.shard(asked["parallel"].tensor_parallel)

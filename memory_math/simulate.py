@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .errors import MemoryMathError
 from .models import MODELS
 from .models.base import Model
-from .optimizers import Shape, state_bytes, step_bytes
+from .optimizers import Shape, state_sizes, step_sizes
 from .parallel import communication_bytes
 from .request import Request
 from .tape import Ledger, Storage
@@ -42,7 +42,7 @@ def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
     tensors = [Shape(weight.rows, weight.columns, weight.itemsize) for weight in model.trained]
     trained = sum(tensor.numel for tensor in tensors)
     standing = [
-        Storage(ledger, _state_bytes(request, tensors), "optimizer_states"),
+        *(Storage(ledger, size, "optimizer_states") for size in _states(request, tensors)),
         Storage(ledger, _cublas_bytes(request), "workspace"),
         Storage(ledger, _exchange(request, model, trained), "workspace"),
     ]
@@ -57,10 +57,11 @@ def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
     return result
 
 
-def _state_bytes(request: Request, tensors: list[Shape]) -> int:
+def _states(request: Request, tensors: list[Shape]) -> list[int]:
     if request.offload_optimizer or not request.trains:
-        return 0
-    return -(-state_bytes(request.optimizer, tensors, request.divided_masters) // request.parallel.state_shards)
+        return []
+    shards = request.parallel.state_shards
+    return [-(-size // shards) for size in state_sizes(request.optimizer, tensors, request.divided_masters)]
 
 
 def _cublas_bytes(request: Request) -> int:
@@ -86,20 +87,26 @@ def _blocks(model: Model) -> list[int]:
 
 
 def _train(request: Request, model: Model, tensors: list[Shape]) -> None:
-    """From the second micro-batch on the gradients of the first are there during forward, so two are enough to see the peak."""
-    for _ in range(min(request.grad_accum_steps, 2)):
+    """Where gradients of an earlier pass are there during forward, two passes are enough to see the peak.
+
+    They are from the second micro-batch of a step on, and in PyTorch before 2.0, whose zero_grad filled gradients with zeros.
+    """
+    stay = request.grad_accum_steps > 1 or request.versions.before("torch", "2.0")
+    for _ in range(2 if stay else 1):
         model.ledger.enter("forward")
         loss = model.training_pass()
         model.ledger.enter("backward")
         model.tape.backward(loss)
         del loss
     model.ledger.enter("optimizer step")
-    Storage(model.ledger, _step_bytes(request, tensors), "workspace")
+    temporaries = [Storage(model.ledger, size, "workspace") for size in _temporaries(request, tensors)]
+    del temporaries
 
 
-def _step_bytes(request: Request, tensors: list[Shape]) -> int:
+def _temporaries(request: Request, tensors: list[Shape]) -> list[int]:
     """With the step in backward one tensor at a time is stepped; with offloaded states the host steps."""
     if request.offload_optimizer:
-        return 0
-    kind = "for-loop" if request.optimizer_in_backward and request.optimizer_implementation == "foreach" else request.optimizer_implementation
-    return -(-step_bytes(request.optimizer, kind, tensors) // request.parallel.state_shards)
+        return []
+    kind, shards = request.optimizer_implementation, request.parallel.state_shards
+    kind = "for-loop" if request.optimizer_in_backward and kind == "foreach" else kind
+    return [-(-size // shards) for size in step_sizes(request.optimizer, kind, tensors)]

@@ -168,7 +168,7 @@ def log_ticks(low: float, high: float, count: int = 8) -> list[float]:
 
 
 def number_text(value: float) -> str:
-    """Four figures at most, thousands apart, very large and small ones as 1.5e21.
+    """Four figures, whole above 1,000, very large and small ones as 1.5e21.
 
     >>> number_text(12345), number_text(0.25), number_text(1.5e21), number_text(12.3456)
     ('12,345', '0.25', '1.5e21', '12.35')
@@ -176,7 +176,7 @@ def number_text(value: float) -> str:
     if value and not 1e-3 <= abs(value) < 1e6:
         mantissa, _, exponent = f"{value:.3e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:.4g}"
 
 
 class Canvas:
@@ -185,8 +185,8 @@ class Canvas:
     def __init__(self, width: float, height: float, title: str | None) -> None:
         self.width, self.height, self.title = width, height, title
         self.elements: list[str] = []
-        if title:
-            self.text(16, 24, title, size=15, bold=True)
+        if title:  # a long one in smaller letters; a bold letter is about 0.6 of its size wide
+            self.text(16, 24, title, size=max(9, min(15, int((width - 32) / (0.6 * len(title))))), bold=True)
 
     def add(self, element: str) -> None:
         self.elements.append(element)

@@ -195,12 +195,13 @@ class Tape:
     """Records operations on sizes and plays them backwards.
 
     device: "cpu" or "cuda", where an operation's rule depends on it. offload: what is kept for backward waits in the host's memory and comes
-    back for the operation that needs it. weight_copies: autocast's cache of cast weights.
+    back for the operation that needs it. keeps_input: operations that keep their input although
+    today's PyTorch does not. weight_copies: autocast's cache of cast weights.
     kept_by_name: bytes by the first operation that kept them; their sum is what saved_tensors_hooks sees of one forward pass.
     """
 
-    def __init__(self, ledger: Ledger, device: str = "cuda", offload: bool = False) -> None:
-        self.ledger, self.device, self.offload = ledger, device, offload
+    def __init__(self, ledger: Ledger, device: str = "cuda", offload: bool = False, keeps_input: frozenset[str] = frozenset()) -> None:
+        self.ledger, self.device, self.offload, self.keeps_input = ledger, device, offload, keeps_input
         self.weight_copies: dict[int, Sized] = {}
         self.kept_by_name: dict[str, int] = {}
         self._seen: set[int] = set()

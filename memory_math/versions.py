@@ -53,3 +53,15 @@ def versions_of(asked: object) -> Versions:
             raise MemoryMathError(f"versions names {library!r}; those whose memory behaviour is known to change are {', '.join(CURRENT)}")
         release(version)
     return Versions(dict(asked))
+
+
+def kept_inputs(versions: Versions) -> frozenset[str]:
+    """Operations of PyTorch that kept their input for backward although they did not need it.
+
+    softmax and log_softmax before 1.11 (pull request 65242), mean before 2.2 (issue 109876, pull request 109935).
+
+    >>> sorted(kept_inputs(versions_of({"torch": "2.1"})))
+    ['mean']
+    """
+    since = {"softmax": "1.11", "mean": "2.2"}
+    return frozenset(name for name, version in since.items() if versions.before("torch", version))

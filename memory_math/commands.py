@@ -1,0 +1,262 @@
+"""What each command of `python -m memory_math` asks for, and the text it answers with."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import hardware
+from .architectures import count_parameters
+from .errors import MemoryMathError
+from .footprint import predict
+from .in_context import in_context
+from .ledger import claims
+from .number_formats import number_formats
+from .questions import explain_oom, largest, models_that_fit, savings
+from .scaling_laws import chinchilla, hoffmann_table_3, plot
+from .tables import compare_requests, table
+from .time_and_cost import training_time
+
+WHOLE = ("batch_size", "sequence_length", "target_length", "rank", "num_virtual_tokens", "grad_accum_steps", "zero_stage", "world_size",
+         "tensor_parallel", "label_tokens")  # fmt: skip
+FLAGS = ("compile", "offload_optimizer", "offload_activations", "optimizer_in_backward")
+WORDS = ("method", "precision", "quantization", "optimizer", "attention", "loss", "adapter_dtype", "optimizer_implementation", "implementation",
+         "device")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """options: adds a command's arguments to its parser. run: its answer, as text."""
+
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], str]
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a preset such as llama-3-8b, or a folder with a config.json")
+
+
+def _request(parser: argparse.ArgumentParser, *without: str) -> None:
+    """Every keyword of `predict`, with its default; those in `without` are what the command goes through itself."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(predict).parameters.items()}
+    for kind, names in ((int, WHOLE), (str, WORDS)):
+        for name in (name for name in names if name not in without):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults[name])
+    for name in FLAGS:
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+    parser.add_argument("--dropout", type=float, default=defaults["dropout"])
+    parser.add_argument("--gradient-checkpointing", nargs="?", const=True, default=False, type=_checkpointing, metavar="n | attention")
+    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="all-linear, attention, or names like q_proj")
+    parser.add_argument("--versions", nargs="+", default=None, metavar="library=version", help="such as transformers=4.28 torch=2.0")
+
+
+def _checkpointing(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `predict` among the arguments."""
+    known = set(inspect.signature(predict).parameters) - {"source"}
+    request = {name: value for name, value in vars(arguments).items() if name in known}
+    targets = request["target_modules"]
+    request["target_modules"] = targets[0] if targets in (["all-linear"], ["attention"]) else targets
+    request["versions"] = _versions(request["versions"])
+    return request
+
+
+def _versions(pairs: list[str] | None) -> Mapping[str, str] | None:
+    if pairs is None:
+        return None
+    for pair in pairs:
+        if "=" not in pair:
+            raise MemoryMathError(f"--versions {pair}: expected library=version, such as transformers=4.28")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _changed(request: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults: the questions vary the rest."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(predict).parameters.items()}
+    return {name: value for name, value in request.items() if value != defaults[name]}
+
+
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _request(parser)
+    parser.add_argument("--gpu", help="also say whether it fits this GPU, such as T4 or A100-80GB")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, bytes as whole numbers")
+    parser.add_argument("--svg", metavar="FILE", help="write the parts and the phases as a picture, too")
+
+
+def _predict(arguments: argparse.Namespace) -> str:
+    """The memory of one training step, or of a prompt, part by part."""
+    footprint = predict(arguments.model, **_asked(arguments))
+    fits = footprint.fits(arguments.gpu) if arguments.gpu else None
+    if arguments.svg:
+        _write(arguments.svg, footprint.svg(arguments.gpu))
+    if arguments.json:
+        return json.dumps({**footprint.as_dict(), **({"gpu": arguments.gpu, "fits": fits} if arguments.gpu else {})}, indent=2)
+    if arguments.gpu is None:
+        return footprint.table()
+    gpu = hardware.gpu_of(arguments.gpu)
+    return f"{footprint.table()}\n{gpu.name}: {'fits' if fits else f'does not fit; {footprint.gpus_needed(gpu.name)} if it divided evenly'}"
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as problem:
+        raise MemoryMathError(f"{path}: cannot be written ({problem.strerror})") from problem
+
+
+def _table_options(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _request(parser, "precision", "optimizer")
+    parser.add_argument("--markdown", action="store_true")
+
+
+def _table(arguments: argparse.Namespace) -> str:
+    """Every precision with every optimizer."""
+    request = {name: value for name, value in _changed(_asked(arguments)).items() if name not in ("precision", "optimizer")}
+    found = table(arguments.model, **request)
+    return found.markdown() if arguments.markdown else str(found)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _request(parser, "method")
+    parser.add_argument("--methods", nargs="+", default=["full", "lora", "qlora", "prompt"])
+    parser.add_argument("--gpu", help="also say which fit this GPU")
+    parser.add_argument("--markdown", action="store_true")
+
+
+def _compare(arguments: argparse.Namespace) -> str:
+    """Several methods beside each other."""
+    found = compare_requests(arguments.model, arguments.methods, gpu=arguments.gpu, **_changed(_asked(arguments)))
+    return found.markdown() if arguments.markdown else str(found)
+
+
+def _fit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="a preset or a folder; without one, the largest presets that fit")
+    _request(parser)
+    parser.add_argument("--gpu", required=True, help="such as T4, RTX-4090, A100-80GB")
+
+
+def _fit(arguments: argparse.Namespace) -> str:
+    """Does it fit, what is the largest that does, and what would save how much."""
+    request = _changed(_asked(arguments))
+    if arguments.model is None:
+        return str(models_that_fit(arguments.gpu, **request))
+    answers = [str(explain_oom(arguments.model, arguments.gpu, **request))]
+    for what in ("batch_size", "sequence_length"):
+        rest = {name: value for name, value in request.items() if name != what}
+        answers.append(str(largest(arguments.model, arguments.gpu, what, **rest)))
+    return "\n".join([*answers, "", str(savings(arguments.model, **request))])
+
+
+def _params(arguments: argparse.Namespace) -> str:
+    """The exact number of parameters, part by part."""
+    return str(count_parameters(arguments.model))
+
+
+def _formats_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("value", type=float)
+    parser.add_argument("--scale", type=float, help="of nf4: the largest absolute value of the block")
+    parser.add_argument("--svg", metavar="FILE", help="write the picture of the bits, too")
+
+
+def _formats(arguments: argparse.Namespace) -> str:
+    """One number in every format: nearest value, error, bits."""
+    found = number_formats(arguments.value, scale=arguments.scale)
+    if arguments.svg:
+        _write(arguments.svg, found.svg())
+    return found.table()
+
+
+def _time_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a preset, a folder, or a number of parameters such as 70e9")
+    parser.add_argument("--tokens", type=float, required=True)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--tokens-per-gpu-second", type=float)
+    parser.add_argument("--gpu")
+    parser.add_argument("--mfu", type=float, help="share of the GPU's peak, such as 0.4")
+    parser.add_argument("--price", type=float, help="dollars per GPU-hour")
+    parser.add_argument("--method", default="full")
+
+
+def _time(arguments: argparse.Namespace) -> str:
+    """Days, GPU-hours and dollars of a training."""
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "model")}
+    return str(training_time(_size(arguments.model), asked.pop("tokens"), **asked))
+
+
+def _size(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _scaling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("flops", type=float, nargs="?", default=5.76e23, help="training operations, 6 x parameters x tokens")
+    parser.add_argument("--svg", metavar="FILE", help="write the curves of optimal sizes, too")
+
+
+def _scaling(arguments: argparse.Namespace) -> str:
+    """The compute-optimal model and data for a budget, by rule, as published, as corrected."""
+    if arguments.svg:
+        _write(arguments.svg, plot())
+    rows = [f"{row}" for row in hoffmann_table_3()]
+    return "\n".join([chinchilla(arguments.flops).table(), "", "Hoffmann et al. 2022, table 3, beside the rule:", *rows])
+
+
+def _context_options(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    for name in ("shots", "tokens-per-shot", "question-tokens", "answer-tokens"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--context-window", type=int)
+    parser.add_argument("--gpu")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--mfu", type=float)
+    parser.add_argument("--price", type=float)
+    parser.add_argument("--tuning-tokens", type=float)
+
+
+def _context(arguments: argparse.Namespace) -> str:
+    """Examples in every prompt against a tuned model: window, cache, time, money."""
+    asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "model")}
+    return str(in_context(arguments.model, **asked))
+
+
+def _claims_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true")
+
+
+def _claims(arguments: argparse.Namespace) -> str:
+    """Every number of the lectures and the papers, recomputed, with a verdict."""
+    found = claims()
+    return found.markdown() if arguments.markdown else str(found)
+
+
+def _gpus(arguments: argparse.Namespace) -> str:
+    """The GPUs known here: memory, speed, price with date and source."""
+    return hardware.table()
+
+
+COMMANDS = {
+    "predict": Command(_predict_options, _predict),
+    "table": Command(_table_options, _table),
+    "compare": Command(_compare_options, _compare),
+    "fit": Command(_fit_options, _fit),
+    "params": Command(_model, _params),
+    "formats": Command(_formats_options, _formats),
+    "time": Command(_time_options, _time),
+    "scaling": Command(_scaling_options, _scaling),
+    "context": Command(_context_options, _context),
+    "claims": Command(_claims_options, _claims),
+    "gpus": Command(lambda parser: None, _gpus),
+}
