@@ -1,4 +1,4 @@
-"""Where the bytes of training and running a language model go: arithmetic only, no torch.
+"""Where the bytes, the time and the money of training and running a language model go: arithmetic only, no torch.
 
 >>> from memory_math import predict
 >>> footprint = predict("smollm2-135m", method="full", precision="bf16-mixed", batch_size=4, sequence_length=256)
@@ -15,12 +15,23 @@ from typing import TYPE_CHECKING, Any
 from . import hardware
 from .architectures import count_parameters
 from .errors import MemoryMathError
+from .closed_form import activation_formula
 from .footprint import Footprint, predict
+from .in_context import in_context, kv_cache_bytes
+from .number_formats import number_formats
+from .questions import explain_oom, largest, models_that_fit, savings
+from .scaling_laws import chinchilla
+from .tables import compare_requests, table
+from .time_and_cost import training_flops, training_time
 
 if TYPE_CHECKING:
     from .measurement import compare, measure, saved_bytes
 
-__all__ = ["Footprint", "MemoryMathError", "compare", "count_parameters", "hardware", "measure", "predict", "saved_bytes"]
+__all__ = [
+    "Footprint", "MemoryMathError", "activation_formula", "chinchilla", "compare", "compare_requests", "count_parameters", "explain_oom", "hardware", "in_context",
+    "kv_cache_bytes", "largest", "measure", "models_that_fit", "number_formats", "predict", "saved_bytes", "savings", "table", "training_flops",
+    "training_time",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

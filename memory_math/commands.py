@@ -14,10 +14,9 @@ from .architectures import count_parameters
 from .errors import MemoryMathError
 from .footprint import predict
 from .in_context import in_context
-from .ledger import claims
 from .number_formats import number_formats
 from .questions import explain_oom, largest, models_that_fit, savings
-from .scaling_laws import chinchilla, hoffmann_table_3, plot
+from .scaling_laws import chinchilla, hoffmann_text, plot
 from .tables import compare_requests, table
 from .time_and_cost import training_time
 
@@ -210,8 +209,7 @@ def _scaling(arguments: argparse.Namespace) -> str:
     """The compute-optimal model and data for a budget, by rule, as published, as corrected."""
     if arguments.svg:
         _write(arguments.svg, plot())
-    rows = [f"{row}" for row in hoffmann_table_3()]
-    return "\n".join([chinchilla(arguments.flops).table(), "", "Hoffmann et al. 2022, table 3, beside the rule:", *rows])
+    return f"{chinchilla(arguments.flops).table()}\n\n{hoffmann_text()}"
 
 
 def _context_options(parser: argparse.ArgumentParser) -> None:
@@ -238,6 +236,8 @@ def _claims_options(parser: argparse.ArgumentParser) -> None:
 
 def _claims(arguments: argparse.Namespace) -> str:
     """Every number of the lectures and the papers, recomputed, with a verdict."""
+    from .ledger import claims
+
     found = claims()
     return found.markdown() if arguments.markdown else str(found)
 

@@ -15,6 +15,7 @@ from typing import Any
 from . import hardware
 from .allocator import CachingAllocator
 from .architectures import architecture_of
+from .describe import asked_of, checked_text, how, unchecked
 from .errors import MemoryMathError
 from .report import footprint_html, footprint_json, footprint_svg, footprint_table
 from .request import Request, check
@@ -45,7 +46,8 @@ class Footprint:
     phases: the peak of each phase, in bytes. peak_phase: where the highest is. saved_bytes: all that autograd keeps of one forward pass
     (what `measure.saved_bytes` reads). saved: the same by operation, summed over the blocks.
     reserved, nvidia_smi: what torch reserves from the GPU, and what nvidia-smi shows for the process; None on a CPU.
-    parameters, trained: elements of the base model, and elements that train.
+    parameters, trained: elements of the base model, and elements that train. how: the product that each part is. validated: what predictions of
+    this kind have been held against. outside: what of this request has been held against nothing.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Footprint:
     nvidia_smi: Interval | None
     how: dict[str, str]
     validated: str
+    outside: tuple[str, ...]
 
     @property
     def total(self) -> int:
@@ -74,6 +77,13 @@ class Footprint:
     @property
     def allocated(self) -> int:
         return self.total
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """The totals that are told apart, each with its range and the reason for it: allocated, and on a GPU reserved and nvidia_smi."""
+        low, high, why = _allocated_range(self)
+        found = {"allocated": Interval(self.total, int(low * self.total), int(high * self.total), why)}
+        return found | {name: value for name in ("reserved", "nvidia_smi") if isinstance(value := getattr(self, name), Interval)}
 
     @property
     def saved_bytes(self) -> int:
@@ -117,7 +127,8 @@ class Footprint:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, with the totals, as plain numbers and strings (for JSON)."""
-        return {**asdict(self), "total": self.total, "saved_bytes": self.saved_bytes}
+        intervals = {name: asdict(interval) for name, interval in self.intervals.items()}
+        return {**asdict(self), "total": self.total, "saved_bytes": self.saved_bytes, "intervals": intervals}
 
 
 def predict(
@@ -204,10 +215,18 @@ def _footprint(request: Request, run: Simulation, ledger: Ledger) -> Footprint:
     parts["workspace"] += run.ledger.at_peak["temporary"]
     reserved, nvidia_smi = _gpu_totals(ledger) if isinstance(ledger, CachingAllocator) else (None, None)
     return Footprint(
-        name=request.architecture.name, request=_asked(request), **parts, phases=dict(ledger.phases), peak_phase=ledger.peak_phase,
+        name=request.architecture.name, request=asked_of(request), **parts, phases=dict(ledger.phases), peak_phase=ledger.peak_phase,
         saved=run.kept_by_name, parameters=run.parameters, trained=run.trained, reserved=reserved, nvidia_smi=nvidia_smi,
-        how=_how(request, run), validated=_validated(request),
+        how=how(request, run), validated=checked_text(request), outside=unchecked(request),
     )  # fmt: skip
+
+
+def _allocated_range(footprint: Footprint) -> tuple[float, float, str]:
+    if footprint.outside:
+        return 0.85, 1.15, f"not held against a measurement: {', '.join(footprint.outside)}"
+    if footprint.request["device"] == "cpu":
+        return 0.98, 1.02, "measured training steps on the CPU"
+    return 0.95, 1.05, "published figures of GPUs whose library versions are known (benchmarks/memory_accuracy.py)"
 
 
 def _gpu_totals(ledger: CachingAllocator) -> tuple[Interval, Interval]:
@@ -221,64 +240,3 @@ def _gpu_totals(ledger: CachingAllocator) -> tuple[Interval, Interval]:
     smallest, usual, largest = hardware.CONTEXT_BYTES
     context = "CUDA context: 0.47 GiB with lazily loaded kernels, 0.92 GiB with all of them (A100, PyTorch 2.1)"
     return Interval(estimate, low, high, why), Interval(estimate + usual, low + smallest, high + largest, f"{why}. {context}")
-
-
-def _asked(request: Request) -> dict[str, Any]:
-    """The request as plain values."""
-    special = ("architecture", "adapted", "precision", "parallel", "versions")
-    plain = {name: value for name, value in vars(request).items() if name not in special}
-    rest = {"precision": request.precision.name, "adapted_layers": len(request.adapted), "versions": dict(request.versions.asked)}
-    return {**plain, **vars(request.parallel), **rest}
-
-
-def _how(request: Request, run: Simulation) -> dict[str, str]:
-    """One line per part: the product that it is."""
-    tokens, words = request.tokens, request.architecture.vocabulary
-    blocks = f"{request.architecture.layers} blocks"
-    kept = {True: "block inputs, and one block run again", False: blocks, "attention": f"{blocks}, attention run again"}
-    every = kept.get(request.gradient_checkpointing, f"{blocks}, every {request.gradient_checkpointing}th run again")
-    copies = request.autocast is not None and request.method == "full"
-    return {
-        "weights": _weights_text(request, run),
-        "gradients": f"of {run.trained:,} trained parameters x {_trained_itemsize(request)} B, those alive at the peak" if request.trains else "none",
-        "optimizer_states": _states_text(request, run),
-        "activations": f"kept for backward: {every} x {tokens:,} tokens" if request.trains else f"keys and values of {tokens:,} tokens",
-        "logits": f"loss {request.loss!r} over {words:,} words" if request.trains else "last position of each row",
-        "workspace": "gradients on their way, temporaries" + (", 16-bit weight copies" if copies else ""),
-        "other": "token ids, labels, rotary tables",
-    }
-
-
-def _trained_itemsize(request: Request) -> int:
-    return request.weight_itemsize if request.method == "full" else request.adapter_itemsize
-
-
-def _weights_text(request: Request, run: Simulation) -> str:
-    stored = f"{run.parameters:,} parameters x {request.weight_itemsize} B"
-    if request.quantization != "none":
-        stored = f"{run.parameters:,} parameters, linear layers in {request.quantization}, the rest x {request.weight_itemsize} B"
-    extra = f" + {run.trained:,} trained x {request.adapter_itemsize} B" if run.trained and request.method != "full" else ""
-    shards = request.parallel.weight_shards
-    return stored + extra + (f", / {shards}" if shards > 1 else "")
-
-
-def _states_text(request: Request, run: Simulation) -> str:
-    if not request.trains:
-        return "none"
-    masters = ", with float32 masters" if request.divided_masters else ""
-    shards = request.parallel.state_shards
-    where = " in the host's memory" if request.offload_optimizer else f", / {shards}" if shards > 1 else ""
-    return f"{request.optimizer}: {run.trained:,} parameters{masters}{where}"
-
-
-def _validated(request: Request) -> str:
-    """What a prediction like this one has been held against, and what it takes for granted."""
-    where = f"within 1 %, on small {request.implementation} Llamas."
-    text = f"saved bytes equal saved_tensors_hooks, and the peak is a measured CPU step's {where}"
-    if request.method == "inference":
-        text = f"the peak of a prompt is a measured CPU pass's {where}"
-    if request.device == "cuda":
-        text += " CUDA's kernels and allocator by their rules: not yet measured on a GPU."
-        if request.attention == "sdpa" and request.precision.compute == 4:
-            text += " Attention in float32 is taken to be a fused kernel, too."
-    return text

@@ -73,13 +73,19 @@ def footprint_table(footprint: Footprint) -> str:
     for part, nbytes in parts_of(footprint).items():
         share = nbytes / max(total, 1)
         lines.append(_line(part.replace("_", " "), size_text(nbytes), f"{share:.1%}", share_bar(share), footprint.how[part]))
-    lines.append(_line("total allocated", size_text(total), "", "", f"peak in phase {footprint.peak_phase!r}"))
+    lines.append(_line("total allocated", size_text(total), "", "", f"{_range(footprint.intervals['allocated'])}; peak in phase {footprint.peak_phase!r}"))
     lines += [_line(name, size_text(interval.estimate), "", "", _range(interval)) for name, interval in _intervals(footprint)]
     lines.append(_line("phase", "peak"))
     for name, nbytes in footprint.phases.items():
         mark = "<- the peak" if name == footprint.peak_phase else ""
         lines.append(_line(name, size_text(nbytes), "", share_bar(nbytes / max(total, 1)), mark))
-    return "\n".join([*lines, f"checked: {footprint.validated}"])
+    return "\n".join([*lines, *checks_of(footprint)])
+
+
+def checks_of(footprint: Footprint) -> list[str]:
+    """What the prediction was checked against, and what of it was not."""
+    missing = [f"not checked against anything: {', '.join(footprint.outside)}"] if footprint.outside else []
+    return [f"checked: {footprint.validated}", *missing]
 
 
 def footprint_svg(footprint: Footprint, gpu: str | int | None = None) -> str:
@@ -102,11 +108,13 @@ def footprint_html(footprint: Footprint) -> str:
          escape(footprint.how[part])]
         for number, (part, nbytes) in enumerate(parts_of(footprint).items())
     ]  # fmt: skip
-    rows.append(["<b>total allocated</b>", f"<b>{size_text(total)}</b>", "", "", f"peak in phase {escape(repr(footprint.peak_phase))}"])
+    peak = f"{_range(footprint.intervals['allocated'])}; peak in phase {escape(repr(footprint.peak_phase))}"
+    rows.append(["<b>total allocated</b>", f"<b>{size_text(total)}</b>", "", "", peak])
     rows += [[name, size_text(interval.estimate), "", "", _range(interval)] for name, interval in _intervals(footprint)]
     where = f"{escape(title_of(footprint))}, {escape(str(asked['implementation']))} on {escape(str(asked['device']))}"
     table = html_grid(["part", "bytes", "share", "", "how"], rows, left=(0, 3, 4))
-    return f"<div><p><b>{where}</b></p>\n{table}\n<p>checked: {escape(footprint.validated)}</p>\n{footprint_svg(footprint)}</div>"
+    checks = "<br>".join(escape(line) for line in checks_of(footprint))
+    return f"<div><p><b>{where}</b></p>\n{table}\n<p>{checks}</p>\n{footprint_svg(footprint)}</div>"
 
 
 def footprint_json(footprint: Footprint, indent: int | None = 2) -> str:

@@ -179,6 +179,15 @@ def hoffmann_table_3() -> tuple[TableRow, ...]:
     return tuple(TableRow(parameters, flops, tokens, chinchilla(flops)) for parameters, flops, tokens in HOFFMANN_TABLE_3)
 
 
+def hoffmann_text() -> str:
+    """`hoffmann_table_3` as fixed-width text."""
+    lines = ["Hoffmann et al. 2022, table 3", f"{'operations':>12}{'parameters':>12}{'tokens':>10}{'per parameter':>15}{'by the rule':>24}"]
+    for row in hoffmann_table_3():
+        sizes = f"{_count(row.parameters):>12}{_count(row.tokens):>10}{row.tokens_per_parameter:>15.1f}"
+        lines.append(f"{row.flops:>12.3g}{sizes}{_count(row.rule.parameters):>12}{_count(row.rule.tokens):>12}")
+    return "\n".join(lines)
+
+
 # --- Kaplan ------------------------------------------------------------------------------------------------------------------------------------
 KAPLAN_SOURCE = "Kaplan et al. 2020 (arXiv:2001.08361): equations 1.1 to 1.3, table 2 (joint), figure 14 and table 6 (optimum)"
 KAPLAN_N = (8.8e13, 0.076)  # parameters without the embedding, and the exponent

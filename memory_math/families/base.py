@@ -143,6 +143,10 @@ class Architecture(abc.ABC):
         fields = Fields(config, name)
         return cls.read(fields, fields.task(cls.class_names, cls.tasks), fields.labels())
 
+    def with_loss(self) -> Architecture:
+        """What training takes this for: itself, or where it has no loss of its own, the class that has one."""
+        return self
+
     @abc.abstractmethod
     def body(self) -> Iterator[Tensor]:
         """The tensors that all classes of the family share."""

@@ -8,7 +8,7 @@ Source: transformers 5.23, modeling_bert.py and modeling_roberta.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .base import Architecture, Tensor, linear, matrix, norm, vector
@@ -61,6 +61,10 @@ class Bert(Architecture):
     def pooled(self) -> bool:
         """Whether the class has a pooler: the bare model, and BERT's sequence classifier (RoBERTa's brings a layer of its own)."""
         return self.task == "Model" or (self.task == "ForSequenceClassification" and not self.roberta)
+
+    def with_loss(self) -> Bert:
+        """A bare encoder is trained with a classifier on top."""
+        return replace(self, task="ForSequenceClassification") if self.task == "Model" else self
 
     def body(self) -> Iterator[Tensor]:
         root, h = self.root, self.hidden

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .base import Model
+from .bert import TransformersBert
+from .gpt2 import TransformersGPT2
 from .llama import TransformersLlama
 from .llama_lora_lab import LoraLabLlama
 
-MODELS: dict[tuple[str, str], type[Model]] = {("transformers", "llama"): TransformersLlama, ("lora_lab", "llama"): LoraLabLlama}
+MODELS: dict[tuple[str, str], type[Model]] = {("transformers", "llama"): TransformersLlama, ("transformers", "bert"): TransformersBert, ("transformers", "gpt2"): TransformersGPT2, ("lora_lab", "llama"): LoraLabLlama}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .. import operations as ops
 from ..operations import QuantizedWeight, Weight
@@ -15,6 +16,7 @@ from ..precision import INDEX_BYTES
 from ..quantization import dequantized_bytes, quantized_bytes
 from ..request import Request
 from ..tape import Ledger, Node, Sized, Tape, keep
+from ..versions import kept_inputs
 from .history import habits_of
 
 
@@ -43,6 +45,9 @@ class Model(abc.ABC):
     weights: by module path. adapters: by module path. prompt: the trained vectors of prompt or prefix tuning. autocast: bytes per element
     that matrix products are cast to, None outside mixed precision. tokens: positions of one micro-batch, virtual ones included.
     """
+
+    embedding_path: ClassVar[str] = "model.embed_tokens"  # also the head's weight, where the two are tied
+    conv1d: ClassVar[bool] = False  # whether linear layers are transformers' Conv1D, which PEFT transposes
 
     def __init__(self, request: Request, ledger: Ledger) -> None:
         self.request, self.arch, self.ledger = request, request.architecture, ledger
@@ -87,7 +92,7 @@ class Model(abc.ABC):
         return self.trainable("prompt_encoder", self.request.num_virtual_tokens, width)
 
     def _tape(self) -> Tape:
-        return Tape(self.ledger, self.request.device, offload=self.request.offload_activations)
+        return Tape(self.ledger, self.request.device, self.request.offload_activations, kept_inputs(self.request.versions))
 
     @property
     def activation_itemsize(self) -> int:
@@ -96,7 +101,7 @@ class Model(abc.ABC):
 
     @property
     def head(self) -> Weight:
-        return self.weights["model.embed_tokens" if self.arch.tied else "lm_head"]
+        return self.weights[self.embedding_path if self.arch.tied else "lm_head"]
 
     @property
     def trained(self) -> list[Weight]:
@@ -127,7 +132,7 @@ class Model(abc.ABC):
         ids, cache = self.ids(self.tokens), list[Sized]()
         hidden = self.hidden_states(ids, cache)
         self.ledger.enter("logits")
-        last = self.tape.new(self.request.batch_size * self.arch.hidden, hidden.itemsize)
+        last = self.tape.new(self.request.batch_size * self.head.columns, hidden.itemsize)
         del hidden
         ops.linear(self.tape, last, self.head, part="logits")
 
@@ -136,8 +141,8 @@ class Model(abc.ABC):
         return self.tape.checkpoint(forward, *inputs) if self.request.checkpoints(number) else forward(*inputs)
 
     def needed(self, x: Sized) -> Sized:
-        """The input of the first block: PEFT makes it need a gradient for checkpointing (enable_input_require_grads)."""
-        frozen = self.request.method == "frozen" or (self.request.adapted and self.request.gradient_checkpointing)
+        """What the frozen embedding gives: checkpointing makes it need a gradient (enable_input_require_grads)."""
+        frozen = self.request.method == "frozen" or (self.request.method != "full" and self.request.gradient_checkpointing)
         return self.source(x) if frozen else x
 
     def hold(self, *tensors: Sized) -> None:
@@ -146,7 +151,11 @@ class Model(abc.ABC):
 
     def source(self, x: Sized) -> Sized:
         """x as something that needs a gradient although no weight below it does (enable_input_require_grads)."""
-        return x if x.needs_grad else Sized(x.numel, x.itemsize, x.storage, Node(0, "input", [], False, 0))
+        if x.needs_grad:
+            return x
+        end = Node(0, "input", [], False, 0)
+        end.kept = [keep(x.storage)]  # autograd holds the tensor that it is to accumulate a gradient into
+        return Sized(x.numel, x.itemsize, x.storage, end)
 
     @abc.abstractmethod
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:

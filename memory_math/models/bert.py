@@ -14,14 +14,20 @@ from .. import operations as ops
 from ..errors import MemoryMathError
 from ..families.base import LinearLayer
 from ..families.bert import Bert
+from ..precision import INDEX_BYTES
 from ..request import Request
 from ..tape import Ledger, Sized
 from . import norms
 from .activations import activate
 from .attention_dropout import attend, expanded
 from .base import Model
-from .losses import labelled_loss
+from .labelled_loss import labelled_loss
 from .peft_layers import linear, with_prompt
+
+MASKED_HEAD = {  # by whether it is RoBERTa: the head, its dense layer, its norm
+    False: ("cls.predictions", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+    True: ("lm_head", "lm_head.dense", "lm_head.layer_norm"),
+}
 
 
 class TransformersBert(Model):
@@ -67,13 +73,100 @@ class TransformersBert(Model):
         return x
 
     def embeddings(self, ids: Sized) -> Sized:
-        """Words, token types and positions; the last two for one row, where the ids do not say which positions are padding."""
+        """Words, token types and positions. RoBERTa counts the positions of every row (padding has none); BERT's are a buffer, for one row."""
         tape, path = self.tape, f"{self.arch.root}embeddings"
         words = ops.embedding(tape, ids, self.weights[f"{path}.word_embeddings"])
         words = with_prompt(self, self.needed(words))
-        positions, kept = self.position_ids(ids)
-        types = ops.embedding(tape, self.ids(positions.numel), self.weights[f"{path}.token_type_embeddings"], rows=self.tokens)
+        rows = self.tokens if self.arch.roberta else self.sequence
+        types = ops.embedding(tape, self.numbers(rows), self.weights[f"{path}.token_type_embeddings"])
         x = ops.add(tape, "embeddings", words, types)
-        placed = ops.embedding(tape, positions, self.weights[f"{path}.position_embeddings"])
-        x = ops.add(tape, "embeddings", x, expanded(self, placed, x.numel))
+        placed = self.positions(f"{path}.position_embeddings")
+        x = ops.add(tape, "embeddings", x, placed)
         return self.dropped(norms.layer_norm(self, x, f"{path}.LayerNorm"))
+
+    def positions(self, path: str) -> Sized:
+        table = self.weights[path]
+        if self.arch.roberta:
+            return ops.embedding(self.tape, self.numbers(self.sequence if self.prompt else self.tokens), table)
+        one_row = self.tape.record(path, [table], lambda: self.tape.new(self.sequence * table.columns, table.itemsize))
+        return expanded(self, one_row, self.tokens * table.columns)
+
+    def numbers(self, stored: int) -> Sized:
+        """An id for every token, of which `stored` are in memory."""
+        return Sized(self.tokens, INDEX_BYTES, self.ids(stored).storage)
+
+    def dropped(self, x: Sized) -> Sized:
+        return ops.dropout(self.tape, x) if self.arch.dropout and self.request.trains else x
+
+    def logits(self, hidden: Sized) -> Sized:
+        """What the class makes of the last hidden states [B, T, H]."""
+        if self.arch.task == "ForMaskedLM":
+            return self.masked_words(hidden)
+        if self.arch.task == "ForTokenClassification":
+            return linear(self, self.dropped(hidden), "classifier")
+        if self.arch.task == "ForSequenceClassification" and self.arch.roberta:
+            return self.classification_head(hidden)
+        pooled = self.pooler(hidden)
+        return pooled if self.arch.task == "Model" else linear(self, self.dropped(pooled), "classifier")
+
+    def pooler(self, hidden: Sized) -> Sized:
+        return activate(self.tape, "tanh", linear(self, self.first_token(hidden), f"{self.arch.root}pooler.dense"))
+
+    def first_token(self, hidden: Sized) -> Sized:
+        """A view: what keeps it keeps all positions."""
+        count = self.request.batch_size * self.arch.hidden
+        return self.tape.record("first token", [hidden], lambda: Sized(count, hidden.itemsize, hidden.storage))
+
+    def classification_head(self, hidden: Sized) -> Sized:
+        """RobertaClassificationHead."""
+        x = linear(self, self.dropped(self.first_token(hidden)), "classifier.dense")
+        return linear(self, self.dropped(activate(self.tape, "tanh", x)), "classifier.out_proj")
+
+    def masked_words(self, hidden: Sized) -> Sized:
+        """BertLMPredictionHead, RobertaLMHead: the embedding once more, with a bias per word."""
+        path, dense, norm = MASKED_HEAD[self.arch.roberta]
+        x = linear(self, hidden, dense)
+        x = activate(self.tape, "gelu" if self.arch.roberta else self.arch.activation, x)
+        x = norms.layer_norm(self, x, norm)
+        table = f"{self.arch.root}embeddings.word_embeddings" if self.arch.tied else f"{path}.decoder"
+        return ops.linear(self.tape, x, self.weights[table], self.weights[f"{path}.bias"], self.autocast, part="logits")
+
+
+class Block:
+    """BertLayer."""
+
+    def __init__(self, model: TransformersBert, path: str) -> None:
+        self.model, self.path = model, path
+
+    def forward(self, x: Sized) -> Sized:
+        attended, weights = self.attention(x)  # the weights' name lives as long as the block
+        between = self.intermediate(attended)
+        x = self.output(between, attended, f"{self.path}.output")
+        del weights, between
+        return x
+
+    def attention(self, x: Sized) -> tuple[Sized, Sized | None]:
+        mixed, weights = self.self_attention(x)
+        return self.output(mixed, x, f"{self.path}.attention.output"), weights
+
+    def self_attention(self, x: Sized) -> tuple[Sized, Sized | None]:
+        q, k, v = (linear(self.model, x, f"{self.path}.attention.self.{name}") for name in ("query", "key", "value"))
+        return attend(self.model, q, k, v)
+
+    def intermediate(self, x: Sized) -> Sized:
+        return activate(self.model.tape, self.model.arch.activation, linear(self.model, x, f"{self.path}.intermediate.dense"))
+
+    def output(self, x: Sized, residual: Sized, path: str) -> Sized:
+        """BertSelfOutput, BertOutput: dense, dropout, and the norm of the sum."""
+        y = self.model.dropped(linear(self.model, x, f"{path}.dense"))
+        return norms.layer_norm(self.model, ops.add(self.model.tape, "residual", y, residual), f"{path}.LayerNorm")
+
+
+def _check(request: Request, arch: Bert) -> None:
+    """What an encoder has no use for, or what is not written here."""
+    if request.method == "prefix":
+        raise MemoryMathError(f"method='prefix' is not modelled for {arch.name}: use 'prompt' or 'lora'")
+    if request.method == "prompt" and arch.task != "ForSequenceClassification":
+        raise MemoryMathError(f"method='prompt' with {arch.name} as {arch.task}: PEFT lays a prompt before a sequence classifier only")
+    if request.compile:
+        raise MemoryMathError(f"compile=True is not modelled for {arch.name}: leave it at False")

@@ -25,28 +25,26 @@ def token_loss(model: Model, hidden: Sized, labels: Sized) -> Sized:
     """The loss that the request names, from hidden [B, T, H]; hidden must not be held elsewhere by the caller's caller."""
     if model.request.loss == "none":
         return mean(model, hidden)
-    if model.request.loss == "chunked":
-        return chunked(model, hidden, labels)
-    logits = _logits(model, hidden)
-    del hidden
-    return LOSSES[model.request.loss](model, logits, labels)
+    return LOSSES[model.request.loss](model, hidden, labels)
 
 
 def _logits(model: Model, hidden: Sized) -> Sized:
     return ops.linear(model.tape, hidden, model.head, model.weights.get("lm_head.bias"), autocast=model.autocast, part="logits")
 
 
-def cross_entropy(model: Model, logits: Sized, labels: Sized) -> Sized:
+def cross_entropy(model: Model, hidden: Sized, labels: Sized) -> Sized:
     """Float32 logits of every position, and the labels shifted by one in a new tensor."""
+    logits = _logits(model, hidden)
+    del hidden
     model.hold(logits)
     full = ops.cast(model.tape, logits, 4, part="logits")
     return ops.cross_entropy(model.tape, full, _shifted(model, labels))
 
 
-def hf_legacy(model: Model, logits: Sized, labels: Sized) -> Sized:
-    tape = model.tape
-    full = _returned(model, logits)
-    del logits
+def hf_legacy(model: Model, hidden: Sized, labels: Sized) -> Sized:
+    """Float32 logits, and once more without the last position."""
+    tape, full = model.tape, _returned(model, _logits(model, hidden))
+    del hidden
     rows = labels.numel - model.request.batch_size
     words = full.numel // labels.numel
     shifted = tape.record("shift", [full], lambda: tape.new(rows * words, full.itemsize, "logits"))
@@ -69,8 +67,11 @@ def chunked(model: Model, hidden: Sized, labels: Sized) -> Sized:
     return tape.record("loss", total, lambda: tape.new(1, 4), passes=True)
 
 
-def mean(model: Model, x: Sized, _: Sized | None = None) -> Sized:
-    x = _returned(model, x) if x.storage.part == "logits" else x
+def mean_logits(model: Model, hidden: Sized, _: Sized) -> Sized:
+    return mean(model, _returned(model, _logits(model, hidden)))
+
+
+def mean(model: Model, x: Sized) -> Sized:
     return model.tape.record("loss", [x], lambda: model.tape.new(1, x.itemsize))
 
 
@@ -85,7 +86,9 @@ def _returned(model: Model, logits: Sized) -> Sized:
 
 
 def _shifted(model: Model, labels: Sized) -> Sized:
-    return model.tape.new(labels.numel, labels.itemsize, "other")
+    """The labels, padded by one and cut by one in front: a view of one padded row, a copy of several."""
+    padded = labels.numel + 1 if model.request.batch_size == 1 else labels.numel
+    return model.tape.new(padded, labels.itemsize, "other")
 
 
-LOSSES: dict[str, Callable[[Model, Sized, Sized], Sized]] = {"cross_entropy": cross_entropy, "hf_legacy": hf_legacy, "mean": mean}
+LOSSES: dict[str, Callable[[Model, Sized, Sized], Sized]] = {"cross_entropy": cross_entropy, "hf_legacy": hf_legacy, "chunked": chunked, "mean": mean_logits}

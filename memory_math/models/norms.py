@@ -33,7 +33,7 @@ def _normalised(model: Model, x: Sized, path: str, vectors: int) -> Sized:
     """``x * rsqrt(mean(x^2) + eps)`` in float32."""
     tape, full = model.tape, ops.cast(model.tape, x, 4)
     squares = ops.elementwise(tape, path, full, keeps=[full], scratch=2 * full.nbytes)
-    mean = tape.record(path, [squares], lambda: tape.new(vectors, 4))
+    mean = ops.mean(tape, path, squares, vectors)
     del squares
     factor = tape.record(path, [mean], lambda: tape.new(vectors, 4), keeps_after=lambda y: [y])
     return ops.multiply(tape, path, x if model.habits.norm_keeps_input else full, factor)
@@ -49,12 +49,17 @@ def _fused(model: Model, x: Sized, path: str) -> Sized:
 
 
 def layer_norm(model: Model, x: Sized, path: str) -> Sized:
-    """nn.LayerNorm: keeps its input, and a mean and a deviation per vector in float32. Autocast on CUDA runs it in float32."""
+    """nn.LayerNorm: keeps its input, and a mean and a deviation per vector in float32 (on the CPU in 16 bit where input and weight are both).
+
+    Autocast on CUDA runs it in float32.
+    """
     tape, weight = model.tape, model.weights[path]
     inputs = [x, weight, *([model.weights[f"{path}.bias"]] if f"{path}.bias" in model.weights else [])]
     if model.autocast is not None and tape.device == "cuda":
         inputs = [ops.cast(tape, tensor, 4) for tensor in inputs]
-    wide, statistics = inputs[0], 2 * 4 * (x.numel // weight.numel)
+    wide = inputs[0]
+    same = tape.device == "cpu" and wide.itemsize == inputs[1].itemsize
+    statistics = 2 * (wide.itemsize if same else 4) * (x.numel // weight.numel)
 
     def keeps(y: Sized) -> list[Sized]:
         return [wide, tape.new(statistics, 1)]

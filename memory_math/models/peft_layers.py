@@ -45,7 +45,9 @@ def dora(model: Model, x: Sized, y: Sized, path: str, adapter: Adapter) -> Sized
     tape, magnitude = model.tape, adapter.magnitude
     assert magnitude is not None
     held = _weight_norm(model, x, path, adapter)
-    scale = tape.record("magnitude", [magnitude], lambda: tape.new(magnitude.numel, 4), keeps=[tape.new(magnitude.numel, 4)])
+    norm = [tape.new(magnitude.numel, 4), *_norm_graph(model, x, path)]
+    scale = tape.record("magnitude", [magnitude], lambda: tape.new(magnitude.numel, 4), keeps=norm)
+    del norm
     if model.request.dropout:
         x = dropped(model, x)
         y = _frozen_again(model, x, path)
@@ -65,14 +67,25 @@ def _weight_norm(model: Model, x: Sized, path: str, adapter: Adapter) -> list[Si
     The update is formed as B (A I) with an identity as wide as the input, in the dtype of the products, and like W brought to x's dtype.
     """
     tape, weight, compute = model.tape, model.weights[path], model.autocast or adapter.A.itemsize
-    held = [tape.new(weight.columns**2, adapter.A.itemsize, "workspace"), tape.new(weight.columns * model.request.rank, compute, "workspace")]
-    if compute != adapter.A.itemsize:
-        held.append(tape.new(weight.columns**2, compute, "workspace"))
-    held.append(tape.new(weight.numel, x.itemsize, "workspace"))
+    identity = tape.new(weight.columns**2, adapter.A.itemsize, "workspace")
+    held = [ops.cast(tape, identity, compute, "workspace"), tape.new(weight.columns * model.request.rank, compute, "workspace")]
+    update = tape.new(weight.numel, compute, "workspace")
+    del identity
+    held.append(ops.cast(tape, update, x.itemsize, "workspace"))
+    del update
     if weight.itemsize != x.itemsize or isinstance(weight, QuantizedWeight):
         held.append(tape.new(weight.numel, x.itemsize, "workspace"))
     tape.record(f"{path}.norm", [], lambda: tape.new(weight.rows, x.itemsize), busy=2 * weight.numel * x.itemsize)
     return held
+
+
+def _norm_graph(model: Model, x: Sized, path: str) -> list[Sized]:
+    """W + s B A, where the norm holds on to it: PEFT's transpose of a Conv1D's Parameter is a Parameter, so that the norm has a graph.
+
+    Detaching the norm leaves it a view of what has that graph (torch/csrc/autograd/VariableTypeManual.cpp, detach).
+    """
+    weight = model.weights[path]
+    return [model.tape.new(weight.numel, x.itemsize)] if model.conv1d and weight.itemsize == x.itemsize else []
 
 
 def _frozen_again(model: Model, x: Sized, path: str) -> Sized:

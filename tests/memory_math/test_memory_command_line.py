@@ -32,7 +32,7 @@ def test_params_prints_the_exact_total(capsys) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["predict", "lama-3-8b"], ["predict", "smollm2-135m", "--batch-size", "0"], ["predict", "smollm2-135m", "--gpu", "H200"],
+    ["predict", "lama-3-8b"], ["predict", "smollm2-135m", "--batch-size", "0"], ["predict", "smollm2-135m", "--gpu", "H2000"],
     ["predict", "smollm2-135m", "--method", "lora", "--target-modules", "gate_porj"],
 ])  # fmt: skip
 def test_a_refused_request_is_one_line_on_stderr_and_exit_code_2(arguments: list[str], capsys) -> None:

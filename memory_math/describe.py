@@ -1,0 +1,86 @@
+"""What a footprint says of itself: the request in plain values, the product that each part is, what it was checked against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .request import Request
+
+if TYPE_CHECKING:
+    from .simulate import Simulation
+
+
+def asked_of(request: Request) -> dict[str, Any]:
+    """The request as plain values."""
+    special = ("architecture", "adapted", "precision", "parallel", "versions")
+    plain = {name: value for name, value in vars(request).items() if name not in special}
+    rest = {"precision": request.precision.name, "adapted_layers": len(request.adapted), "versions": dict(request.versions.asked)}
+    return {**plain, **vars(request.parallel), **rest}
+
+
+def how(request: Request, run: Simulation) -> dict[str, str]:
+    """One line per part: the product that it is."""
+    tokens, words = request.tokens, request.architecture.vocabulary
+    blocks = f"{request.architecture.layers} blocks"
+    kept = {True: "block inputs, and one block run again", False: blocks, "attention": f"{blocks}, attention run again"}
+    every = kept.get(request.gradient_checkpointing, f"{blocks}, every {request.gradient_checkpointing}th run again")
+    copies = request.autocast is not None and request.method == "full"
+    return {
+        "weights": _weights_text(request, run),
+        "gradients": f"of {run.trained:,} trained parameters x {_trained_itemsize(request)} B, those alive at the peak" if request.trains else "none",
+        "optimizer_states": _states_text(request, run),
+        "activations": f"kept for backward: {every} x {tokens:,} tokens" if request.trains else f"keys and values of {tokens:,} tokens",
+        "logits": f"loss {request.loss!r} over {words:,} words" if request.trains else "last position of each row",
+        "workspace": "gradients on their way, temporaries" + (", 16-bit weight copies" if copies else ""),
+        "other": "token ids, labels, rotary tables",
+    }
+
+
+def _trained_itemsize(request: Request) -> int:
+    return request.weight_itemsize if request.method == "full" else request.adapter_itemsize
+
+
+def _weights_text(request: Request, run: Simulation) -> str:
+    stored = f"{run.parameters:,} parameters x {request.weight_itemsize} B"
+    if request.quantization != "none":
+        stored = f"{run.parameters:,} parameters, linear layers in {request.quantization}, the rest x {request.weight_itemsize} B"
+    extra = f" + {run.trained:,} trained x {request.adapter_itemsize} B" if run.trained and request.method != "full" else ""
+    shards = request.parallel.weight_shards
+    return stored + extra + (f", / {shards}" if shards > 1 else "")
+
+
+def _states_text(request: Request, run: Simulation) -> str:
+    if not request.trains:
+        return "none"
+    masters = ", with float32 masters" if request.divided_masters else ""
+    shards = request.parallel.state_shards
+    where = " in the host's memory" if request.offload_optimizer else f", / {shards}" if shards > 1 else ""
+    return f"{request.optimizer}: {run.trained:,} parameters{masters}{where}"
+
+
+def checked_text(request: Request) -> str:
+    """What a prediction like this one has been held against, and what it takes for granted."""
+    whose = f"{request.implementation} models of this family"
+    text = f"saved bytes equal saved_tensors_hooks, and the peak is a measured CPU step's within 2 %, on small {whose}."
+    if request.method == "inference":
+        text = f"the peak of a prompt is a measured CPU pass's within 2 %, on small {whose}."
+    if request.device == "cuda":
+        text += " CUDA's kernels and allocator by their rules, held against published figures; not yet measured on a GPU here."
+        if request.attention == "sdpa" and request.precision.compute == 4:
+            text += " Attention in float32 is taken to be a fused kernel, too."
+    return text
+
+
+def unchecked(request: Request) -> tuple[str, ...]:
+    """What of this request has been held against no measurement, neither here nor published: the rules are those of its source alone."""
+    parallel = request.parallel
+    features = {
+        "several devices": parallel.world_size > 1 or parallel.tensor_parallel > 1,
+        "offload": request.offload_optimizer or request.offload_activations,
+        "optimizer step in backward": request.optimizer_in_backward,
+        "compile": request.compile,
+        f"the loss {request.loss!r}": request.loss == "chunked" and request.implementation == "transformers",
+        f"{request.quantization} weights": request.quantization == "int8",
+        f"the optimizer {request.optimizer!r}": request.optimizer in ("adamw8bit", "lion"),
+    }
+    return tuple(name for name, asked in features.items() if asked)

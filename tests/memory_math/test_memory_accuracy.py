@@ -1,0 +1,52 @@
+"""The benchmark of published figures, held to its promise; and the closed forms it rests on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from memory_math import MemoryMathError, activation_formula, predict
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+def test_published_gpu_figures_are_met() -> None:
+    """Median absolute error at most 4.5 %, worst at most 13 %; reserved memory within its interval."""
+    from memory_accuracy import score
+
+    lines: list[str] = []
+    summary = score(lines.append).summary
+    assert summary["scored_rows"] >= 35
+    assert summary["median_absolute_error"] <= 0.045 and summary["worst_absolute_error"] <= 0.13, "\n".join(lines)
+    assert summary["reserved_inside_interval"] == summary["reserved_rows"] > 0
+
+
+@pytest.mark.parametrize(("model", "request_", "formula"), [
+    ("llama-2-7b", {"precision": "bf16"}, "16h + 4q + 4kv + 8f + 4a + 8"),
+    ("llama-2-7b", {"precision": "bf16", "method": "frozen"}, "8h + 4q + 4kv + 6f + 4a + 8"),
+    ("llama-2-7b", {"precision": "bf16", "gradient_checkpointing": True}, "2h"),
+    ("llama-3-8b", {"precision": "fp32"}, "24h + 8q + 8kv + 16f + 4a + 8"),
+    ("gemma-2b", {"precision": "bf16"}, "20h + 4q + 4kv + 8f + 4a + 8"),
+    ("qwen3-8b", {"precision": "bf16"}, "16h + 10q + 10kv + 8f + 8a + 4g + 8"),
+    ("llama-2-7b", {"precision": "bf16", "implementation": "lora_lab"}, "8h + 4q + 4kv + 6f + 4a"),
+])  # fmt: skip
+def test_the_closed_form_of_a_block_is_derived(model: str, request_: dict[str, object], formula: str) -> None:
+    """The published ones for PyTorch: 16h + 2 (q + k + v + o) + 8f + 4a + 8 trained, 8h + ... + 6f frozen, 10h for each of Gemma's norms."""
+    assert str(activation_formula(model, **request_)) == f"{formula} bytes per token and block"
+
+
+def test_the_closed_form_gives_the_bytes_of_the_whole_model() -> None:
+    formula = activation_formula("smollm2-360m", precision="bf16")
+    kept = predict("smollm2-360m", precision="bf16", batch_size=2, sequence_length=64, device="cpu").saved
+    outside = {"model.embed_tokens.weight", "log_softmax", "loss", "model.norm", "rotary"}
+    blocks = sum(nbytes for name, nbytes in kept.items() if name not in outside)
+    assert blocks == 32 * 128 * formula(h=960, q=960, kv=320, f=2560, a=15, g=5)
+
+
+def test_a_formula_is_not_for_one_batch_and_not_for_two_kinds_of_blocks() -> None:
+    with pytest.raises(MemoryMathError, match="batch_size=2: the formula holds for all"):
+        activation_formula("llama-2-7b", batch_size=2)
+    with pytest.raises(MemoryMathError, match="encoder and decoder blocks"):
+        activation_formula("t5-small")
