@@ -160,7 +160,7 @@ def predict(
     optimizer_in_backward: bool = False,
     optimizer_implementation: str | None = None,
     implementation: str | None = None,
-    device: str | None = None,
+    device: str = "cuda",
     label_tokens: int | None = None,
 ) -> Footprint:
     """The memory of one step, on one device.
@@ -181,9 +181,9 @@ def predict(
     rank, target_modules, dropout: of the adapters. compile: as torch.compile runs it, elementwise work computed again in backward.
     zero_stage, world_size, tensor_parallel: see parallel.py. offload_optimizer, offload_activations: to the host's memory.
     versions: libraries whose behaviour changed, {"transformers": "4.28"}; see versions.py.
-    implementation: whose model code it is, "transformers" (5.23, with PEFT 0.21) or "lora_lab" (this project's). device: "cuda" (16-bit attention
-    by FlashAttention 2), or "cpu", where what one operator allocates for itself is left out, as no tensor shows it. None: those of a model
-    given as source, else transformers on CUDA.
+    implementation: whose model code it is, "transformers" (5.23, with PEFT 0.21) or "lora_lab" (this project's); None is that of a model given as
+    source, else transformers. device: "cuda" (16-bit attention by FlashAttention 2), or "cpu", where what one operator allocates for itself is
+    left out, as no tensor shows it.
     label_tokens: positions with a label (lora_lab computes the loss of no others); None is every position that has a next one.
     Raises MemoryMathError for a value or a combination that is not modelled.
 
@@ -192,7 +192,6 @@ def predict(
     """
     asked = {name: value for name, value in locals().items() if name != "source"}
     asked["implementation"] = implementation or _implementation_of(source)
-    asked["device"] = device or _device_of(source)
     request = check(architecture_of(source), **asked)
     ledger = CachingAllocator() if request.device == "cuda" else Ledger()
     return _footprint(request, simulate(request, ledger), ledger)
@@ -201,13 +200,6 @@ def predict(
 def _implementation_of(source: object) -> str:
     """Whose code a live model is."""
     return "lora_lab" if type(source).__module__.startswith("lora_lab.") else "transformers"
-
-
-def _device_of(source: object) -> str:
-    """Where a live model is; a GPU is what all else is meant for."""
-    parameters = getattr(source, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    return "cpu" if first is not None and first.device.type == "cpu" else "cuda"
 
 
 def _footprint(request: Request, run: Simulation, ledger: Ledger) -> Footprint:

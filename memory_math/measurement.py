@@ -264,7 +264,7 @@ class SavedTensors:
         return sum(nbytes for storage, nbytes in storages.items() if storage not in self._owned)
 
     def _pack(self, tensor: torch.Tensor) -> _Kept:
-        packed = _Kept(tensor)
+        packed = _Kept(tensor.detach())  # a result that its own node keeps would otherwise keep the node, alive or not
         self._kept.add(packed)
         self._grown = True
         return packed

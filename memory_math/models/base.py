@@ -47,7 +47,6 @@ class Model(abc.ABC):
     """
 
     embedding_path: ClassVar[str] = "model.embed_tokens"  # also the head's weight, where the two are tied
-    conv1d: ClassVar[bool] = False  # whether linear layers are transformers' Conv1D, which PEFT transposes
 
     def __init__(self, request: Request, ledger: Ledger) -> None:
         self.request, self.arch, self.ledger = request, request.architecture, ledger

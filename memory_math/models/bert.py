@@ -5,7 +5,8 @@ or, for a bare encoder, none. A bare encoder that is to train is trained as a se
 attention mask, as for rows of equal length.
 
 Adapters are what PEFT puts in by ``get_peft_model(model, LoraConfig(target_modules="all-linear"))``: without a task_type it takes a
-classifier for a linear layer like the others. With task_type="SEQ_CLS" BERT's classifier has no adapter and trains itself, as a copy.
+classifier for a linear layer like the others. (With task_type="SEQ_CLS" BERT's classifier has no adapter and trains itself, as a copy.) Prompt
+tuning needs the task_type, and so trains the copy of the classifier beside the prompt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .. import operations as ops
 from ..errors import MemoryMathError
 from ..families.base import LinearLayer
 from ..families.bert import Bert
+from ..operations import Weight
 from ..precision import INDEX_BYTES
 from ..request import Request
 from ..tape import Ledger, Sized
@@ -38,9 +40,17 @@ class TransformersBert(Model):
     def __init__(self, request: Request, ledger: Ledger) -> None:
         super().__init__(request, ledger)
         _check(request, self.arch)
+        self.originals: list[Weight] = []
         if self.adapters.keys() == {layer.name for layer in self.arch.linears()}:
             self.adapters |= {layer.name: self._adapter(layer.name, layer.inputs, layer.outputs) for layer in self.classifiers()}
+        if request.method == "prompt":
+            self.weights |= {path: self._saved_module(weight) for path, weight in self.weights.items() if path.startswith("classifier")}
         self.buffers = self.ids(2 * self.arch.positions)  # position_ids and token_type_ids
+
+    def _saved_module(self, original: Weight) -> Weight:
+        """PEFT's modules_to_save: a copy that trains, in the model's dtype, beside the original."""
+        self.originals.append(original)
+        return Weight(self.ledger, original.name, original.rows, original.columns, original.itemsize, self.request.leaf())
 
     def classifiers(self) -> list[LinearLayer]:
         """The linear layers of a classifier."""
@@ -77,6 +87,8 @@ class TransformersBert(Model):
         tape, path = self.tape, f"{self.arch.root}embeddings"
         words = ops.embedding(tape, ids, self.weights[f"{path}.word_embeddings"])
         words = with_prompt(self, self.needed(words))
+        if self.prompt is not None:
+            self.hold(words)
         rows = self.tokens if self.arch.roberta else self.sequence
         types = ops.embedding(tape, self.numbers(rows), self.weights[f"{path}.token_type_embeddings"])
         x = ops.add(tape, "embeddings", words, types)

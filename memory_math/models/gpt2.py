@@ -23,7 +23,6 @@ class TransformersGPT2(Model):
 
     arch: GPT2
     embedding_path = "transformer.wte"
-    conv1d = True
 
     def _weight(self, name: str, rows: int, columns: int, quantized: bool) -> Weight:
         """A Conv1D is stored as [in, out]; here it is [out, in] like every matrix, which weighs the same."""

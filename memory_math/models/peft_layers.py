@@ -45,9 +45,7 @@ def dora(model: Model, x: Sized, y: Sized, path: str, adapter: Adapter) -> Sized
     tape, magnitude = model.tape, adapter.magnitude
     assert magnitude is not None
     held = _weight_norm(model, x, path, adapter)
-    norm = [tape.new(magnitude.numel, 4), *_norm_graph(model, x, path)]
-    scale = tape.record("magnitude", [magnitude], lambda: tape.new(magnitude.numel, 4), keeps=norm)
-    del norm
+    scale = tape.record("magnitude", [magnitude], lambda: tape.new(magnitude.numel, 4), keeps=[tape.new(magnitude.numel, 4)])
     if model.request.dropout:
         x = dropped(model, x)
         y = _frozen_again(model, x, path)
@@ -77,15 +75,6 @@ def _weight_norm(model: Model, x: Sized, path: str, adapter: Adapter) -> list[Si
         held.append(tape.new(weight.numel, x.itemsize, "workspace"))
     tape.record(f"{path}.norm", [], lambda: tape.new(weight.rows, x.itemsize), busy=2 * weight.numel * x.itemsize)
     return held
-
-
-def _norm_graph(model: Model, x: Sized, path: str) -> list[Sized]:
-    """W + s B A, where the norm holds on to it: PEFT's transpose of a Conv1D's Parameter is a Parameter, so that the norm has a graph.
-
-    Detaching the norm leaves it a view of what has that graph (torch/csrc/autograd/VariableTypeManual.cpp, detach).
-    """
-    weight = model.weights[path]
-    return [model.tape.new(weight.numel, x.itemsize)] if model.conv1d and weight.itemsize == x.itemsize else []
 
 
 def _frozen_again(model: Model, x: Sized, path: str) -> Sized:
