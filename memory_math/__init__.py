@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import hardware
 from .architectures import count_parameters
-from .errors import MemoryMathError
 from .closed_form import activation_formula
+from .errors import MemoryMathError
 from .footprint import Footprint, predict
 from .in_context import in_context, kv_cache_bytes
+from .ledger import claims
 from .number_formats import number_formats
 from .questions import explain_oom, largest, models_that_fit, savings
 from .scaling_laws import chinchilla
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from .measurement import compare, measure, saved_bytes
 
 __all__ = [
-    "Footprint", "MemoryMathError", "activation_formula", "chinchilla", "compare", "compare_requests", "count_parameters", "explain_oom", "hardware", "in_context",
-    "kv_cache_bytes", "largest", "measure", "models_that_fit", "number_formats", "predict", "saved_bytes", "savings", "table", "training_flops",
-    "training_time",
+    "Footprint", "MemoryMathError", "activation_formula", "chinchilla", "claims", "compare", "compare_requests", "count_parameters",
+    "explain_oom", "hardware", "in_context", "kv_cache_bytes", "largest", "measure", "models_that_fit", "number_formats", "predict", "saved_bytes",
+    "savings", "table", "training_flops", "training_time",
 ]  # fmt: skip
 
 

@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # the bars of a table, where the terminal has no such letters
     try:
         print(commands.COMMANDS[asked.command].run(asked))
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stderr.close()
     except MemoryMathError as refusal:
         print(f"memory_math: {' '.join(str(refusal).split())}", file=sys.stderr)
         return 2

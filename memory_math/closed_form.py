@@ -66,7 +66,7 @@ class _Differences:
     def __init__(self, architecture: Architecture, request: Mapping[str, Any]) -> None:
         group = max(architecture.heads // architecture.kv_heads, 1)
         heads = 4 if group == 1 else 8
-        sizes = {"heads": heads, "kv_heads": 4, "head_dim": 32, "mlp_width": 96, "vocabulary": 64, "layers": 2}
+        sizes: dict[str, Any] = {"heads": heads, "kv_heads": 4, "head_dim": 32, "mlp_width": 96, "vocabulary": 64, "layers": 2}
         hidden = 64 if self._free(architecture) else 32 * heads
         self.base = replace(architecture, hidden=hidden, **sizes)
         self.request = {**request, "device": "cpu"}
@@ -76,7 +76,7 @@ class _Differences:
         """Whether the width of attention may differ from that of the residual stream."""
         return architecture.family in ("llama", "mixtral")
 
-    def per_token(self, length: int = 64, **sizes: int) -> Fraction:
+    def per_token(self, length: int = 64, **sizes: Any) -> Fraction:
         """Bytes of one more block for one more row, per token: what a block keeps once, such as 16-bit copies of its weights, is not in it."""
         request = {**self.request, "sequence_length": length} | ({"rank": sizes.pop("rank")} if "rank" in sizes else {})
         kept = {

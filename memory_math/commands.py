@@ -14,6 +14,7 @@ from .architectures import count_parameters
 from .errors import MemoryMathError
 from .footprint import predict
 from .in_context import in_context
+from .ledger import claims
 from .number_formats import number_formats
 from .questions import explain_oom, largest, models_that_fit, savings
 from .scaling_laws import chinchilla, hoffmann_text, plot
@@ -236,8 +237,6 @@ def _claims_options(parser: argparse.ArgumentParser) -> None:
 
 def _claims(arguments: argparse.Namespace) -> str:
     """Every number of the lectures and the papers, recomputed, with a verdict."""
-    from .ledger import claims
-
     found = claims()
     return found.markdown() if arguments.markdown else str(found)
 

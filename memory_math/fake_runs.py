@@ -155,7 +155,7 @@ def _as_numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
 
 def _refuse_other_devices(device: object) -> None:
     if device is not None and torch.device(str(device)).type not in ("cpu", "meta"):
-        raise MemoryMathError(f"device='{device}' in a fake run: PyTorch built for the CPU aborts there; make the model on the CPU, sizes are the same")
+        raise MemoryMathError(f"device='{device}' in a fake run: PyTorch built for the CPU aborts there; make the model on the CPU")
 
 
 def _optimizer_of(optimizer: str | Callable[[Parameters], Optimizer]) -> Callable[[Parameters], Optimizer]:
@@ -180,5 +180,7 @@ def _loss(model: nn.Module, batch_size: int, sequence_length: int, autocast: tor
         ids = torch.full((batch_size, sequence_length), AN_ID)
         labels = ids.clone()
     with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-        loss: Tensor = model(input_ids=ids, labels=labels, **arguments).loss
+        loss = getattr(model(input_ids=ids, labels=labels, **arguments), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise MemoryMathError(f"{type(model).__name__}(input_ids=..., labels=...).loss is {loss!r}: a fake step needs a model that returns its loss")
     return loss

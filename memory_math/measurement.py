@@ -61,7 +61,7 @@ class Measurement:
 
     def phase(self, name: str | None) -> None:
         """From here on bytes are booked under `name`; None goes back to telling the phases apart automatically."""
-        self._watch.settle()
+        self._end_of_phase()
         self._named = name
 
     def current_phase(self) -> str:
@@ -85,8 +85,13 @@ class Measurement:
         return compare(predicted, self)
 
     def _stepping(self, inside: bool) -> None:
-        self._watch.settle()
+        self._end_of_phase()
         self._in_step = inside
+
+    def _end_of_phase(self) -> None:
+        """Book what is alive, or was since the last time; not where operations have done so and, between backward and step, no phase is on."""
+        if self.device != "cpu" or self._named is not None or self._in_step:
+            self._watch.settle()
 
     def __enter__(self) -> Measurement:
         self.start_bytes = self.peak_bytes = self._watch.start()
@@ -328,9 +333,10 @@ def comparison(predicted: Footprint, measured: Measurement) -> list[tuple[str, i
 
 def _phases_as_booked(predicted: dict[str, int], measured: dict[str, int]) -> dict[str, int]:
     """The predicted peaks of the phases that were measured; one that was measured under another's name counts there."""
+    others = {"load": (), "optimizer step": (), "backward": (UNDIVIDED,)}
     found: dict[str, int] = {}
     for phase, nbytes in predicted.items():
-        names = (phase, "forward", UNDIVIDED) if phase == "loss" else (phase, UNDIVIDED) if phase in ("forward", "backward") else (phase,)
+        names = (phase, *others.get(phase, ("forward", UNDIVIDED)))
         if name := next((name for name in names if name in measured), None):
             found[name] = max(found.get(name, 0), nbytes)
     return found

@@ -299,17 +299,17 @@ class Tape:
         """Newest node first, as autograd's engine does; a second gradient for the same node is added into the first."""
         assert isinstance(loss.node, Node)
         waiting: dict[Node, Sized] = {loss.node: self.new(loss.numel, loss.itemsize)}
-        queue = [(-loss.node.order, loss.node)]
+        queue = [(-loss.node.order, 0, loss.node)]
         while queue:
-            node = heapq.heappop(queue)[1]
+            node = heapq.heappop(queue)[2]
             grads = node.run(self, waiting.pop(node))
             for receiver in node.receivers:
                 self._deliver(grads.pop(0), receiver, waiting, queue)
 
     @staticmethod
-    def _deliver(grad: Sized, receiver: Node | Leaf | None, waiting: dict[Node, Sized], queue: list[tuple[int, Node]]) -> None:
+    def _deliver(grad: Sized, receiver: Node | Leaf | None, waiting: dict[Node, Sized], queue: list[tuple[int, int, Node]]) -> None:
         if isinstance(receiver, Leaf):
             receiver.accumulate(grad)
         elif isinstance(receiver, Node) and receiver not in waiting:
             waiting[receiver] = grad
-            heapq.heappush(queue, (-receiver.order, receiver))
+            heapq.heappush(queue, (-receiver.order, id(receiver), receiver))

@@ -42,10 +42,10 @@ def test_the_packages_import_no_oracle_and_no_pickle(package):
         assert not starts(imports(path), "transformers", "peft", "pickle", "accelerate"), path
 
 
-def test_memory_math_imports_nobody_and_torch_in_one_file_only():
+def test_memory_math_imports_nobody_and_torch_only_where_it_measures():
     for path in files("memory_math"):
         assert not starts(imports(path), "lora_lab", "prompt_tuning_lab"), path
-        assert path.name == "measurement.py" or not starts(imports(path), "torch"), path
+        assert path.name in ("measurement.py", "fake_runs.py") or not starts(imports(path), "torch"), path
 
 
 def test_lora_lab_does_not_import_prompt_tuning_lab():

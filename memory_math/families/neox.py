@@ -7,20 +7,25 @@ Source: transformers 5.23, modeling_gpt_neox.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..errors import MemoryMathError
 from .base import Architecture, Tensor, linear, matrix, norm
 from .fields import Fields
 
 
 @dataclass(frozen=True)
 class NeoX(Architecture):
-    """attention_bias: on query_key_value and dense. parallel_residual: x + attention(norm(x)) + mlp(norm'(x))."""
+    """attention_bias: on query_key_value and dense. parallel_residual: x + attention(norm(x)) + mlp(norm'(x)).
+
+    rotary_width: dimensions of each head that rotary positions turn; the rest passes.
+    """
 
     attention_bias: bool = True
     parallel_residual: bool = True
+    rotary_width: int = 0
 
     family: ClassVar[str] = "gpt_neox"
     model_types: ClassVar[tuple[str, ...]] = ("gpt_neox",)
@@ -31,6 +36,7 @@ class NeoX(Architecture):
     def read(cls, fields: Fields, task: str, labels: int) -> NeoX:
         hidden = fields.whole("hidden_size", "the width of the residual stream")
         heads = fields.whole("num_attention_heads", "the heads")
+        head_dim = fields.split(hidden, heads, "hidden_size and num_attention_heads")
         return cls(
             fields.name,
             vocabulary=fields.whole("vocab_size", "the rows of the embedding"),
@@ -38,7 +44,7 @@ class NeoX(Architecture):
             layers=fields.whole("num_hidden_layers", "the number of blocks"),
             heads=heads,
             kv_heads=heads,
-            head_dim=fields.split(hidden, heads, "hidden_size and num_attention_heads"),
+            head_dim=head_dim,
             mlp_width=fields.whole("intermediate_size", "the width of the MLP"),
             tied=fields.flag("tie_word_embeddings", False),
             task=task,
@@ -48,6 +54,7 @@ class NeoX(Architecture):
             attention_dropout=fields.share("attention_dropout", 0.0),
             attention_bias=fields.flag("attention_bias", True),
             parallel_residual=fields.flag("use_parallel_residual", True),
+            rotary_width=int(head_dim * _rotary_share(fields)),
         )
 
     def body(self) -> Iterator[Tensor]:
@@ -61,3 +68,14 @@ class NeoX(Architecture):
             yield from linear(f"{path}.mlp.dense_h_to_4h", h, {"up": f}, bias=True)
             yield from linear(f"{path}.mlp.dense_4h_to_h", f, {"down": h}, bias=True)
         yield from norm(f"{root}final_layer_norm", h, bias=True)
+
+
+def _rotary_share(fields: Fields) -> float:
+    """rotary_pct, or as transformers 5 writes it, partial_rotary_factor among the rope_parameters."""
+    rope = fields.config.get("rope_parameters")
+    share = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+    share = fields.config.get("rotary_pct") if share is None else share
+    share = 0.25 if share is None else share
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise MemoryMathError(f"{fields.name}: rotary_pct={share!r}: expected a number with 0 < rotary_pct <= 1")
+    return float(share)

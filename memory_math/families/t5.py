@@ -8,7 +8,7 @@ with m = 2 matrices in the MLP of T5 1.0, and 3 in the gated one of 1.1 and FLAN
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import MemoryMathError
@@ -59,6 +59,10 @@ class T5(Architecture):
             scaled_head=scaled,
             buckets=fields.whole("relative_attention_num_buckets", "the buckets of relative positions", 32),
         )
+
+    def with_loss(self) -> T5:
+        """The bare encoder and decoder are trained with the output embedding on top."""
+        return replace(self, task="ForConditionalGeneration") if self.task == "Model" else self
 
     def body(self) -> Iterator[Tensor]:
         yield matrix("shared.weight", self.vocabulary, self.hidden, "embedding")

@@ -11,14 +11,14 @@ Finetuning" (15.773, MIT OpenCourseWare, spring 2024); the others are named by w
 
 from __future__ import annotations
 
-from . import adapters, counts, lecture_a, lecture_a_use, lecture_b, lecture_b_memory, prompts, published
+from . import adapters, counts, lecture_a, lecture_a_use, lecture_b, lecture_b_lora, prompts, published, speeds
 from .rows import VERDICTS, Claim, Claims, judge
 
 __all__ = ["VERDICTS", "Claim", "Claims", "claims", "judge"]
 
 SECTIONS = (
-    *lecture_a.SECTIONS, *lecture_a_use.SECTIONS, *lecture_b.SECTIONS, *lecture_b_memory.SECTIONS, *counts.SECTIONS, *adapters.SECTIONS,
-    *prompts.SECTIONS, *published.SECTIONS,
+    *lecture_a.SECTIONS, *lecture_a_use.SECTIONS, *lecture_b.SECTIONS, *lecture_b_lora.SECTIONS, *counts.SECTIONS, *adapters.SECTIONS,
+    *prompts.SECTIONS, *published.SECTIONS, *speeds.SECTIONS,
 )  # fmt: skip
 
 

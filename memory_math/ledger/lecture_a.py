@@ -11,7 +11,6 @@ from ..errors import MemoryMathError
 from ..footprint import Footprint, predict
 from ..hardware import gpu_of
 from ..number_formats import number_formats
-from ..optimizers import Shape, state_bytes
 from ..precision import precision_of
 from ..scaling_laws import chinchilla, kaplan_optimal_parameters
 from ..time_and_cost import training_time
@@ -21,7 +20,7 @@ LECTURE = "Instruction Finetuning"
 BILLION = 10**9
 RULE_OF_THUMB = (("llama-3.2-1b", 3100), ("tinyllama-1.1b", 3390), ("llama-2-7b", 7140), ("smollm2-135m", 825))  # model, one row's tokens
 TOKENS_PER_PAIR, EPOCHS, MFU, GPU = 300, 3, 0.35, "A100-80GB"
-FINE_TUNED = (  # instruction model, base, pairs as stated, digits of its size as stated, billions counted
+FINE_TUNED = (  # instruction model, base, pairs and billions of parameters as stated
     ("FLAN-T5-XXL", "t5-v1_1-xxl", "15,000,000", "11"), ("Falcon-40B-Instruct", "falcon-40b", "100,000", "40"),
     ("Llama-2-70B-Chat", "llama-2-70b", "27,500", "70"), ("Dolly", "pythia-12b", "15,000", "12"), ("Alpaca-13B", "llama-13b", "52,000", "13"),
     ("Vicuna-13B", "llama-13b", "70,000", "13"), ("Koala-13B", "llama-13b", "500,000", "13"),
@@ -79,9 +78,9 @@ def _rest(footprint: Footprint) -> float:
 def a3() -> Rows:
     rows = Rows("A3", LECTURE)
     lost = "The slide's figure is lost; ours is for Llama-2-7B."
-    for name, bits, asked in (("16-bit", 16, {}), ("8-bit", 8, {"quantization": "int8"}), ("4-bit", 4, {"quantization": "nf4-dq"})):
-        found = predict("llama-2-7b", method="inference", precision="bf16", sequence_length=1, **asked)
-        why = f"{lost} Inference: weights only{'' if bits == 16 else ', embeddings, norms and the head in 16 bit'}."
+    for name, quantization in (("16-bit", "none"), ("8-bit", "int8"), ("4-bit", "nf4-dq")):
+        found = predict("llama-2-7b", method="inference", precision="bf16", sequence_length=1, quantization=quantization)
+        why = f"{lost} Inference: weights only{'' if quantization == 'none' else '; embeddings, norms and the head stay in 16 bit'}."
         rows.unstated(f"{name} weights", found.weights / found.parameters, "bytes per parameter", why)
     half = predict("llama-2-7b", precision="bf16", sequence_length=1)
     states = (half.weights + half.gradients + half.optimizer_states) / half.parameters
@@ -105,16 +104,22 @@ def a4() -> Rows:
     steps = (exact - Decimal(slide)) / Decimal(formats["fp32"].spacing or math.nan)
     six = number_formats(3.141592)["fp32"].exact
     rows.number(
-        "pi in FP32", slide, exact, "", f"The nearest FP32 to pi is {exact}; the slide's figure is what FP32 makes of 3.141592 ({six}), {steps} steps below.",
+        "pi in FP32", slide, exact, "", f"The nearest FP32 to pi is {exact}; the slide's is FP32 of 3.141592, {steps} steps below.",
     )  # fmt: skip
-    rows.number("what FP32 makes of 3.141592", slide, Decimal(six), "", "So this is where the slide's figure comes from: pi was cut to six decimals first.")
+    rows.number("what FP32 makes of 3.141592", slide, Decimal(six), "", "Where the slide's figure comes from: pi was cut to six decimals first.")
     rows.number("the slide's pi below the nearest FP32", "3", steps, "units in the last place", "One unit is 2**-22 here.")
     for name, value, exponent, fraction in (("fp32", "", 8, 23), ("fp16", "3.140625", 5, 10), ("bf16", "3.140625", 8, 7), ("int8", "3", 0, 7)):
         found = formats[name]
         if value:
             rows.number(f"pi in {name.upper()}", value, Decimal(found.exact), "", f"Stored as {found.bits}; off by {found.absolute_error:.2g}.")
-        rows.number(f"{name.upper()}: exponent", str(exponent), found.exponent_bits, "bits", f"Sign, exponent and fraction are {found.stored_bits} bits.")
-        rows.number(f"{name.upper()}: fraction", str(fraction), found.fraction_bits, "bits", "Bits of magnitude, for the integer." if not exponent else "")
+        rows.number(f"{name.upper()}: exponent", str(exponent), found.exponent_bits, "bits", f"{found.stored_bits} bits with the sign.")
+        rows.number(
+            f"{name.upper()}: fraction",
+            str(fraction),
+            found.fraction_bits,
+            "bits",
+            "Of the magnitude, for an integer." if not exponent else "The digits.",
+        )
     return rows
 
 
@@ -156,18 +161,23 @@ def a6() -> Rows:
     rows.number("tokens by 20 each", "1.4", rule.tokens / 1e12, "trillion", f"{lost} Stated is what Chinchilla had.")
     rows.number(
         "tokens per parameter by the paper's printed constants", "20", printed.tokens_per_parameter, "",
-        "The constants printed for approach 3 do not give the paper's own 20 tokens per parameter: their digits are too few and the fit had not converged.",
+        "The constants printed for approach 3 do not give the 20 tokens per parameter of the paper's other methods and its model: they are rounded "
+        "too far, and of a fit that stopped early (Besiroglu et al.). The refitted ones give 18.",
     )  # fmt: skip
-    rows.number("tokens per parameter by the refitted constants", "20", refit.tokens_per_parameter, "", "Besiroglu et al. fitted the same data again.")
+    rows.number(
+        "tokens per parameter by the refitted constants", "20", refit.tokens_per_parameter, "", "Besiroglu et al. fitted the same data again."
+    )
     kaplan = kaplan_optimal_parameters(budget) / 1e9
-    rows.unstated("parameters by Kaplan's law", kaplan, "billion", "For the same budget, without the embedding: far larger models on far fewer tokens.")
+    rows.unstated(
+        "parameters by Kaplan's law", kaplan, "billion", "For the same budget, without the embedding: far larger models on far fewer tokens."
+    )
     return rows
 
 
 def a7() -> Rows:
     rows = Rows("A7", LECTURE)
-    asked = {"precision": "fp32", "sequence_length": 1024}
-    before, after = predict("llama-2-7b", **asked), predict("llama-2-7b", **asked, method="lora", gradient_checkpointing=True)
+    before = predict("llama-2-7b", precision="fp32", sequence_length=1024)
+    after = predict("llama-2-7b", precision="fp32", sequence_length=1024, method="lora", gradient_checkpointing=True)
     gpu = gpu_of(GPU)
     rows.words(
         "what a newcomer meets who trains Llama-2-7B in float32 on one A100", "out of memory", "fits" if before.fits(GPU) else "out of memory",
@@ -188,7 +198,9 @@ def a8() -> Rows:
         rows.not_measured(f"pairs that {name} was tuned on", "A count of the data set; the next row computes with it.", stated=pairs, unit="pairs")
         tokens = int(pairs.replace(",", "")) * TOKENS_PER_PAIR * EPOCHS
         run = training_time(base, tokens, gpus=8, gpu=GPU, mfu=MFU)
-        why = f"Assumes {TOKENS_PER_PAIR} tokens a pair, {EPOCHS} epochs ({tokens / 1e6:,.4g}M tokens), all weights trained, {MFU:.0%} of an A100's peak."
+        why = f"{tokens / 1e6:,.0f} million tokens at {TOKENS_PER_PAIR} a pair and {EPOCHS} epochs; all weights trained, {MFU:.0%} of an A100's peak."
+        if base.startswith("t5"):
+            why += " An upper bound: a token goes through one half of an encoder-decoder."
         rows.unstated(f"tuning {name} on them", run.gpu_hours, "A100-hours", why)
     rows.not_measured("GPT-3.5 and PaLM", "Their weights are closed: there is no config to count from.")
     rows.number(
@@ -196,8 +208,9 @@ def a8() -> Rows:
         "Stanford's Alpaca is Llama-7B, tuned; the other lecture says 7B (row B2), and is right.",
     )  # fmt: skip
     rows.not_measured(
-        "prompt formats of these models", "Alpaca's form and chat templates: tests/lora_lab/data/test_templates.py. The others: in the course's notebook "
-        "on instruction tuning, which is not written yet.",
+        "prompt formats of these models",
+        "Alpaca's form and chat templates are shown by tests/lora_lab/data/test_templates.py. The others are for the course's notebook on "
+        "instruction tuning, which is not written yet.",
     )  # fmt: skip
     return rows
 

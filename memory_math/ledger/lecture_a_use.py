@@ -80,7 +80,9 @@ def a13() -> Rows:
     model, half = "llama-2-7b", precision_of("bf16").trained
     full = count_parameters(model) * half
     lora, prompt = lora_parameters(model, 8, ATTENTION) * ADAPTER_BYTES, prompt_parameters(model, 20) * ADAPTER_BYTES
-    rows.unstated("a file per task, full fine-tuning", full / 1e6, "MB", "A whole copy of Llama-2-7B in 16 bit: the inefficiency that the slide names.")
+    rows.unstated(
+        "a file per task, full fine-tuning", full / 1e6, "MB", "A whole copy of Llama-2-7B in 16 bit: the inefficiency that the slide names."
+    )
     rows.unstated("a file per task, LoRA", lora / 1e6, "MB", "Rank 8 on q, k, v and o of Llama-2-7B, in float32.")
     rows.unstated("a file per task, prompt tuning", prompt / 1e6, "MB", "20 tokens for Llama-2-7B, in float32.")
     ratio = training_flops(model, 1, method="lora").model / training_flops(model, 1).model
@@ -121,7 +123,9 @@ def a15() -> Rows:
 def a16() -> Rows:
     rows = Rows("A16", LECTURE)
     rows.not_measured("other matrices for each task on one base", "Shown by tests/lora_lab/test_injection.py: adapters side by side, one active.")
-    rows.not_measured("swap them before inference", "Shown by tests/lora_lab/test_checkpoint.py (load, replace) and tests/lora_lab/test_injection.py.")
+    rows.not_measured(
+        "swap them before inference", "Shown by tests/lora_lab/test_checkpoint.py (load, replace) and tests/lora_lab/test_injection.py."
+    )
     return rows
 
 
@@ -132,14 +136,16 @@ def a17() -> Rows:
     rows.number("parameters of a prompt of 5 tokens for T5-XXL", "20,480", prompt, "parameters", "5 x 4,096.")
     rows.number("parameters of T5-XXL", "11", count / 1e9, "billion", f"T5 1.1 XXL, which the paper adapts, has {count.total:,}.")
     orders = math.log10(count / prompt)
-    rows.number("whole orders of magnitude between them", "5", math.floor(orders), "orders", f"A factor of {count / prompt:,.0f}, {orders:.2f} orders.")
+    rows.number(
+        "whole orders of magnitude between them", "5", math.floor(orders), "orders", f"A factor of {count / prompt:,.0f}, {orders:.2f} orders."
+    )
     rows.not_measured("a batch of mixed tasks on one frozen model", "To be shown by a test of prompt tuning, which is not written yet.")
     return rows
 
 
 def a18() -> Rows:
     rows = Rows("A18", LECTURE)
-    rows.not_measured("prompt tuning reaches model tuning as size grows, and beats prompt design", later("sentiment analysis and the one on choices"))
+    rows.not_measured("prompt tuning reaches model tuning as size grows, and beats prompt design", later("choices and claims"))
     rows.not_measured("mean and standard deviation of 3 runs", later("sentiment analysis"), stated="3", unit="runs")
     layers = architecture_of("smollm2-135m").layers
     rows.number("blocks of the uncut SmolLM2-135M", "30", layers, "", "The sizes compared here are this model cut to 10, 20 and 30 blocks.")

@@ -5,7 +5,7 @@ The verdict of a row is derived from what is stated and what is computed, in thi
     not measured here   nothing is computed: a fact about data, a measurement, a capability; the row says what shows it
     assumption          nothing is stated (or the figure is lost): what is computed holds under what the row names
     exact               equal (words: the same words; numbers: equal, floats up to 1e-12)
-    rounded             equal after rounding to the digits stated
+    rounded             equal after rounding to the digits stated (a half goes either way)
     assumption          the digits are those stated, but cut off and not rounded; or the number computed under the assumption that the
                         row names is equal after rounding
     wrong               none of these; the row gives the error and the right value
@@ -32,7 +32,8 @@ from ..report import html_grid, markdown_grid
 
 EXACT, ROUNDED, ASSUMPTION, WRONG, NOT_MEASURED = VERDICTS = ("exact", "rounded", "assumption", "wrong", "not measured here")
 HEADINGS = ("source", "claim", "stated", "computed", "unit", "verdict", "why")
-WIDTH = 140
+WIDTH, INDENT = 140, 36
+TINY = Fraction(1, 10**9)  # what is a half or a whole unit on paper comes out of floats a little off
 
 Stated = Decimal | str | None
 Computed = int | float | Decimal | str | None
@@ -91,14 +92,13 @@ def _equal(stated: Decimal, computed: Numeric) -> bool:
 
 def _rounds(stated: Decimal, values: Sequence[Numeric]) -> bool:
     """Whether some number between the smallest and the largest value is within half a unit of the last digit stated."""
-    half, tiny = _last_digit(stated) / 2, Fraction(1, 10**9)  # halves come out of floats a little off
-    low, high = (Fraction(pick(values)) for pick in (min, max))
-    return low - half * (1 + tiny) <= Fraction(stated) <= high + half * (1 + tiny)
+    half = _last_digit(stated) / 2 * (1 + TINY)
+    return Fraction(min(values)) - half <= Fraction(stated) <= Fraction(max(values)) + half
 
 
 def _cut_off(stated: Decimal, computed: Numeric) -> bool:
-    unit = _last_digit(stated)
-    return math.floor(abs(Fraction(computed)) / unit) * unit == abs(Fraction(stated)) and (computed < 0) == (stated < 0)
+    unit, size = _last_digit(stated), abs(Fraction(computed)) * (1 + TINY)
+    return math.floor(size / unit) * unit == abs(Fraction(stated)) and (computed < 0) == (stated < 0)
 
 
 def _last_digit(stated: Decimal) -> Fraction:
@@ -112,18 +112,25 @@ def _last_digit(stated: Decimal) -> Fraction:
 
 @dataclass
 class Rows:
-    """The rows of one claim, numbered as they are added. group: "A15"; reference: the lecture, or the paper with its place."""
+    """The rows of one claim, numbered as they are added.
+
+    group: "A15"; reference: the lecture, or the paper with its place, unless a row has its own as `where`.
+    """
 
     group: str
     reference: str
     rows: list[Claim] = field(default_factory=list)
 
     def number(
-        self, claim: str, stated: str, computed: Numeric, unit: str, why: str, *, assuming: Numeric | None = None, spread: Sequence[Numeric] = ()
-    ) -> None:
-        """stated: the digits as written, with or without commas."""
+        self, claim: str, stated: str, computed: Numeric, unit: str, why: str, *,
+        assuming: Numeric | None = None, spread: Sequence[Numeric] = (), where: str = "",
+    ) -> None:  # fmt: skip
+        """stated: the digits as written, with or without commas. The reason is added where digits are cut off."""
         value = Decimal(stated.replace(",", ""))
-        self._add(claim, value, computed, unit, judge(value, computed, assuming=assuming, spread=spread), why)
+        verdict = judge(value, computed, assuming=assuming, spread=spread)
+        if verdict == ASSUMPTION and assuming is None:
+            why = f"{why} The digits stated are cut off, not rounded."
+        self._add(claim, value, computed, unit, verdict, why, where)
 
     def words(self, claim: str, stated: str, computed: str, why: str, *, assuming: str | None = None) -> None:
         self._add(claim, stated, computed, "", judge(stated, computed, assuming=assuming), why)
@@ -136,8 +143,9 @@ class Rows:
         """What arithmetic cannot decide; `why` names what shows it."""
         self._add(claim, None if stated is None else Decimal(stated.replace(",", "")), None, unit, judge(None, None), why)
 
-    def _add(self, claim: str, stated: Stated, computed: Computed, unit: str, verdict: str, why: str) -> None:
-        self.rows.append(Claim(f"{self.group}.{len(self.rows) + 1} {self.reference}", claim, stated, computed, unit, verdict, why))
+    def _add(self, claim: str, stated: Stated, computed: Computed, unit: str, verdict: str, why: str, where: str = "") -> None:
+        source = f"{self.group}.{len(self.rows) + 1} {where or self.reference}"
+        self.rows.append(Claim(source, claim, stated, computed, unit, verdict, why))
 
 
 class Claims(Sequence[Claim]):
@@ -170,17 +178,21 @@ class Claims(Sequence[Claim]):
     def where(self, *, source: str | None = None, verdict: str | None = None) -> Claims:
         """The rows of one source, of one verdict, or both.
 
-        source: a row ("B9.2"), a claim ("B9"), or words of the lecture or paper ("Lecture 10.5", "arXiv:2305.14314").
+        source: a row ("B9.2"), a claim ("B9"), or else words of the lecture or paper ("Lecture 10.5", "arXiv:2305.14314").
         Raises MemoryMathError for a verdict that there is not, and for a source that no row has.
         """
         if verdict is not None and verdict not in VERDICTS:
             near = get_close_matches(verdict, VERDICTS, n=1)
             raise MemoryMathError(f"verdict={verdict!r}: expected one of {', '.join(VERDICTS)}{f' (did you mean {near[0]!r}?)' if near else ''}")
-        of_source = [row for row in self.rows if source is None or _is_of(row, source)]
+        of_source = self.rows if source is None else self._of(source)
         if source is not None and not of_source:
             groups = list(dict.fromkeys(row.group for row in self.rows))
             raise MemoryMathError(f"source={source!r}: no row is of it; claims here: {', '.join(groups)}")
         return Claims(row for row in of_source if verdict in (None, row.verdict))
+
+    def _of(self, source: str) -> tuple[Claim, ...]:
+        named = tuple(row for row in self.rows if source in (row.id, row.group))
+        return named or tuple(row for row in self.rows if source.lower() in row.source.partition(" ")[2].lower())
 
     def counts(self) -> dict[str, int]:
         """Verdict -> rows."""
@@ -193,9 +205,9 @@ class Claims(Sequence[Claim]):
             stated, computed = shown(row.stated), shown(row.computed)
             unit = f" {row.unit}" if row.unit else ""
             numbers = f"stated {stated}{unit}, computed {computed}{unit}" if row.computed is not None else f"stated {stated}{unit}"
-            lines += wrap(f"{row.verdict:<18}{row.id:<12}{row.claim}: {numbers}", WIDTH, subsequent_indent=" " * 30)
+            lines += _wrapped(f"{row.verdict:<18}{row.id:<17} {row.claim}: {numbers}", first="")
             if row.verdict not in (EXACT, ROUNDED):
-                lines += wrap(row.why, WIDTH, initial_indent=" " * 30, subsequent_indent=" " * 30)
+                lines += _wrapped(row.why, first=" " * INDENT)
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -213,8 +225,8 @@ class Claims(Sequence[Claim]):
         return [[row.source, row.claim, shown(row.stated), shown(row.computed), row.unit, row.verdict, row.why] for row in self.rows]
 
 
-def _is_of(row: Claim, source: str) -> bool:
-    return source in (row.id, row.group) or source.lower() in row.source.partition(" ")[2].lower()
+def _wrapped(text: str, first: str) -> list[str]:
+    return wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * INDENT, break_on_hyphens=False)
 
 
 def _summary(rows: Claims) -> str:

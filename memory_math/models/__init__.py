@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from .base import Model
 from .bert import TransformersBert
+from .falcon import TransformersFalcon
 from .gpt2 import TransformersGPT2
 from .llama import TransformersLlama
 from .llama_lora_lab import LoraLabLlama
+from .mixtral import TransformersMixtral
+from .neox import TransformersNeoX
+from .opt import TransformersOPT
+from .t5 import TransformersT5
 
-MODELS: dict[tuple[str, str], type[Model]] = {("transformers", "llama"): TransformersLlama, ("transformers", "bert"): TransformersBert, ("transformers", "gpt2"): TransformersGPT2, ("lora_lab", "llama"): LoraLabLlama}
+MODELS: dict[tuple[str, str], type[Model]] = {("transformers", "llama"): TransformersLlama, ("transformers", "bert"): TransformersBert, ("transformers", "t5"): TransformersT5, ("transformers", "mixtral"): TransformersMixtral, ("transformers", "gpt2"): TransformersGPT2, ("transformers", "gpt_neox"): TransformersNeoX, ("transformers", "falcon"): TransformersFalcon, ("transformers", "opt"): TransformersOPT, ("lora_lab", "llama"): LoraLabLlama}

@@ -6,6 +6,7 @@ from .. import operations as ops
 from ..tape import Sized
 from .base import Model
 
+
 def attend(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None) -> Sized:
     """q: [B, T, q width], k and v: [B, P + T, kv width]. mask: [B, 1, T, P + T], where causality alone does not say who sees whom."""
     core = eager if model.request.attention == "eager" else fused

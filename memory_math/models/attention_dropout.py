@@ -7,6 +7,8 @@ float32. On CUDA a bias keeps FlashAttention out, and the memory-efficient kerne
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from .. import operations as ops
 from ..precision import INDEX_BYTES, LOGSUMEXP_BYTES
 from ..tape import Sized
@@ -15,55 +17,69 @@ from .base import Model
 EFFICIENT_ROWS = 32  # the memory-efficient kernel's log-sum-exp is padded to a multiple of so many queries
 
 
-def attend(model: Model, q: Sized, k: Sized, v: Sized, bias: Sized | None = None) -> tuple[Sized, Sized | None]:
-    """q: [B, Tq, a * hd], k and v: [B, Tk, a * hd], bias: [1, a, Tq, Tk]. Returns the mixed values and, where they are returned, the weights."""
+@dataclass(frozen=True)
+class Extras:
+    """What a family's attention has beside q, k and v: [1, a, Tq, Tk] added to the scores, in eager attention a mask [B, 1, Tq, Tk], too.
+
+    in_order: k and v come out of a cache, head by head, as the batched product wants them.
+    """
+
+    bias: Sized | None = None
+    mask: Sized | None = None
+    in_order: bool = False
+
+
+def attend(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras | None = None) -> tuple[Sized, Sized | None]:
+    """q: [B, Tq, a * hd], k and v: [B, Tk, a * hd]. Returns the mixed values and, in eager attention, the weights."""
+    extras = extras or Extras()
     core = eager if model.request.attention == "eager" else sdpa
     if model.request.gradient_checkpointing == "attention":
-        inputs = [q, k, v, *([] if bias is None else [bias])]
-        return model.tape.checkpoint(lambda *tensors: core(model, *tensors)[0], *inputs), None
-    return core(model, q, k, v, bias)
+        given = [] if extras.bias is None else [extras.bias]
+        without = replace(extras, bias=None)
+        return model.tape.checkpoint(lambda q, k, v, *bias: core(model, q, k, v, replace(without, bias=bias[0] if bias else None))[0], q, k, v, *given), None
+    return core(model, q, k, v, extras)
 
 
-def eager(model: Model, q: Sized, k: Sized, v: Sized, bias: Sized | None = None) -> tuple[Sized, Sized | None]:
-    """Scores, scaled, softmax in their own dtype, dropout; a x Tq x Tk per row, four times and the mask."""
+def eager(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras) -> tuple[Sized, Sized | None]:
+    """Scores, scaled, with bias and mask, softmax in their own dtype, dropout: a x Tq x Tk per row each time."""
     tape, autocast = model.tape, model.autocast
     q, k, v = (ops.cast(tape, tensor, autocast or tensor.itemsize) for tensor in (q, k, v))
-    s = ops.matmul(tape, "attention scores", *_laid_out(model, q, k), scores(model, q, k))
+    s = _scores(model, q, k, extras)
     s = ops.elementwise(tape, "attention scaling", s)
-    if bias is not None:
-        s = ops.add(tape, "attention bias", s, expanded(model, bias, s.numel))
+    s = _biased(model, s, extras.bias)
+    if (mask := extras.mask) is not None:
+        s = tape.record("attention mask", [s], lambda: tape.new(s.numel, max(s.itemsize, mask.itemsize)), passes=True)
     s = ops.softmax(tape, "attention softmax", ops.cast(tape, s, 4) if autocast and tape.device == "cuda" else s)
     s = weights = dropped(model, s)
-    mixed = ops.matmul(tape, "attention", ops.cast(tape, s, autocast or s.itemsize), *_laid_out(model, v), q.numel)
+    mixed = ops.matmul(tape, "attention", ops.cast(tape, s, autocast or s.itemsize), _laid_out(model, v, extras.in_order), q.numel)
     del s
     return ops.copy(tape, "attention", mixed), weights
 
 
-def sdpa(model: Model, q: Sized, k: Sized, v: Sized, bias: Sized | None = None) -> tuple[Sized, Sized | None]:
+def sdpa(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras) -> tuple[Sized, Sized | None]:
     """scaled_dot_product_attention, by the kernel that PyTorch chooses for it."""
-    tape, rows = model.tape, model.arch.heads * q.numel // model.arch.query_width
+    tape, rows, bias = model.tape, model.arch.heads * q.numel // model.arch.query_width, extras.bias
     if model.autocast is not None:
         q, k, v = (ops.cast(tape, tensor, model.autocast) for tensor in (q, k, v))
         bias = None if bias is None else ops.cast(tape, bias, model.autocast)
     if tape.device == "cpu" and (attention_dropout(model) or (bias is not None and bias.needs_grad)):
-        return in_parts(model, q, k, v, bias), None
+        return in_parts(model, q, k, v, replace(extras, bias=bias)), None
     if tape.device == "cuda" and bias is not None:
         return memory_efficient(model, q, k, v, bias), None
     return ops.scaled_dot_product_attention(tape, q, k, v, rows, mask=bias), None
 
 
-def in_parts(model: Model, q: Sized, k: Sized, v: Sized, bias: Sized | None) -> Sized:
+def in_parts(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras) -> Sized:
     """_scaled_dot_product_attention_math: 16-bit inputs in float32, q and k each times the root of the scale."""
     tape, itemsize = model.tape, q.itemsize
     wide_q, wide_k, wide_v = (ops.cast(tape, tensor, 4) for tensor in (q, k, v))
     scaled = ops.elementwise(tape, "attention scaling", wide_q)
-    s = ops.matmul(tape, "attention scores", *_laid_out(model, scaled, ops.elementwise(tape, "attention scaling", wide_k)), scores(model, q, k))
-    if bias is not None:
-        s = ops.add(tape, "attention bias", s, expanded(model, bias, s.numel))
+    s = _scores(model, scaled, ops.elementwise(tape, "attention scaling", wide_k), extras)
+    s = _biased(model, s, extras.bias)
     s = ops.softmax(tape, "attention softmax", s)
     s = dropped(model, s)
     returned = ops.cast(tape, s, itemsize)
-    mixed = ops.cast(tape, ops.matmul(tape, "attention", s, *_laid_out(model, wide_v), q.numel), itemsize)
+    mixed = ops.cast(tape, ops.matmul(tape, "attention", s, _laid_out(model, wide_v, extras.in_order), q.numel), itemsize)
     del s, returned, scaled, wide_q, wide_k, wide_v
     return ops.copy(tape, "attention", mixed)
 
@@ -82,10 +98,15 @@ def memory_efficient(model: Model, q: Sized, k: Sized, v: Sized, bias: Sized) ->
     return tape.record("attention", [q, k, v, bias], lambda: tape.new(q.numel, q.itemsize), keeps_after=keeps, scratch=scratch)
 
 
-def scores(model: Model, q: Sized, k: Sized) -> int:
-    """B * a * Tq * Tk."""
-    width = model.arch.query_width
-    return model.arch.heads * (q.numel // width) * (k.numel // width // model.request.batch_size)
+def _scores(model: Model, q: Sized, k: Sized, extras: Extras) -> Sized:
+    """[B, a, Tq, Tk]."""
+    width, batch = model.arch.query_width, model.request.batch_size
+    numel = model.arch.heads * (q.numel // width) * (k.numel // width // batch)
+    return ops.matmul(model.tape, "attention scores", _laid_out(model, q), _laid_out(model, k, extras.in_order), numel)
+
+
+def _biased(model: Model, s: Sized, bias: Sized | None) -> Sized:
+    return s if bias is None else ops.add(model.tape, "attention bias", s, expanded(model, bias, s.numel))
 
 
 def attention_dropout(model: Model) -> float:
@@ -101,6 +122,6 @@ def expanded(model: Model, x: Sized, numel: int) -> Sized:
     return model.tape.record("expand", [x], lambda: Sized(numel, x.itemsize, x.storage))
 
 
-def _laid_out(model: Model, *tensors: Sized) -> list[Sized]:
+def _laid_out(model: Model, x: Sized, in_order: bool = False) -> Sized:
     """The batched product wants [B * a, T, hd]: a view of one row, a copy of several."""
-    return list(tensors) if model.request.batch_size == 1 else [ops.copy(model.tape, "attention", tensor) for tensor in tensors]
+    return x if in_order or model.request.batch_size == 1 else ops.copy(model.tape, "attention", x)

@@ -135,6 +135,10 @@ class Model(abc.ABC):
         del hidden
         ops.linear(self.tape, last, self.head, part="logits")
 
+    def linear(self, x: Sized, path: str) -> Sized:
+        """The linear layer at `path`, without what PEFT adds."""
+        return ops.linear(self.tape, x, self.weights[path], self.weights.get(f"{path}.bias"), self.autocast)
+
     def run_block(self, number: int, forward: Callable[..., Sized], *inputs: Sized) -> Sized:
         """One block, checkpointed where the request says so."""
         return self.tape.checkpoint(forward, *inputs) if self.request.checkpoints(number) else forward(*inputs)

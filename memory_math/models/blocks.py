@@ -1,24 +1,86 @@
-"""What the older decoders share on the tape: dropout, one matrix for q, k and v, and attention with or without a kernel of its own.
-
-PyTorch has no fused kernel on the CPU where the weights are dropped out, and none anywhere where keys have fewer heads than queries and
-`enable_gqa` is not asked for; then scaled_dot_product_attention is the sum of its parts, in float32. Sources: torch/nn/functional.py,
-aten/src/ATen/native/transformers/attention.cpp (_scaled_dot_product_attention_math) and sdp_utils_cpp.h of PyTorch 2.13.
-"""
+"""What GPT-2, OPT, GPT-NeoX and Falcon share on the tape: the frame of a language model, and the small parts of a block."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import ClassVar
 
 from .. import operations as ops
-from ..tape import Sized, Tape
-from .attention_dropout import expanded, memory_efficient
+from ..errors import MemoryMathError
+from ..request import Request
+from ..tape import Ledger, Sized, Tape
+from .attention_dropout import expanded
 from .base import Model, cached
-from .peft_layers import with_prompt
+from .losses import token_loss
+from .peft_layers import prefix_of, with_prompt, with_virtual_labels
 
 
-def dropout(model: Model, x: Sized, share: float) -> Sized:
-    """nn.Dropout: nothing at all without training or where the share is 0."""
-    return ops.dropout(model.tape, x) if share and model.request.trains else x
+class Decoder(Model):
+    """A language model with labels; a family writes down `hidden_states`. takes_prefix: whether PEFT's prefixes fit its keys and values."""
+
+    takes_prefix: ClassVar[bool] = True
+
+    def __init__(self, request: Request, ledger: Ledger) -> None:
+        arch = request.architecture
+        if arch.task != "ForCausalLM":
+            raise MemoryMathError(f"{arch.name} as {arch.task} is not modelled: of {arch.family}, only ForCausalLM is")
+        if request.compile:
+            raise MemoryMathError(f"compile=True is not modelled for {arch.name}: leave it at False")
+        if request.method == "prefix" and not self.takes_prefix:
+            raise MemoryMathError(f"method='prefix' is not modelled for {arch.name}, whose keys PEFT 0.21 cannot prefix: use 'prompt' or 'lora'")
+        super().__init__(request, ledger)
+
+    def loss(self, ids: Sized, labels: Sized) -> Sized:
+        hidden = self.hidden_states(ids)
+        self.ledger.enter("loss")
+        return token_loss(self, hidden, with_virtual_labels(self, labels))
+
+    def embed(self, ids: Sized) -> Sized:
+        """The words' vectors, with a prompt before them, which PEFT's forward holds until the end of the model's."""
+        x = with_prompt(self, self.needed(ops.embedding(self.tape, ids, self.weights[self.embedding_path])))
+        if self.request.method == "prompt":
+            self.hold(x)
+        return x
+
+    def dropout(self, x: Sized, share: float) -> Sized:
+        """nn.Dropout: nothing at all without training or where the share is 0."""
+        return ops.dropout(self.tape, x) if share and self.request.trains else x
+
+    def causal_mask(self, x: Sized, always: bool = False) -> Sized | None:
+        """Who sees whom, [B, 1, T, P + T]: numbers in x's dtype for eager attention; for sdpa, if needed or `always`, a yes or no per pair of one row."""
+        pairs = self.sequence * (self.request.prefix + self.sequence)
+        if self.request.attention == "eager":
+            return self.tape.new(self.request.batch_size * pairs, x.itemsize, "other")
+        if self.request.attention == "flash" or not (always or self.request.prefix):
+            return None
+        return Sized(self.request.batch_size * pairs, 1, self.tape.new(pairs, 1, "other").storage)
+
+
+class Past:
+    """DynamicCache: keys and values of all blocks, in tensors of their own, for the tokens to come or behind a prefix."""
+
+    def __init__(self, model: Model, cache: list[Sized] | None) -> None:
+        self.model, self.cache, self.prefix = model, cache, prefix_of(model)
+
+    @property
+    def in_order(self) -> str:
+        """Keys and values in a cache lie head by head."""
+        return "" if self.prefix is None and self.cache is None else "kv"
+
+    def update(self, layer: int, k: Sized, v: Sized) -> tuple[Sized, Sized]:
+        """What attention works with; k and v themselves where there is no cache."""
+        tape = self.model.tape
+        if self.prefix is not None:
+            k, v, _ = self.prefix.layers[layer].before(k, v)
+            self.model.hold(k, v)
+        elif self.cache is not None:
+            k, v = cached(ops.copy(tape, "cache", k)), cached(ops.copy(tape, "cache", v))
+            self.cache += [k, v]
+        return k, v
+
+
+def view(tape: Tape, name: str, x: Sized, numel: int | None = None) -> Sized:
+    """The same storage, or `numel` elements of it; backward makes a gradient for all of x."""
+    return tape.record(name, [x], lambda: Sized(numel or x.numel, x.itemsize, x.storage))
 
 
 def split(tape: Tape, fused: Sized, *numels: int) -> list[Sized]:
@@ -28,125 +90,17 @@ def split(tape: Tape, fused: Sized, *numels: int) -> list[Sized]:
     return [Sized(numel, whole.itemsize, whole.storage, whole.node) for numel in numels]
 
 
-def causal_mask(model: Model, x: Sized, in_numbers: bool) -> Sized:
-    """Who sees whom, [B, 1, T, T] in x's dtype as eager attention adds it, or a true or false for each pair of one row."""
-    pairs = model.tokens * model.sequence
-    return model.tape.new(pairs, x.itemsize, "other") if in_numbers else model.tape.new(pairs // model.request.batch_size, 1, "other")
+def rotary(tape: Tape, x: Sized, table: Sized) -> Sized:
+    """``x * cos + rotate_half(x) * sin``, in the wider of the two dtypes; `table` holds cos and sin, and is all that is kept."""
 
+    def times(x: Sized) -> Sized:
+        return tape.record("rotary", [x], lambda: tape.new(x.numel, max(x.itemsize, table.itemsize)), keeps=[table])
 
-def embed(model: Model, ids: Sized) -> Sized:
-    """The words' vectors, with a prompt before them, which PEFT's forward holds until the end of the model's."""
-    x = with_prompt(model, model.needed(ops.embedding(model.tape, ids, model.weights[model.embedding_path])))
-    if model.prompt is not None:
-        model.hold(x)
-    return x
+    straight = times(x)
+    turned = ops.elementwise(tape, "rotary", x, busy=x.nbytes // 2, scratch=x.nbytes)
+    return ops.add(tape, "rotary", straight, times(turned))
 
 
 def plus_positions(model: Model, embedded: Sized, positions: Sized) -> Sized:
     """[B, T, H] + [1, T, H]."""
     return ops.add(model.tape, "positions", embedded, expanded(model, positions, embedded.numel))
-
-
-def into_cache(model: Model, k: Sized, v: Sized, cache: list[Sized] | None) -> tuple[Sized, Sized]:
-    """DynamicCache.update: keys and values are copied into tensors that stay; nothing happens where there is no cache."""
-    if cache is None:
-        return k, v
-    k, v = cached(ops.copy(model.tape, "cache", k)), cached(ops.copy(model.tape, "cache", v))
-    cache += [k, v]
-    return k, v
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """How a family's eager attention takes its softmax.
-
-    taken_in, cast_to: bytes per element; None is the scores' own dtype, which autocast on CUDA turns into float32. in_order: q and k lie head by head already, as the product takes them. in_place: scores are scaled
-    where they are.
-    """
-
-    taken_in: int | None
-    cast_to: int
-    in_order: bool = False
-    in_place: bool = False
-
-
-def attend(
-    model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None, softmax: Softmax, share: float = 0.0
-) -> tuple[Sized, Sized | None]:  # fmt: skip
-    """The mixed values [B, T, a * hd], and the weights where eager attention returns them. mask: see `causal_mask`."""
-
-    def core(q: Sized, k: Sized, v: Sized) -> tuple[Sized, Sized | None]:
-        if model.request.attention != "eager":
-            return sdpa(model, q, k, v, mask, share), None
-        assert mask is not None
-        return eager(model, q, k, v, mask, softmax, share)
-
-    if model.request.gradient_checkpointing == "attention":
-        return model.tape.checkpoint(lambda *tensors: core(*tensors)[0], q, k, v), None
-    return core(q, k, v)
-
-
-def sdpa(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None, share: float) -> Sized:
-    """scaled_dot_product_attention with `share` of the weights dropped out, by the kernel that PyTorch chooses for it."""
-    tape, rows = model.tape, model.tokens * model.arch.heads
-    if model.autocast is not None:
-        q, k, v = (ops.cast(tape, tensor, model.autocast) for tensor in (q, k, v))
-    if mask is not None and mask.itemsize != q.itemsize:
-        mask = tape.new(mask.numel, q.itemsize)  # true and false become numbers
-    if not model.request.trains:
-        share = 0.0
-    if model.request.attention != "flash" and (k.numel < q.numel or (tape.device == "cpu" and share)):
-        return in_parts(model, q, k, v, share)
-    if tape.device == "cuda" and mask is not None:
-        return memory_efficient(model, q, k, v, mask)
-    return ops.scaled_dot_product_attention(tape, q, k, v, rows, mask=mask)
-
-
-def in_parts(model: Model, q: Sized, k: Sized, v: Sized, share: float) -> Sized:
-    """_scaled_dot_product_attention_math: 16-bit inputs in float32, q and k each times the root of the scale."""
-    tape, itemsize = model.tape, q.itemsize
-    wide_q, wide_k, wide_v = (ops.cast(tape, tensor, 4) for tensor in (q, k, v))
-    scaled = ops.elementwise(tape, "attention scaling", wide_q)
-    s = _scores(model, scaled, ops.elementwise(tape, "attention scaling", wide_k), autocast=None)
-    inside = tape.inside_kernel(s.numel * (s.itemsize + 1))
-    s = tape.record("attention softmax", [s], lambda: tape.new(s.numel, s.itemsize), keeps_after=lambda y: [y], busy=inside)
-    s = dropout(model, s, share)
-    returned = ops.cast(tape, s, itemsize)
-    mixed = ops.cast(tape, _mixed(model, s, wide_v, autocast=None), itemsize)
-    del s, returned, scaled, wide_q, wide_k, wide_v
-    return ops.copy(tape, "attention", mixed)
-
-
-def eager(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized, softmax: Softmax, share: float = 0.0) -> tuple[Sized, Sized]:
-    """Scores, scaled, masked, their softmax, dropout: a x T x T per row each time."""
-    tape = model.tape
-    s = _scores(model, q, k, model.autocast, softmax.in_order)
-    s = _view(tape, "attention scaling", s) if softmax.in_place else ops.elementwise(tape, "attention scaling", s)
-    s = tape.record("attention mask", [s], lambda: tape.new(s.numel, max(s.itemsize, mask.itemsize)), passes=True)
-    own = 4 if model.autocast and tape.device == "cuda" else s.itemsize
-    s = ops.softmax(tape, "attention softmax", ops.cast(tape, s, softmax.taken_in or own))
-    s = ops.cast(tape, s, softmax.cast_to)
-    s = dropout(model, s, share)
-    return ops.copy(tape, "attention", _mixed(model, s, v, model.autocast)), s
-
-
-def _view(tape: Tape, name: str, x: Sized) -> Sized:
-    """Done in place."""
-    return tape.record(name, [x], lambda: Sized(x.numel, x.itemsize, x.storage))
-
-
-def _scores(model: Model, q: Sized, k: Sized, autocast: int | None, in_order: bool = False) -> Sized:
-    q, k = (ops.cast(model.tape, tensor, autocast or tensor.itemsize) for tensor in (q, k))
-    q, k = (tensor if in_order else _laid_out(model, tensor, q.numel) for tensor in (q, k))
-    return ops.matmul(model.tape, "attention scores", q, k, model.tokens * model.arch.heads * model.sequence)
-
-
-def _mixed(model: Model, weights: Sized, v: Sized, autocast: int | None) -> Sized:
-    numel = model.tokens * model.arch.query_width
-    weights, v = (ops.cast(model.tape, tensor, autocast or tensor.itemsize) for tensor in (weights, v))
-    return ops.matmul(model.tape, "attention", weights, _laid_out(model, v, numel), numel)
-
-
-def _laid_out(model: Model, x: Sized, numel: int) -> Sized:
-    """The batched product wants [B * a, T, hd]: a view of one row, a copy of several; one head of k or v serves all of q's."""
-    return expanded(model, x, numel) if model.request.batch_size == 1 else ops.copy(model.tape, "attention", x, numel)

@@ -9,16 +9,16 @@ from .. import operations as ops
 from ..families.gpt2 import GPT2
 from ..operations import Weight
 from ..tape import Sized
-from . import blocks, norms
+from . import norms
 from .activations import activate
-from .base import Model
-from .losses import token_loss
-from .peft_layers import linear, with_virtual_labels
+from .blocks import Decoder, Past, plus_positions, split
+from .decoder_attention import Habits, attend
+from .peft_layers import linear
 
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 
 
-class TransformersGPT2(Model):
+class TransformersGPT2(Decoder):
     """GPT2LMHeadModel with labels."""
 
     arch: GPT2
@@ -29,20 +29,14 @@ class TransformersGPT2(Model):
         shape = (columns, rows) if name.endswith(CONV1D) else (rows, columns)
         return super()._weight(name, *shape, quantized)
 
-    def loss(self, ids: Sized, labels: Sized) -> Sized:
-        hidden = self.hidden_states(ids)
-        self.ledger.enter("loss")
-        return token_loss(self, hidden, with_virtual_labels(self, labels))
-
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
-        embedded = blocks.embed(self, ids)
-        numbers = self.ids(self.sequence)
+        embedded, numbers, past = self.embed(ids), self.ids(self.sequence), Past(self, cache)
         positions = ops.embedding(self.tape, numbers, self.weights["transformer.wpe"])
-        x = blocks.plus_positions(self, embedded, positions)
-        mask = blocks.causal_mask(self, embedded, True) if self.request.attention == "eager" else None
-        x = blocks.dropout(self, x, self.arch.embedding_dropout)
+        x = plus_positions(self, embedded, positions)
+        mask = self.causal_mask(embedded)
+        x = self.dropout(x, self.arch.embedding_dropout)
         for layer in range(self.arch.layers):
-            x = self.run_block(layer, Block(self, f"transformer.h.{layer}", cache).forward, x, *([] if mask is None else [mask]))
+            x = self.run_block(layer, Block(self, layer, past).forward, x, *([] if mask is None else [mask]))
         x = norms.layer_norm(self, x, "transformer.ln_f")
         del embedded, numbers, positions, mask  # the names live as long as the forward does
         return x
@@ -51,8 +45,9 @@ class TransformersGPT2(Model):
 class Block:
     """GPT2Block. The weights that eager attention returns live as long as it runs."""
 
-    def __init__(self, model: TransformersGPT2, path: str, cache: list[Sized] | None) -> None:
-        self.model, self.tape, self.path, self.cache = model, model.tape, path, cache
+    def __init__(self, model: TransformersGPT2, layer: int, past: Past) -> None:
+        self.model, self.tape, self.layer, self.past = model, model.tape, layer, past
+        self.path = f"transformer.h.{layer}"
 
     def forward(self, x: Sized, mask: Sized | None = None) -> Sized:
         residual = x
@@ -68,16 +63,16 @@ class Block:
 
     def attn(self, x: Sized, mask: Sized | None) -> tuple[Sized, Sized | None]:
         model, width = self.model, self.model.tokens * self.model.arch.query_width
-        q, k, v = blocks.split(self.tape, linear(model, x, f"{self.path}.attn.c_attn"), width, width, width)
-        k, v = blocks.into_cache(model, k, v, self.cache)
-        softmax = blocks.Softmax(taken_in=None, cast_to=v.itemsize)
-        mixed, weights = blocks.attend(model, q, k, v, mask, softmax, model.arch.attention_dropout)
+        q, k, v = split(self.tape, linear(model, x, f"{self.path}.attn.c_attn"), width, width, width)
+        k, v = self.past.update(self.layer, k, v)
+        habits = Habits(cast_to=v.itemsize, dropout=model.arch.attention_dropout, in_order=self.past.in_order)
+        mixed, weights = attend(model, q, k, v, mask, habits)
         mixed = linear(model, mixed, f"{self.path}.attn.c_proj")
-        return blocks.dropout(model, mixed, model.arch.dropout), weights
+        return model.dropout(mixed, model.arch.dropout), weights
 
     def mlp(self, x: Sized) -> Sized:
         model, path = self.model, f"{self.path}.mlp"
         x = linear(model, x, f"{path}.c_fc")
         x = activate(self.tape, model.arch.activation, x)
         x = linear(model, x, f"{path}.c_proj")
-        return blocks.dropout(model, x, model.arch.dropout)
+        return model.dropout(x, model.arch.dropout)

@@ -33,11 +33,16 @@ class TransformersLlama(Model):
         x = self.needed(x)
         prefix = prefix_of(self)
         for layer in range(self.arch.layers):
-            block = Block(self, f"model.layers.{layer}", rotary, mask, cache, prefix.layers[layer] if prefix else None)
+            block = self.block(self, f"model.layers.{layer}", rotary, mask, cache, prefix.layers[layer] if prefix else None)
             x = self.run_block(layer, block.forward, x)
         hidden = self.norm(x, "model.norm")
         del embedded
         return hidden
+
+    @property
+    def block(self) -> type[Block]:
+        """The class of a block."""
+        return Block
 
     def norm(self, x: Sized, path: str) -> Sized:
         return (norms.gemma_norm if self.arch.norm_plus_one else norms.rms_norm)(self, x, path)

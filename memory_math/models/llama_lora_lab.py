@@ -8,8 +8,8 @@ of one length, so that attention needs no mask.
 from __future__ import annotations
 
 from .. import operations as ops
-from .base import Model, cached
 from ..tape import Sized, Tape
+from .base import Model, cached
 
 CHUNK_BYTES = 32 * 2**20  # lora_lab.models.losses.CHUNK_BYTES, held equal by a test
 

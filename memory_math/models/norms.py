@@ -53,13 +53,13 @@ def layer_norm(model: Model, x: Sized, path: str) -> Sized:
 
     Autocast on CUDA runs it in float32.
     """
-    tape, weight = model.tape, model.weights[path]
-    inputs = [x, weight, *([model.weights[f"{path}.bias"]] if f"{path}.bias" in model.weights else [])]
+    tape = model.tape
+    inputs = [x, *(model.weights[name] for name in (path, f"{path}.bias") if name in model.weights)]
     if model.autocast is not None and tape.device == "cuda":
         inputs = [ops.cast(tape, tensor, 4) for tensor in inputs]
     wide = inputs[0]
-    same = tape.device == "cpu" and wide.itemsize == inputs[1].itemsize
-    statistics = 2 * (wide.itemsize if same else 4) * (x.numel // weight.numel)
+    same = tape.device == "cpu" and all(tensor.itemsize == wide.itemsize for tensor in inputs)
+    statistics = 2 * (wide.itemsize if same else 4) * (x.numel // model.arch.hidden)
 
     def keeps(y: Sized) -> list[Sized]:
         return [wide, tape.new(statistics, 1)]

@@ -13,7 +13,7 @@ from .base import Adapter, Model
 
 def linear(model: Model, x: Sized, path: str) -> Sized:
     """nn.Linear, and where it is adapted what PEFT adds: x in the adapter's dtype, the update, the sum, and a cast back."""
-    y = ops.linear(model.tape, x, model.weights[path], model.weights.get(f"{path}.bias"), model.autocast)
+    y = model.linear(x, path)
     if path not in model.adapters:
         return y
     adapter, itemsize = model.adapters[path], y.itemsize

@@ -1,4 +1,4 @@
-"""Rows B4's multiplier, B7, B7b and B8 of "Lecture 10.5": the tables of what consumes memory, naive and optimized, for Llama-2-70B.
+"""Rows B7 to B12 of "Lecture 10.5": the tables of what consumes memory, naive and optimized, for Llama-2-70B, and LoRA.
 
 The second table lets gradients vanish by gradient checkpointing. Checkpointing makes activations small, which the tables do not have;
 gradients and optimizer states vanish by LoRA. predict shows both, part by part.
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..architectures import count_parameters
+from ..architectures import architecture_of
 from ..footprint import Footprint, predict
 from ..optimizers import Shape, state_bytes
 from ..precision import precision_of
+from .lecture_a_use import later
 from .lecture_b import GPU, LECTURE, MODEL, SLIDE_PARAMETERS
 from .rows import Rows
 
@@ -34,43 +35,26 @@ def _steps() -> _Steps:
     def step(method: str, checkpointing: bool) -> Footprint:
         return predict(
             MODEL, method=method, precision="bf16", sequence_length=WINDOW, gradient_checkpointing=checkpointing, target_modules=SKINNY,
-            optimizer_implementation="fused",
         )  # fmt: skip
 
     return _Steps(step("full", False), step("full", True), step("lora", False), step("lora", True))
 
 
-def b4_multiplier() -> Rows:
-    rows = Rows("B4m", LECTURE)
-    count, half = count_parameters(MODEL), precision_of("fp16").trained
-    weights = count * half
-    moments = state_bytes("adamw", [Shape(1, count.total, 4)])
-    masters = state_bytes("adamw", [Shape(1, count.total, half)], masters=True)
-    momentum = state_bytes("momentum", [Shape(1, count.total, half)])
-    rows.number("lowest multiplier", "3", (2 * weights + momentum) / weights, "x the weights", "Weights, gradients, and one momentum, all in 16 bit.")
-    rows.number(
-        "highest multiplier", "6", (2 * weights + masters) / weights, "x the weights",
-        "6 is 16-bit weights and gradients with Adam's moments in 32 bit; the usual mixed precision has 32-bit masters too, and is 8.",
-        assuming=(2 * weights + moments) / weights,
-    )  # fmt: skip
-    return rows
-
-
 def b7() -> Rows:
     rows = Rows("B7", LECTURE)
-    step = predict(MODEL, precision="bf16", sequence_length=1, optimizer="momentum")
-    count = step.parameters
+    step = predict(MODEL, precision="bf16", sequence_length=1)
+    count, half = step.parameters, precision_of("bf16").trained
+    momentum = state_bytes("momentum", [Shape(1, count, half)])
     rows.number("parameters", "140", step.weights / 1e9, "GB", f"{count:,} x 2 bytes.")
     rows.number("gradients", "140", step.gradients / 1e9, "GB", f"{count:,} x 2 bytes.")
-    rows.number("optimizer states, least", "140", step.optimizer_states / 1e9, "GB", "SGD with momentum in 16 bit: as much as the weights.")
-    rows.number("optimizer states, least, in weights", "1", step.optimizer_states / step.weights, "x the weights", "One 16-bit momentum.")
+    rows.number("optimizer states, least", "140", momentum / 1e9, "GB", "SGD with momentum in 16 bit: as much as the weights.")
+    rows.number("optimizer states, least, in weights", "1", momentum / step.weights, "x the weights", "One 16-bit momentum.")
     most = state_bytes("adamw", [Shape(1, count, 4)])
     slide = state_bytes("adamw", [Shape(1, SLIDE_PARAMETERS, 4)])
     rows.number("optimizer states, most", "560", most / 1e9, "GB", "Adam's two moments in 32 bit; 560 is of 70e9 parameters.", assuming=slide / 1e9)
     rows.number("optimizer states, most, in weights", "4", most / step.weights, "x the weights", "Adam's two moments in 32 bit, over 16-bit weights.")
-    half = precision_of("bf16").trained
     least = state_bytes("momentum", [Shape(1, SLIDE_PARAMETERS, half)])
-    for stated, ours, theirs in (("420", step.optimizer_states, least), ("840", most, slide)):
+    for stated, ours, theirs in (("420", momentum, least), ("840", most, slide)):
         total, whole = (step.weights + step.gradients + ours) / 1e9, (2 * SLIDE_PARAMETERS * half + theirs) / 1e9
         rows.number(f"total {stated}", stated, total, "GB", "With 70e9 parameters; activations are in none of the slide's lines.", assuming=whole)
     return rows
@@ -78,20 +62,23 @@ def b7() -> Rows:
 
 def b7b() -> Rows:
     rows = Rows("B7b", LECTURE)
-    one, two = (predict(MODEL, precision="bf16", sequence_length=WINDOW, batch_size=batch, optimizer="adamw8bit") for batch in (1, 2))
+    one, two = (predict(MODEL, precision="bf16", sequence_length=WINDOW, batch_size=batch) for batch in (1, 2))
     neurons = one.saved_bytes / precision_of("bf16").compute / WINDOW
     rows.number(
         "neurons per parameter", "1", neurons / one.parameters, "",
         f"Gradients count parameters, {one.parameters:,}; neurons are activations, about {neurons / 1e6:.1f} million numbers kept for a token. "
         "They are two things, and the slide takes one for the other.",
     )  # fmt: skip
-    rows.number("gradients", "140", one.gradients / 1e9, "GB", "One number per parameter in 16 bit, whatever the batch.")
+    rows.number("gradients", "140", one.gradients / 1e9, "GB", "One number per parameter, in 16 bit.")
     rows.number("gradients of two rows, in those of one", "1", two.gradients / one.gradients, "x", "Gradients do not grow with the batch ...")
     rows.number("activations of two rows, in those of one", "2", two.saved_bytes / one.saved_bytes, "x", "... and activations do.")
-    rows.number("optimizer states, #params x 1 byte x 2", "140", one.optimizer_states / 1e9, "GB", "Adam in 8 bit, with a scale for every 256.")
+    codes = state_bytes("adamw8bit", [Shape(tensor.rows, tensor.columns, 2) for tensor in architecture_of(MODEL).tensors()])
+    rows.number("optimizer states, #params x 1 byte x 2", "140", codes / 1e9, "GB", "Adam in 8 bit, with a scale for every 256.")
     moments = state_bytes("adamw", [Shape(1, one.parameters, 4)])
     slide = state_bytes("adamw", [Shape(1, SLIDE_PARAMETERS, 4)])
-    rows.number("optimizer states, #params x 4 bytes x 2", "560", moments / 1e9, "GB", "Adam in 32 bit; 560 is of 70e9 parameters.", assuming=slide / 1e9)
+    rows.number(
+        "optimizer states, #params x 4 bytes x 2", "560", moments / 1e9, "GB", "Adam in 32 bit; 560 is of 70e9 parameters.", assuming=slide / 1e9
+    )
     return rows
 
 
@@ -113,7 +100,7 @@ def b8() -> Rows:
     static = found.both.weights + trained + found.both.optimizer_states
     rows.number(
         "total", "140", found.both.total / 1e9, "GB",
-        f"Weights, gradients and states alone are {static / 1e9:.1f}; with what a checkpointed step of {window} needs it is {found.both.total / 1e9:.1f}.",
+        f"Weights, gradients and states alone are {static / 1e9:.1f}; a checkpointed step of {window} needs more.",
         assuming=static / 1e9,
     )  # fmt: skip
     rows.number("GPUs for Llama-2-70B", "2", found.both.gpus_needed(GPU), "GPUs", f"LoRA with checkpointing, {window}, if it divided evenly.")
@@ -123,4 +110,44 @@ def b8() -> Rows:
     return rows
 
 
-SECTIONS: tuple[Callable[[], Rows], ...] = (b4_multiplier, b7, b7b, b8)
+def b9() -> Rows:
+    rows = Rows("B9", LECTURE)
+    shape = architecture_of(MODEL)
+    key = next(layer for layer in shape.linears() if layer.name.endswith("k_proj"))
+    query = next(layer for layer in shape.linears() if layer.name.endswith("q_proj"))
+    rows.number("rows of A^K", "8096", key.inputs, "", f"The hidden size is {shape.hidden:,}, not 8096.")
+    why = f"K has {shape.kv_heads} heads of {shape.head_dim} (grouped queries), so A^K is {key.inputs:,} x {key.outputs:,}."
+    rows.number("columns of A^K", "8096", key.outputs, "", why)
+    rows.number("8096 x 8096", "64", 8096 * 8096 / 1e6, "million parameters", "Of the slide's own sizes: 65.5 million, not 64.")
+    rows.number("parameters of A^K", "64", key.weights / 1e6, "million parameters", f"{key.inputs:,} x {key.outputs:,} = {key.weights:,}.")
+    rows.number("hidden size", "8,192", shape.hidden, "", "Of the model's config.")
+    rows.number("key/value heads", "8", shape.kv_heads, "", "Of the model's config.")
+    rows.number("size of a head", "128", shape.head_dim, "", "8,192 / 64 heads.")
+    rows.number("A^K as it is", "8.4", key.weights / 1e6, "million parameters", "8,192 x 1,024.")
+    rows.number("8096 x 8096, to one decimal", "65.5", 8096**2 / 1e6, "million", "65,545,216.")
+    rows.number("A^Q", "67.1", query.weights / 1e6, "million parameters", "8,192 x 8,192; of A^Q, the slide's figure would have been nearly right.")
+    rows.number("self-attention layers", "80", shape.layers, "", "One A^K in each.")
+    return rows
+
+
+def b10() -> Rows:
+    rows = Rows("B10", LECTURE)
+    rows.not_measured("the change of the weights is small and can be forced to low rank", later("LoRA by hand (spectra of updates)"))
+    return rows
+
+
+def b11() -> Rows:
+    rows = Rows("B11", LECTURE)
+    rows.not_measured("freeze all base model parameters", "Shown by tests/lora_lab/training/test_precision.py: the base stays bit for bit.")
+    rows.not_measured("the update starts at zero", "Shown by tests/lora_lab/test_injection.py and tests/real/test_demo_quick.py: no output changes.")
+    rows.not_measured("SGD on the two skinny matrices", "Shown by tests/lora_lab/training/test_optimizers.py and tests/lora_lab/test_layers.py.")
+    return rows
+
+
+def b12() -> Rows:
+    rows = Rows("B12", LECTURE)
+    rows.not_measured("the effort-benefit curve of adaptation depends on the size of the base model", later("choices and claims"))
+    return rows
+
+
+SECTIONS: tuple[Callable[[], Rows], ...] = (b7, b7b, b8, b9, b10, b11, b12)
