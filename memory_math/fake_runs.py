@@ -4,7 +4,7 @@
     m = fake_step(lambda: transformers.LlamaForCausalLM(config), batch_size=2, sequence_length=2048)
     print(m.against(predict("llama-2-70b", batch_size=2, sequence_length=2048, device="cpu")))
 
-PyTorch's FakeTensorMode runs every operation on the CPU's rules without computing anything, so a step of a 7B model takes a minute or two
+PyTorch's FakeTensorMode runs every operation on the CPU's rules without computing anything, so a step of a 7B model takes less than a minute
 and less than 1 GiB. The integers among the tensors, token ids and labels, stay real: a model may look at them to see how many there are.
 """
 

@@ -133,12 +133,18 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     asked["label_tokens"] = _labels(asked["label_tokens"], asked["batch_size"], asked["sequence_length"])
     architecture = architecture if method == "inference" else architecture.with_loss()
     targets = asked.pop("target_modules")
-    adapted = adapted_layers(architecture, targets) if method in ADAPTED else {}
+    adapted = _adapted(architecture, targets) if method in ADAPTED else {}
     architecture = architecture.shard(asked["parallel"].tensor_parallel)
-    adapted = adapted_layers(architecture, targets) if adapted else {}
+    adapted = _adapted(architecture, targets) if adapted else {}
     request = Request(architecture=architecture, adapted=adapted, **asked)
     _check_together(request)
     return request
+
+
+def _adapted(architecture: Architecture, targets: object) -> dict[str, LinearLayer]:
+    """By path; PEFT's "all-linear" may go beyond the linear layers."""
+    more = architecture.beside_linears() if targets == "all-linear" else ()
+    return adapted_layers(architecture, targets) | {layer.name: layer for layer in more}
 
 
 def _check_together(request: Request) -> None:

@@ -143,6 +143,10 @@ class Architecture(abc.ABC):
         fields = Fields(config, name)
         return cls.read(fields, fields.task(cls.class_names, cls.tasks), fields.labels())
 
+    def beside_linears(self) -> tuple[LinearLayer, ...]:
+        """What PEFT's "all-linear" gives an adapter beside `linears`."""
+        return ()
+
     def with_loss(self) -> Architecture:
         """What training takes this for: itself, or where it has no loss of its own, the class that has one."""
         return self

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from .base import Architecture, Tensor, linear, matrix, norm, vector
+from .base import Architecture, LinearLayer, Tensor, linear, matrix, norm, vector
 from .fields import Fields
 
 
@@ -61,6 +61,11 @@ class Bert(Architecture):
     def pooled(self) -> bool:
         """Whether the class has a pooler: the bare model, and BERT's sequence classifier (RoBERTa's brings a layer of its own)."""
         return self.task == "Model" or (self.task == "ForSequenceClassification" and not self.roberta)
+
+    def beside_linears(self) -> tuple[LinearLayer, ...]:
+        """The layers of a classifier, which PEFT knows for one only by task_type="SEQ_CLS"."""
+        matrices = [tensor for tensor in self.top() if tensor.path.startswith("classifier") and tensor.path.endswith(".weight")]
+        return tuple(LinearLayer(tensor.path.removesuffix(".weight"), tensor.columns, tensor.rows, bias=True) for tensor in matrices)
 
     def with_loss(self) -> Bert:
         """A bare encoder is trained with a classifier on top."""

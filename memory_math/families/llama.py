@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Architecture, Tensor, linear, matrix, norm
+from .base import Architecture, LinearLayer, Tensor, linear, matrix, norm
 from .fields import Fields
 
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "mixtral": 8}  # what a config that leaves the field out stands for
@@ -94,7 +94,8 @@ class Llama(Architecture):
 class Mixtral(Llama):
     """A Mistral with `experts` gated MLPs in each block, of which a router gives every token to `experts_per_token`.
 
-    The experts are one stack of weights each for gate and up together and for down, and no linear layers: "all-linear" leaves them alone.
+    The experts are one stack of weights each for gate and up together and for down, and no linear layers. PEFT's "all-linear" adapts them all the
+    same, and the router: it carries on as with the linear layers that transformers 4 had.
     """
 
     experts: int = 8
@@ -115,6 +116,15 @@ class Mixtral(Llama):
         yield matrix(f"{path}.gate.weight", E, h, "router")
         yield matrix(f"{path}.experts.gate_up_proj", E * 2 * f, h, "experts")
         yield matrix(f"{path}.experts.down_proj", E * h, f, "experts")
+
+    def beside_linears(self) -> tuple[LinearLayer, ...]:
+        """Router and experts, by the sizes of one expert."""
+        h, f = self.hidden, self.mlp_width
+        return tuple(
+            LinearLayer(f"{self.root}layers.{layer}.mlp.{name}", inputs, outputs)
+            for layer in range(self.layers)
+            for name, inputs, outputs in (("gate", h, self.experts), ("experts.gate_up_proj", h, 2 * f), ("experts.down_proj", f, h))
+        )
 
 
 def _kv_heads(fields: Fields, kind: str, heads: int) -> int:

@@ -13,4 +13,14 @@ from .neox import TransformersNeoX
 from .opt import TransformersOPT
 from .t5 import TransformersT5
 
-MODELS: dict[tuple[str, str], type[Model]] = {("transformers", "llama"): TransformersLlama, ("transformers", "bert"): TransformersBert, ("transformers", "t5"): TransformersT5, ("transformers", "mixtral"): TransformersMixtral, ("transformers", "gpt2"): TransformersGPT2, ("transformers", "gpt_neox"): TransformersNeoX, ("transformers", "falcon"): TransformersFalcon, ("transformers", "opt"): TransformersOPT, ("lora_lab", "llama"): LoraLabLlama}
+MODELS: dict[tuple[str, str], type[Model]] = {
+    ("transformers", "llama"): TransformersLlama,
+    ("transformers", "bert"): TransformersBert,
+    ("transformers", "t5"): TransformersT5,
+    ("transformers", "mixtral"): TransformersMixtral,
+    ("transformers", "gpt2"): TransformersGPT2,
+    ("transformers", "gpt_neox"): TransformersNeoX,
+    ("transformers", "falcon"): TransformersFalcon,
+    ("transformers", "opt"): TransformersOPT,
+    ("lora_lab", "llama"): LoraLabLlama,
+}

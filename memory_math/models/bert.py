@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from .. import operations as ops
 from ..errors import MemoryMathError
-from ..families.base import LinearLayer
 from ..families.bert import Bert
 from ..operations import Weight
 from ..precision import INDEX_BYTES
@@ -41,8 +40,6 @@ class TransformersBert(Model):
         super().__init__(request, ledger)
         _check(request, self.arch)
         self.originals: list[Weight] = []
-        if self.adapters.keys() == {layer.name for layer in self.arch.linears()}:
-            self.adapters |= {layer.name: self._adapter(layer.name, layer.inputs, layer.outputs) for layer in self.classifiers()}
         if request.method == "prompt":
             self.weights |= {path: self._saved_module(weight) for path, weight in self.weights.items() if path.startswith("classifier")}
         self.buffers = self.ids(2 * self.arch.positions)  # position_ids and token_type_ids
@@ -51,11 +48,6 @@ class TransformersBert(Model):
         """PEFT's modules_to_save: a copy that trains, in the model's dtype, beside the original."""
         self.originals.append(original)
         return Weight(self.ledger, original.name, original.rows, original.columns, original.itemsize, self.request.leaf())
-
-    def classifiers(self) -> list[LinearLayer]:
-        """The linear layers of a classifier."""
-        weights = [(path, weight) for path, weight in self.weights.items() if path.startswith("classifier") and not path.endswith("bias")]
-        return [LinearLayer(path, weight.columns, weight.rows, bias=True) for path, weight in weights]
 
     def batch(self) -> tuple[Sized, Sized]:
         """ids [B, T]; labels [B, T], or [B] of a sequence classifier."""

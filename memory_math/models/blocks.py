@@ -46,7 +46,8 @@ class Decoder(Model):
         return ops.dropout(self.tape, x) if share and self.request.trains else x
 
     def causal_mask(self, x: Sized, always: bool = False) -> Sized | None:
-        """Who sees whom, [B, 1, T, P + T]: numbers in x's dtype for eager attention; for sdpa, if needed or `always`, a yes or no per pair of one row."""
+        """Who sees whom, [B, 1, T, P + T]: numbers in x's dtype for eager attention; for sdpa, where a prefix needs it or `always`, yes and no,
+        stored for one row."""
         pairs = self.sequence * (self.request.prefix + self.sequence)
         if self.request.attention == "eager":
             return self.tape.new(self.request.batch_size * pairs, x.itemsize, "other")

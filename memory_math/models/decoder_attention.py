@@ -65,13 +65,17 @@ def in_parts(model: Decoder, q: Sized, k: Sized, v: Sized, habits: Habits) -> Si
     wide_q, wide_k, wide_v = (ops.cast(tape, tensor, 4) for tensor in (q, k, v))
     scaled = ops.elementwise(tape, "attention scaling", wide_q)
     s = scores(model, scaled, ops.elementwise(tape, "attention scaling", wide_k), habits.in_order)
-    inside = tape.inside_kernel(s.numel * (s.itemsize + 1))  # _safe_softmax looks for rows in which nothing is seen
-    s = tape.record("attention softmax", [s], lambda: tape.new(s.numel, s.itemsize), keeps_after=lambda y: [y], busy=inside)
-    s = model.dropout(s, habits.dropout)
+    s = model.dropout(_safe_softmax(model, s), habits.dropout)
     returned = ops.cast(tape, s, itemsize)
     mixed = ops.cast(tape, mix(model, s, wide_v, habits.in_order), itemsize)
     del s, returned, scaled, wide_q, wide_k, wide_v
     return ops.copy(tape, "attention", mixed)
+
+
+def _safe_softmax(model: Decoder, s: Sized) -> Sized:
+    """A softmax that also looks for rows in which nothing is seen, and writes zeros there."""
+    tape, inside = model.tape, model.tape.inside_kernel(s.numel * (s.itemsize + 1))
+    return tape.record("attention softmax", [s], lambda: tape.new(s.numel, s.itemsize), keeps_after=lambda y: [y], busy=inside)
 
 
 def eager(model: Decoder, q: Sized, k: Sized, v: Sized, mask: Sized, habits: Habits) -> tuple[Sized, Sized]:

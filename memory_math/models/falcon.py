@@ -43,7 +43,7 @@ class TransformersFalcon(Decoder):
 
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
         embedded, positions, past = self.embed(ids), self.ids(self.sequence), Past(self, cache)
-        x, mask = embedded, self.mask(embedded)
+        x, mask, distances = embedded, self.mask(embedded), self.distances(embedded)
         table = self.tape.new(2 * self.sequence * self.arch.head_dim, x.itemsize, "other")
         weights = None
         for layer in range(self.arch.layers):
@@ -51,11 +51,15 @@ class TransformersFalcon(Decoder):
             x = self.run_block(layer, block.forward, x)
             weights, block.weights = block.weights, None  # what a block returns lives until the next one has returned
         normalised = norms.layer_norm(self, x, "transformer.ln_f")
-        del embedded, positions, weights  # the names live as long as the forward does
+        del embedded, positions, distances, weights  # the names live as long as the forward does
         return normalised
 
+    def distances(self, x: Sized) -> list[Sized]:
+        """ALiBi: a mask of ones, and how far along each key is, times each head's slope: [B, a, 1, T] in x's dtype."""
+        return [self.ids(self.tokens), self.tape.new(self.tokens * self.arch.heads, x.itemsize, "other")] if self.arch.alibi else []
+
     def mask(self, x: Sized) -> Sized | None:
-        """With ALiBi, how far away each key is, for every head: [B, a, T, T] in x's dtype."""
+        """With ALiBi in it there is one for every head: [B, a, T, T] in x's dtype."""
         if self.arch.alibi:
             return self.tape.new(self.tokens * self.arch.heads * self.sequence, x.itemsize, "other")
         return self.causal_mask(x, always=True)
@@ -120,7 +124,9 @@ class Block:
         wide = ops.cast(tape, product, 4)
         logits = masked(model, wide, self.mask)
         scaled = view(tape, "attention scaling", logits)
-        s = ops.softmax(tape, "attention softmax", ops.cast(tape, masked(model, scaled, self.mask), itemsize))
+        biased = masked(model, scaled, self.mask)
+        s = ops.softmax(tape, "attention softmax", ops.cast(tape, biased, itemsize))
+        del biased
         s = model.dropout(s, self.arch.attention_dropout)
         mixed = ops.copy(tape, "attention", mix(model, s, v, self.past.in_order, autocast))
         del product, wide, logits, scaled
