@@ -16,20 +16,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .adapters import disabled, use
+from .adapters import disabled, per_sample, use
 from .analysis import count_parameters, summary
 from .checkpoint import load, save
+from .combining import combine, combine_error
 from .errors import LoraLabError
 from .injection import eject, inject, plan
 from .layers import LoRALinear, lora_delta
+from .merging import merge, merge_report, unmerge
 from .version import __version__
 
 if TYPE_CHECKING:
     from . import data, models, training
 
 __all__ = [
-    "LoRALinear", "LoraLabError", "__version__", "count_parameters", "data", "disabled", "eject", "inject", "load", "lora_delta", "models", "plan",
-    "save", "summary", "training", "use",
+    "LoRALinear", "LoraLabError", "__version__", "combine", "combine_error", "count_parameters", "data", "disabled", "eject", "inject", "load",
+    "lora_delta", "merge", "merge_report", "models", "per_sample", "plan", "save", "summary", "training", "unmerge", "use",
 ]  # fmt: skip
 
 

@@ -1,15 +1,22 @@
-"""Which adapters take part: `use`, `disabled`, and the selection a checkpointed recompute has to see again."""
+"""Which adapters take part, for the whole batch or row by row, and new adapters out of old ones.
+
+    use(model, ["a", "b"])                       both updates are summed; use(model, None) switches all off
+    with disabled(model): ...                    the model as it was before inject
+    with per_sample(model, ["a", None, "b"]): ...    one adapter for each row of the batch, in training and in inference
+    combine(model, {"a": 0.7, "b": 0.3}, into="c")
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
+from .selection import RowSelection
 from .targets import adapter_names, lora_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -22,15 +29,20 @@ def use(model: Model, adapters: str | Sequence[str] | None) -> Model:
     Raises LoraLabError for a name the model does not have.
     """
     names = (adapters,) if isinstance(adapters, str) else tuple(adapters or ())
-    known = adapter_names(model)
+    check_names(model, names, f"use({adapters!r})")
     for name in names:
-        if name not in known:
-            raise LoraLabError(f"use({adapters!r}): this model has the adapters {known}{did_you_mean(str(name), known)}")
         if names.count(name) > 1:
             raise LoraLabError(f"use({adapters!r}): {name!r} is named twice; its update can be added once")
     for layer in lora_layers(model).values():
         layer.lora_active = tuple(name for name in names if name in layer.lora_A)
     return model
+
+
+def check_names(model: nn.Module, names: Sequence[str], where: str) -> None:
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise LoraLabError(f"{where}: this model has the adapters {known}{did_you_mean(str(name), known)}")
 
 
 @contextlib.contextmanager
@@ -44,13 +56,49 @@ def disabled(model: nn.Module) -> Iterator[None]:
         restore_selection(before)
 
 
+@contextlib.contextmanager
+def per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
+    """Inside the block each row of the batch has the adapter of its name, or none: equal to running the rows one by one.
+
+    adapters: a name or None for each row. Rows are dimension 0 of a layer's input, dimension 1 inside a module with batch_first=False. An input
+    with k times as many rows takes each name for k rows in succession (beams, or batch and sequence in one dimension); any other raises.
+    Call backward() inside, too, under checkpointing of a foreign model.
+    Raises LoraLabError for a name the model does not have.
+    """
+    if isinstance(adapters, str) or not adapters:
+        raise LoraLabError(f"per_sample({adapters!r}): expected a list with a name (or None) for each row of the batch")
+    check_names(model, [name for name in adapters if name is not None], f"per_sample({list(adapters)!r})")
+    before = selection(model)
+    try:
+        for path, layer in lora_layers(model).items():
+            rows = [name if name is not None and name in layer.lora_A else None for name in adapters]
+            layer.lora_active = RowSelection(rows, row_dimension(model, path))
+        yield
+    finally:
+        restore_selection(before)
+
+
+def row_dimension(model: nn.Module, path: str) -> int:
+    """1 inside a module that keeps the sequence first (nn.TransformerEncoderLayer(batch_first=False)), else 0."""
+    owners = path.split(".")
+    for end in range(len(owners), 0, -1):
+        owner = model.get_submodule(".".join(owners[:end]))
+        batch_first = getattr(owner, "batch_first", getattr(getattr(owner, "self_attn", None), "batch_first", None))
+        if isinstance(batch_first, bool):
+            return 0 if batch_first else 1
+    return 0
+
+
 def activate(model: nn.Module, adapters: tuple[str, ...], trainable: bool) -> None:
     """`use`, and only these adapters' parameters are trainable (or none, for inference)."""
     use(model, adapters)
     for layer in lora_layers(model).values():
-        for parameters in (layer.lora_A, layer.lora_B):
-            for name in parameters:
-                parameters[name].requires_grad_(trainable and name in adapters)
+        for name in layer.lora_A:
+            for container, parameter in layer.lora_parameters(name).items():
+                parameter.requires_grad_(trainable and name in adapters and layer.lora_variant[name].trains(container))
+
+
+# The selection of a moment ---------------------------------------------------------------------------------------------------
 
 
 def selection(model: nn.Module) -> Selection:
@@ -76,3 +124,11 @@ def under_selection(selected: Selection) -> Iterator[None]:
 def checkpoint_contexts(module: nn.Module) -> tuple[Any, Any]:
     """For torch.utils.checkpoint(context_fn=...): the recompute sees the selection the forward had."""
     return contextlib.nullcontext(), under_selection(selection(module))
+
+
+def weights_of(model: nn.Module, adapters: Mapping[str, float], where: str) -> dict[str, float]:
+    """The weights of a combination, checked."""
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise LoraLabError(f"{where}: expected a dict of adapter -> weight, like {{'a': 0.7, 'b': 0.3}}")
+    check_names(model, list(adapters), where)
+    return {name: float(weight) for name, weight in adapters.items()}

@@ -35,7 +35,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     >>> print(count_parameters(nn.Linear(512, 64, bias=False)))
     32,768 of 32,768 parameters are trainable (100.00 %)
     """
-    adapter = {id(p) for layer in lora_layers(model).values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
+    adapter = {id(p) for layer in lora_layers(model).values() for name in layer.lora_A for p in layer.lora_parameters(name).values()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_adapters = sum(p.numel() for p in model.parameters() if id(p) in adapter)
     return ParameterCount(trainable, in_adapters, sum(p.numel() for p in model.parameters()) - in_adapters)
@@ -47,9 +47,9 @@ def summary(model: nn.Module) -> str:
     for path, layer in lora_layers(model).items():
         for name in layer.lora_A:
             A, B = layer.lora_A[name], layer.lora_B[name]
-            state = ("active" if name in layer.lora_active else "off") + (", trains" if A.requires_grad else ", frozen")
+            state = ("active" if name in layer.lora_active else "off") + (", trains" if B.requires_grad else ", frozen")
             key = path.rpartition(".")[2], name, f"A {list(A.shape)}", f"B {list(B.shape)}", f"{layer.lora_scaling[name]:g}", state
-            groups.setdefault(key, []).append(A.numel() + B.numel())
+            groups.setdefault(key, []).append(sum(p.numel() for p in layer.lora_parameters(name).values()))
     rows: list[tuple[str, ...]] = [("layer", "adapter", "A [r, in]", "B [out, r]", "scaling", "state", "layers", "parameters")]
     rows += [(*key, str(len(counts)), f"{sum(counts):,}") for key, counts in groups.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

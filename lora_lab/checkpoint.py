@@ -1,6 +1,7 @@
 """Adapter files in the format of Hugging Face PEFT, both ways; safetensors only, nothing pickled.
 
-    adapter_model.safetensors   base_model.model.<path>.lora_A.weight [r, in], ....lora_B.weight [out, r]
+    adapter_model.safetensors   base_model.model.<path>.lora_A.weight [r, in], ....lora_B.weight [out, r]; of embeddings
+                                lora_embedding_A, lora_embedding_B; of DoRA lora_magnitude_vector; with lora_bias lora_B.bias
     adapter_config.json         PEFT's keys: r, lora_alpha, target_modules, rank_pattern, ...
 
 The adapter's name is not in the file. The tensors are renamed into place before the configuration, and carry a copy of it in
@@ -26,7 +27,9 @@ from .adapters import activate
 from .errors import LoraLabError, did_you_mean
 from .files import json_object, saving, write_file, write_json
 from .injection import apply_plan, injection_of
-from .layers import LoRA, is_adaptable, is_conv1d, layer_shape
+from .kinds import is_conv1d, kind_of
+from .layers import LoRA, is_adaptable
+from .merging import refuse_merged
 from .targets import (
     AdapterConfig,
     Plan,
@@ -37,13 +40,17 @@ from .targets import (
     first_match,
     lora_layers,
     name_matches,
-    refuse_unreachable,
+    plan_layer,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
 PREFIX = "base_model.model."
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<which>[AB])\.weight")
+KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.(?P<which>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)")
+CONTAINERS = {  # name in a file -> container of the layer
+    "lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude_vector", "lora_B.bias": "lora_B_bias",
+}  # fmt: skip
 
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ files belong to a changed base.
 HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
@@ -52,7 +59,7 @@ INFORMATION = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
+    "task_type", "use_rslora", "use_dora", "lora_bias",
 }  # fmt: skip
 
 
@@ -66,12 +73,13 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
     Raises LoraLabError where there is no such adapter, more than one is active, a value is not finite, or the disk refuses;
     earlier files are untouched then.
     """
+    refuse_merged(model, "save")
     adapter = _adapter_to_save(model, adapter)
     layers = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.lora_A}
     if "" in layers:
         raise LoraLabError("a layer alone has no name for a file to call it by: inject into a model that contains it, nn.Sequential(layer) will do")
-    tensors = {f"{PREFIX}{path}.lora_{which}.weight": _finite(path, pair[adapter].detach().to("cpu", dtype).contiguous())
-               for path, layer in layers.items() for which, pair in (("A", layer.lora_A), ("B", layer.lora_B))}  # fmt: skip
+    tensors = {f"{PREFIX}{path}.{name}": _finite(path, tensor.detach().to("cpu", dtype).contiguous())
+               for path, layer in layers.items() for name, tensor in tensors_of(layer, adapter).items()}  # fmt: skip
     config = peft_config(model, adapter, layers)
     metadata = {"format": "pt", "lora_lab_config": json.dumps(config, sort_keys=True)}
     if base_sha256 := getattr(model, "base_sha256", None):
@@ -82,14 +90,26 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
         write_json(folder / CONFIG, config)
 
 
+def tensors_of(layer: LoRA, adapter: str) -> dict[str, Tensor]:
+    """One layer's tensors as PEFT names and shapes them: the magnitude of a convolution is [1, out, 1, ...]."""
+    names, found = layer.lora_kind.names, layer.lora_parameters(adapter)
+    tensors: dict[str, Tensor] = dict(zip(names, layer.lora_variant[adapter].pair_for_file(layer, adapter), strict=True))
+    if "lora_magnitude_vector" in found:
+        magnitude = layer.lora_kind.spread(layer, found["lora_magnitude_vector"])
+        tensors["lora_magnitude_vector"] = magnitude[None] if magnitude.ndim > 1 else magnitude
+    if "lora_B_bias" in found:
+        tensors["lora_B.bias"] = found["lora_B_bias"]
+    return tensors
+
+
 def peft_config(model: nn.Module, adapter: str, layers: dict[str, LoRA]) -> dict[str, Any]:
     """adapter_config.json as a dict: what PEFT needs to build the same function, derived from the layers themselves."""
     injection = injection_of(model)
     if injection is None or adapter not in injection.adapters:
         raise LoraLabError(f"adapter {adapter!r} was injected into another level of this model: save the model that inject returned")
     config = injection.adapters[adapter]
-    ranks = {path: layer.lora_A[adapter].shape[0] for path, layer in layers.items()}
-    alphas = {path: config.alpha_of(path) for path in layers}
+    ranks = {path: layer.lora_variant[adapter].pair_for_file(layer, adapter)[0].shape[0] for path, layer in layers.items()}
+    alphas = {path: config.alpha_for(layer.lora_scaling[adapter], ranks[path], config.alpha_of(path)) for path, layer in layers.items()}
     rank, rank_pattern = _compact(ranks, config.rank, config.rank_pattern)
     alpha, alpha_pattern = _compact(alphas, config.rank if config.alpha is None else config.alpha, config.alpha_pattern)
     modules = [model.get_submodule(path) for path in layers]
@@ -104,6 +124,8 @@ def peft_config(model: nn.Module, adapter: str, layers: dict[str, LoRA]) -> dict
         "target_modules": compact_targets(model, layers),
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
+        "use_dora": config.variant == "dora",
+        "lora_bias": config.lora_bias,
         "fan_in_fan_out": all(is_conv1d(module) for module in modules),
         "bias": "none",
         "init_lora_weights": True,
@@ -169,18 +191,19 @@ def load(model: Model, folder: str | Path, adapter: str = "default", trainable: 
     Raises LoraLabError, the model untouched, for a missing or damaged file, an adapter of another model, a wrong rank, an
     unknown or unexpected tensor, NaN, or a feature this version does not read; warns where the base's SHA-256 is another.
     """
+    refuse_merged(model, "load")
     check_adapter_name(adapter)
     folder = Path(folder)
     tensors, metadata = _read_tensors(folder)
     config = _read_config(folder, metadata)
-    pairs = _pairs(tensors)
-    plan = Plan(config, tuple(_planned(model, path, pair, config, folder) for path, pair in pairs.items()))
+    layers = _by_layer(tensors)
+    plan = Plan(config, tuple(_planned(model, path, named, config, folder) for path, named in layers.items()))
     _check_name_is_free(model, plan, adapter, replace)
     _warn_of_another_base(model, metadata, folder)
     if not replace:
         dtype = next(iter(tensors.values())).dtype
         apply_plan(model, plan, adapter, dtype=dtype if dtype.itemsize >= 4 else None, trainable=trainable)
-    _copy_values(model, adapter, pairs)
+    _copy_values(model, adapter, layers)
     activate(model, (adapter,), trainable)
     return model
 
@@ -232,7 +255,8 @@ def _from_peft(config: dict[str, Any], path: Path) -> AdapterConfig:
             raise LoraLabError(f"{path}: {key}={value!r} is a feature this version does not read; the adapter would compute something else")
     ours = AdapterConfig(rank=config.get("r", 8), alpha=config.get("lora_alpha", 8), rank_pattern=config.get("rank_pattern") or {},
                          alpha_pattern=config.get("alpha_pattern") or {}, dropout=config.get("lora_dropout") or 0.0,
-                         rslora=config.get("use_rslora") or False, target_modules=config.get("target_modules") or "all-linear")  # fmt: skip
+                         rslora=config.get("use_rslora") or False, target_modules=config.get("target_modules") or "all-linear",
+                         variant="dora" if config.get("use_dora") else "lora", lora_bias=config.get("lora_bias") or False)  # fmt: skip
     try:
         check_config(ours)
     except LoraLabError as error:
@@ -242,40 +266,54 @@ def _from_peft(config: dict[str, Any], path: Path) -> AdapterConfig:
     return ours
 
 
-def _pairs(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    pairs: dict[str, dict[str, Tensor]] = {}
+def _by_layer(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Path -> name in the file -> tensor."""
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if not match:
             raise LoraLabError(f"unexpected tensor {key!r}: expected '{PREFIX}<path>.lora_A.weight' or '...lora_B.weight'")
-        if tensor.ndim != 2 or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        matrix = not match["which"].endswith(("vector", "bias"))
+        if (matrix and tensor.ndim < 2) or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise LoraLabError(f"tensor {key!r} ({tensor.dtype}, {list(tensor.shape)}): expected a matrix of finite floating-point numbers")
-        pairs.setdefault(match["path"], {})[match["which"]] = tensor
-    if not pairs:
+        layers.setdefault(match["path"], {})[match["which"]] = tensor
+    if not layers:
         raise LoraLabError("the file holds no tensors")
-    for path, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            raise LoraLabError(f"{path!r} has lora_{'/'.join(pair)} only: the file is incomplete")
-    return pairs
+    for path, named in layers.items():
+        if not {"lora_A", "lora_B"} <= {CONTAINERS[name] for name in named}:
+            raise LoraLabError(f"{path!r} has {', '.join(named)} only: the file is incomplete")
+    return layers
 
 
-def _planned(model: nn.Module, path: str, pair: dict[str, Tensor], config: AdapterConfig, folder: Path) -> PlannedLayer:
-    """Check one pair against the layer it is for."""
+def _planned(model: nn.Module, path: str, named: dict[str, Tensor], config: AdapterConfig, folder: Path) -> PlannedLayer:
+    """Check one layer's tensors against the layer they are for."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
         names = [name for name, module in model.named_modules() if is_adaptable(module)]
         raise LoraLabError(f"{folder} is an adapter for another model: it adapts {path!r}, which a {type(model).__name__} does not have"
                            f"{did_you_mean(path, names, 1)}") from None  # fmt: skip
-    if not is_adaptable(module):
-        raise LoraLabError(f"{folder} adapts {path!r}, a {type(module).__name__}: this version reads adapters of linear layers")
-    refuse_unreachable(path, module)
-    fan_in, fan_out = layer_shape(module)
-    rank, (A, B) = config.rank_of(path), (pair["A"], pair["B"])
-    if A.shape != (rank, fan_in) or B.shape != (fan_out, rank):
-        raise LoraLabError(f"{folder}: {path!r} has A {list(A.shape)} and B {list(B.shape)}, but with rank {rank} (adapter_config.json) this "
-                           f"model needs [{rank}, {fan_in}] and [{fan_out}, {rank}]: another model, or a wrong rank")  # fmt: skip
-    return PlannedLayer(path, fan_in, fan_out, rank, config.alpha_of(path), config.scaling_of(path))
+    if (kind := kind_of(module)) is None:
+        raise LoraLabError(f"{folder} adapts {path!r}, a {type(module).__name__}: this version reads adapters of linear layers, embeddings "
+                           "and convolutions")  # fmt: skip
+    planned = plan_layer(path, module, config)
+    wanted = dict(zip(kind.names, kind.pair_shapes(module, planned.rank), strict=True))
+    found = {name: tuple(tensor.shape) for name, tensor in named.items() if CONTAINERS[name] in ("lora_A", "lora_B")}
+    if found != wanted:
+        (A, B), (want_A, want_B) = (([list(shape) for shape in shapes.values()] + [None])[:2] for shapes in (found, wanted))
+        raise LoraLabError(f"{folder}: {path!r} has A {A} and B {B}, but with rank {planned.rank} (adapter_config.json) this "
+                           f"model needs {want_A} and {want_B}: another model, or a wrong rank")  # fmt: skip
+    _check_vectors(path, named, config, planned.fan_out, folder)
+    return planned
+
+
+def _check_vectors(path: str, named: dict[str, Tensor], config: AdapterConfig, fan_out: int, folder: Path) -> None:
+    for name, wanted, key in (("lora_magnitude_vector", config.variant == "dora", "use_dora"), ("lora_B.bias", config.lora_bias, "lora_bias")):
+        if (name in named) != wanted:
+            here = f"has {name}" if name in named else f"has no {name}"
+            raise LoraLabError(f"{folder}: {path!r} {here}, but adapter_config.json says {key}={wanted}: the two files do not belong together")
+        if name in named and named[name].numel() != fan_out:
+            raise LoraLabError(f"{folder}: {path!r} has {name} {list(named[name].shape)}, this model needs {fan_out} numbers: another model")
 
 
 def _check_name_is_free(model: nn.Module, plan: Plan, adapter: str, replace: bool) -> None:
@@ -297,9 +335,10 @@ def _warn_of_another_base(model: nn.Module, metadata: dict[str, str], folder: Pa
 
 
 @torch.no_grad()
-def _copy_values(model: nn.Module, adapter: str, pairs: dict[str, dict[str, Tensor]]) -> None:
-    for path, pair in pairs.items():
+def _copy_values(model: nn.Module, adapter: str, layers: dict[str, dict[str, Tensor]]) -> None:
+    for path, named in layers.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, LoRA)
-        layer.lora_A[adapter].copy_(pair["A"])
-        layer.lora_B[adapter].copy_(pair["B"])
+        own = layer.lora_parameters(adapter)
+        for name, tensor in named.items():
+            own[CONTAINERS[name]].copy_(tensor.view_as(own[CONTAINERS[name]]))

@@ -17,7 +17,9 @@ from torch import nn
 from . import layers as lora_layer
 from .adapters import activate
 from .errors import LoraLabError
+from .merging import RECORD, merge_report, refuse_merged, unmerge
 from .targets import AdapterConfig, Plan, adapter_names, check_adapter_name, lora_layers, make_plan
+from .variants import variant_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,6 +30,7 @@ class Injection:
 
     requires_grad: dict[str, bool]
     adapters: dict[str, AdapterConfig] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)  # of adapters made by combine: what their rank could not hold
 
 
 def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
@@ -44,18 +47,22 @@ def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
     return make_plan(model, AdapterConfig(**{"rank": rank, **request, **patterns}))
 
 
-def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_modules: str | Sequence[str] = "all-linear",
+def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_modules: Any = "all-linear",
            exclude_modules: str | Sequence[str] | None = None, layers: Sequence[int] | None = None,
            rank_pattern: dict[str, int] | None = None, alpha_pattern: dict[str, float] | None = None, dropout: float = 0.0,
-           rslora: bool = False, init: str = "kaiming", adapter: str = "default", dtype: torch.dtype | None = None) -> Model:  # fmt: skip
+           variant: str = "lora", rslora: bool = False, init: str = "kaiming", freeze_A: bool = False, lora_bias: bool = False,
+           adapter: str = "default", dtype: torch.dtype | None = None) -> Model:  # fmt: skip
     """Adapt the layers a request names, in place; returns the same model with everything but the new adapter frozen.
 
     rank: r of A [r, in] and B [out, r].  alpha: the scaling is alpha / rank; None means alpha = rank, scaling 1.
     target_modules: "all-linear" (every linear layer but the head), "attention", a list of names matched at dots from the
-        right, or a regular expression over the whole path.  exclude_modules: the same, left out.
+        right, a regular expression over the whole path, a layer class or several, or a function of path and module.
+    exclude_modules: names or a regular expression, left out.
     layers: the layer numbers to adapt.  rank_pattern, alpha_pattern: {name or pattern: value} for layers that differ.
     dropout: on the adapter's input, in training.  rslora: scaling alpha / sqrt(rank).
-    init: "kaiming" | "gaussian" (both start from a zero update) | "random" (they do not; for tests).
+    variant: "lora" | "dora" (magnitude and direction apart).  freeze_A: only B trains (LoRA-FA).  lora_bias: B with a bias of its own.
+    init: "kaiming" | "gaussian" | "orthogonal" | "pissa" (all start from a zero update; see initialization.py, variants.py) | "random"
+        (does not; for tests).
     adapter: its name. A further inject adds an adapter, makes it the only active and trainable one; earlier ones keep their values.
     dtype: of A and B; None is float32 on a 16-bit base, else the base's.
     Raises LoraLabError, the model untouched, for anything that matches nothing or makes no sense.
@@ -65,15 +72,24 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     >>> sorted(name for name, p in model.named_parameters() if p.requires_grad)
     ['0.lora_A.default', '0.lora_B.default']
     """
-    config = AdapterConfig(rank, alpha, target_modules, exclude_modules, layers, rank_pattern or {}, alpha_pattern or {}, dropout, rslora, init)
+    config = AdapterConfig(rank, alpha, target_modules, exclude_modules, layers, rank_pattern or {}, alpha_pattern or {}, dropout, rslora, init,
+                           variant, freeze_A, lora_bias)  # fmt: skip
     _check_new_adapter(model, adapter)
     apply_plan(model, make_plan(model, config), adapter, dtype=dtype)
     return model
 
 
 def eject(model: Model) -> Model:
-    """Remove every adapter: the layers' own classes come back, and every `requires_grad` is what it was before `inject`."""
-    if not lora_layers(model):
+    """Remove every adapter: the layers' own classes come back, and every `requires_grad` is what it was before `inject`.
+
+    A merge is undone first; one with restorable=False stays in the weights, which are plain weights from then on.
+    """
+    if (report := merge_report(model)) is not None:
+        if report.restorable:
+            unmerge(model)
+        else:
+            delattr(model, RECORD)
+    elif not lora_layers(model):
         raise LoraLabError(f"this {type(model).__name__} has no LoRA layers to eject: call inject first")
     for layer in lora_layers(model).values():
         lora_layer.restore(layer)
@@ -86,12 +102,16 @@ def eject(model: Model) -> Model:
 def apply_plan(model: nn.Module, plan: Plan, adapter: str, dtype: torch.dtype | None = None, trainable: bool = True) -> None:
     """Carry out a plan. All memory is allocated before the first change, so that failing leaves the model as it was."""
     targets = [model.get_submodule(planned.path) for planned in plan.layers]
-    pairs = [lora_layer.new_pair(layer, p.rank, plan.config.init, dtype) for layer, p in zip(targets, plan.layers, strict=True)]
-    injection = injection_of(model) or _begin(model)
+    config, variant = plan.config, variant_of(plan.config.variant, plan.config.init, plan.config.freeze_A)
+    tensors = [
+        lora_layer.new_tensors(layer, p.rank, variant, p.scaling, config.init, dtype, config.lora_bias)
+        for layer, p in zip(targets, plan.layers, strict=True)
+    ]
+    injection = injection_of(model) or new_injection(model)
     model.requires_grad_(False)
-    for layer, pair, planned in zip(targets, pairs, plan.layers, strict=True):
-        lora_layer.attach(layer, adapter, pair, planned.scaling, plan.config.dropout)
-    injection.adapters[adapter] = plan.config
+    for layer, own, planned in zip(targets, tensors, plan.layers, strict=True):
+        lora_layer.attach(layer, adapter, own, planned.scaling, config.dropout, variant)
+    injection.adapters[adapter] = config
     activate(model, (adapter,), trainable=trainable)
 
 
@@ -102,7 +122,8 @@ def injection_of(model: nn.Module) -> Injection | None:
     return injection
 
 
-def _begin(model: nn.Module) -> Injection:
+def new_injection(model: nn.Module) -> Injection:
+    """Begin the record, with every requires_grad as it is now."""
     injection = Injection({name: p.requires_grad for name, p in model.named_parameters()})
     model.lora_injection = injection  # type: ignore[assignment]
     return injection
@@ -115,6 +136,7 @@ def _restore_requires_grad(model: nn.Module, injection: Injection) -> None:
 
 
 def _check_new_adapter(model: nn.Module, adapter: str) -> None:
+    refuse_merged(model, "inject")
     check_adapter_name(adapter)
     if adapter in (taken := adapter_names(model)):
         raise LoraLabError(f"adapter={adapter!r} is already in this model (it has {taken}): choose another name, or eject first")

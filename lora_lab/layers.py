@@ -11,14 +11,17 @@ the same mixin as an ordinary class, to construct and to read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import LoraLabError, did_you_mean
+from .initialization import INITIALISATIONS
+from .kinds import LinearKind, kind_of
+from .selection import RowSelection, remember_selection
+from .variants import EXTRAS, LORA, Variant, variant_of
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -80,35 +83,75 @@ def _never_called(module: nn.Module, inputs: Any) -> None:
 class LoRA:
     """What every LoRA layer has, in front of the class it adapts.
 
-    lora_A[name]: [r, in].  lora_B[name]: [out, r].  lora_scaling[name]: float.  lora_dropout[name]: float.
-    lora_active: the adapters whose updates are added, in order; empty means the layer computes what it did before.
+    lora_A[name]: [r, in].  lora_B[name]: [out, r].  lora_scaling[name]: float.  lora_dropout[name]: float.  lora_variant[name]: see variants.py.
+    lora_active: the adapters whose updates are added, in order; empty means the layer computes what it did before. lora_kind: see kinds.py.
+    A variant may have containers of its own (lora_magnitude_vector, ...), lora_B_bias[name] [out] is there with lora_bias=True.
     """
 
     lora_base_class: type[nn.Module]
     lora_A: AdapterParameters
     lora_B: AdapterParameters
+    lora_B_bias: AdapterParameters
+    lora_magnitude_vector: AdapterParameters
+    lora_A_start: AdapterParameters
+    lora_B_start: AdapterParameters
     lora_scaling: dict[str, float]
     lora_dropout: dict[str, float]
+    lora_variant: dict[str, Variant]
     lora_active: tuple[str, ...]
     training: bool
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input: [..., in].  Returns [..., out] in the base layer's dtype."""
-        x = remember_selection(input, self.lora_active)
+        x = remember_selection(input, self.lora_active) if input.is_floating_point() else input
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(self.lora_active, RowSelection):
+            return self._add_by_row(self.lora_active, x, y)
+        result = y
         for adapter in self.lora_active:
-            y = y + self.lora_update(adapter, x).to(y.dtype)
-        return y
+            result = result + self.lora_variant[adapter].update(self, adapter, x, y).to(y.dtype)
+        return result
+
+    def _add_by_row(self, selected: RowSelection, x: Tensor, y: Tensor) -> Tensor:
+        """Each adapter's update for its own rows, added in one piece."""
+        updates, places, dim = [], [], selected.dim
+        for adapter, rows in selected.indices(x).items():
+            own_x, own_y = x.index_select(dim, rows), y.index_select(dim, rows)
+            updates.append(self.lora_variant[adapter].update(self, adapter, own_x, own_y).to(y.dtype))
+            places.append(rows)
+        return y.index_add(dim, torch.cat(places), torch.cat(updates, dim)) if updates else y
 
     def lora_update(self, adapter: str, x: Tensor) -> Tensor:
         """``scaling * B A x``: [..., in] -> [..., out]. Casts the small A and B to x's dtype, never x to theirs."""
-        A, B = self.lora_A[adapter].to(x.dtype), self.lora_B[adapter].to(x.dtype)
-        x = F.dropout(x, self.lora_dropout[adapter], self.training)
-        return F.linear(self.lora_scaling[adapter] * F.linear(x, A), B)
+        return self.lora_apply(adapter, x, self.lora_A[adapter], self.lora_B[adapter])
+
+    def lora_apply(self, adapter: str, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``scaling * (B A x + bias)`` for this A and B, with the adapter's dropout in training."""
+        kind, scaling = self.lora_kind, self.lora_scaling[adapter]
+        dtype, dropout = kind.dtype(self, x), self.lora_dropout[adapter] if self.training else 0.0
+        update = kind.update(self, x, A.to(dtype), B.to(dtype), scaling, dropout)
+        if adapter not in self.lora_extra("lora_B_bias"):
+            return update
+        return update + kind.spread(self, scaling * self.lora_B_bias[adapter].to(update.dtype))
 
     def lora_delta(self, adapter: str) -> Tensor:
-        """``scaling * B @ A``: [out, in], whatever the orientation of the base weight."""
-        return lora_delta(self.lora_A[adapter], self.lora_B[adapter], self.lora_scaling[adapter])
+        """What the adapter changes of the weight, ``scaling * B @ A`` for LoRA: [out, in], whatever the orientation of the base weight."""
+        return self.lora_variant[adapter].delta(self, adapter)
+
+    @property
+    def lora_kind(self) -> LinearKind:
+        kind = kind_of(cast(nn.Module, self))
+        assert kind is not None
+        return kind
+
+    def lora_extra(self, name: str) -> Mapping[str, nn.Parameter]:
+        """A container that only some adapters need, or an empty one."""
+        return cast("Mapping[str, nn.Parameter]", cast(nn.Module, self)._modules.get(name, {}))
+
+    def lora_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The adapter's tensors by container: lora_A, lora_B, and what its variant has."""
+        containers = {name: self.lora_extra(name) for name in ("lora_A", "lora_B", *EXTRAS)}
+        return {name: container[adapter] for name, container in containers.items() if adapter in container}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy: the class is made on the fly, so it travels as its base class."""
@@ -136,29 +179,23 @@ class LoRALinear(LoRA, nn.Linear):
         check_numbers(rank, alpha, dropout, init)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.requires_grad_(False)
-        attach(self, "default", new_pair(self, rank, init), (rank if alpha is None else alpha) / rank, dropout)
+        scaling = (rank if alpha is None else alpha) / rank
+        attach(self, "default", new_tensors(self, rank, variant_of("lora", init), scaling, init), scaling, dropout, variant_of("lora", init))
         self.lora_active = ("default",)
 
 
 # Which layers can be adapted, and how ---------------------------------------------------------------------------------------
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """True for transformers' Conv1D (GPT-2's linear layer, weight stored [in, out]), recognised without importing it."""
-    return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers") for base in type(module).__mro__)
-
-
 def is_adaptable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return kind_of(module) is not None
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of an adaptable layer."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if is_conv1d(module):
-        return weight.shape[0], weight.shape[1]
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    """(in, out) of an adaptable layer; of a convolution in is channels times kernel, of an embedding the number of words."""
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.shape(module)
 
 
 _CLASSES: dict[type, type[nn.Module]] = {nn.Linear: LoRALinear}
@@ -186,32 +223,68 @@ def adapt(module: Any) -> None:
         module.__class__ = lora_class(type(module))
     if "lora_A" not in module._modules:
         module.lora_A, module.lora_B = AdapterParameters(), AdapterParameters()
-        module.lora_scaling, module.lora_dropout, module.lora_active = {}, {}, ()
+        module.lora_scaling, module.lora_dropout, module.lora_variant, module.lora_active = {}, {}, {}, ()
 
 
 def restore(module: Any) -> None:
     """Undo `adapt`: the class the layer had, and no trace of its adapters."""
-    del module.lora_A, module.lora_B, module.lora_scaling, module.lora_dropout, module.lora_active
+    detach_adapters(module)
+
+
+def detach_adapters(module: Any) -> dict[str, Any]:
+    """Make a LoRA layer the plain layer it was; returns what `reattach_adapters` needs to undo that."""
+    containers = {name: module._modules.pop(name) for name in ("lora_A", "lora_B", *EXTRAS) if name in module._modules}
+    settings = {name: module.__dict__.pop(name) for name in ("lora_scaling", "lora_dropout", "lora_variant", "lora_active")}
     module.__class__ = type(module).lora_base_class
+    return {"containers": containers, "settings": settings}
 
 
-def new_pair(module: nn.Module, rank: int, init: str = "kaiming", dtype: torch.dtype | None = None) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [rank, in] and B [out, rank] for a layer, on its device; dtype None: see `adapter_dtype`."""
-    (fan_in, fan_out), weight = layer_shape(module), module.weight
+def reattach_adapters(module: Any, detached: dict[str, Any]) -> None:
+    """The same adapters, the same Parameter objects, back in their places."""
+    module.__class__ = lora_class(type(module))
+    module._modules.update(detached["containers"])
+    module.__dict__.update(detached["settings"])
+
+
+Tensors = dict[str, nn.Parameter]  # container -> an adapter's tensor in it
+
+
+def new_tensors(
+    module: nn.Module, rank: int, variant: Variant = LORA, scaling: float = 1.0, init: str = "kaiming", dtype: torch.dtype | None = None,
+    lora_bias: bool = False,
+) -> Tensors:  # fmt: skip
+    """An adapter's tensors for a layer, on its device: A and B, and what the variant needs; dtype None: see `adapter_dtype`."""
+    kind = kind_of(module)
+    assert kind is not None
+    device, stored = device_and_dtype(module)
+    dtype = dtype or adapter_dtype(stored)
+    A, B = (torch.empty(shape, device=device, dtype=dtype) for shape in kind.pair_shapes(module, check_rank(rank)))
+    with torch.no_grad():
+        INITIALISATIONS[init](A, B)
+        extras = variant.extras(kind, module, A, B, scaling)
+    if lora_bias:
+        extras["lora_B_bias"] = nn.Parameter(torch.zeros(B.shape[0], device=device, dtype=dtype))
+    return {"lora_A": nn.Parameter(A), "lora_B": nn.Parameter(B), **extras}
+
+
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a layer computes, and in what; a quantised one has no weight to ask."""
+    if hasattr(module, "quantization"):
+        return next(module.buffers()).device, cast(torch.dtype, module.compute_dtype)
+    weight = module.weight
     assert isinstance(weight, Tensor)
-    dtype = dtype or adapter_dtype(weight.dtype)
-    A = torch.empty(check_rank(rank), fan_in, device=weight.device, dtype=dtype)
-    B = torch.empty(fan_out, rank, device=weight.device, dtype=dtype)
-    INITIALISATIONS[init](A, B)
-    return nn.Parameter(A), nn.Parameter(B)
+    return weight.device, weight.dtype
 
 
-def attach(module: nn.Module, adapter: str, pair: tuple[nn.Parameter, nn.Parameter], scaling: float, dropout: float = 0.0) -> None:
+def attach(module: nn.Module, adapter: str, tensors: Tensors, scaling: float, dropout: float = 0.0, variant: Variant = LORA) -> None:
     """Give a layer one more adapter, not yet active."""
     adapt(module)
     assert isinstance(module, LoRA)
-    module.lora_A[adapter], module.lora_B[adapter] = pair
-    module.lora_scaling[adapter], module.lora_dropout[adapter] = scaling, dropout
+    for name, tensor in tensors.items():
+        if name not in module._modules:
+            module._modules[name] = AdapterParameters()
+        cast(AdapterParameters, module._modules[name])[adapter] = tensor
+    module.lora_scaling[adapter], module.lora_dropout[adapter], module.lora_variant[adapter] = scaling, dropout, variant
 
 
 def adapter_dtype(base: torch.dtype) -> torch.dtype:
@@ -238,65 +311,3 @@ def check_numbers(rank: Any, alpha: Any, dropout: Any, init: Any) -> None:
         raise LoraLabError(f"dropout={dropout!r}: expected 0 <= dropout < 1")
     if init not in INITIALISATIONS:
         raise LoraLabError(f"init={init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(str(init), INITIALISATIONS)}")
-
-
-# Initialisations: all but "random" start from a zero update (Hu et al. 2021, section 4.1) ------------------------------------
-
-
-def _kaiming(A: Tensor, B: Tensor) -> None:
-    nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # what nn.Linear does, and loralib and PEFT after it
-    nn.init.zeros_(B)
-
-
-def _gaussian(A: Tensor, B: Tensor) -> None:
-    nn.init.normal_(A, std=1 / A.shape[0])
-    nn.init.zeros_(B)
-
-
-def _random(A: Tensor, B: Tensor) -> None:
-    """Both non-zero, so that a test sees what the adapter does."""
-    nn.init.normal_(A, std=1 / math.sqrt(A.shape[1]))
-    nn.init.normal_(B, std=1 / math.sqrt(A.shape[0]))
-
-
-INITIALISATIONS = {"kaiming": _kaiming, "gaussian": _gaussian, "random": _random}
-
-
-# The selection of adapters belongs to the forward pass -----------------------------------------------------------------------
-
-
-def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
-    """Under (non-reentrant) checkpointing, make backward fail where the recompute ran with other adapters than the forward.
-
-    Otherwise ``with disabled(model): loss = model(x).sum()`` followed by ``loss.backward()`` gives wrong gradients without a
-    word. lora_lab's own models restore the selection for the recompute; a foreign model cannot, so it gets an error.
-    """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and _saved_tensor_hooks_are_set()):
-        return x
-    return _SelectionCheck.apply(x, torch.tensor(hash(active)), active)
-
-
-def _saved_tensor_hooks_are_set() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-class _SelectionCheck(torch.autograd.Function):
-    """Identity. What it saves as a tensor is recomputed by checkpointing, what it keeps on ctx is not: backward compares."""
-
-    @staticmethod
-    def forward(x: Tensor, stamp: Tensor, active: tuple[str, ...]) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, stamp, ctx.active = inputs
-        ctx.save_for_backward(stamp)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if int(ctx.saved_tensors[0]) != hash(ctx.active):
-            raise LoraLabError(
-                f"gradient checkpointing recomputed a layer with other adapters than its forward pass had ({list(ctx.active)}): "
-                "call backward() inside the same disabled(...) or use(...) as the forward pass"
-            )
-        return grads[0], None, None

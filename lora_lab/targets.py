@@ -15,7 +15,9 @@ from typing import Any
 from torch import nn
 
 from .errors import LoraLabError, did_you_mean
+from .kinds import is_linear, kind_of
 from .layers import LoRA, check_alpha, check_numbers, check_rank, is_adaptable, layer_shape
+from .variants import variant_of
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ATTENTION_PART = re.compile(r"attn|attention", re.IGNORECASE)
@@ -29,7 +31,7 @@ class AdapterConfig:
 
     rank: int = 8
     alpha: float | None = None
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: Any = "all-linear"
     exclude_modules: str | Sequence[str] | None = None
     layers: Sequence[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -37,6 +39,9 @@ class AdapterConfig:
     dropout: float = 0.0
     rslora: bool = False
     init: str = "kaiming"
+    variant: str = "lora"
+    freeze_A: bool = False
+    lora_bias: bool = False
 
     def rank_of(self, path: str) -> int:
         return int(first_match(self.rank_pattern, path, self.rank))
@@ -51,9 +56,15 @@ class AdapterConfig:
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
 
 
+    def alpha_for(self, scaling: float, rank: int, alpha: float) -> float:
+        """The alpha that gives this scaling with another rank; `alpha` itself where it does."""
+        root = math.sqrt(rank) if self.rslora else rank
+        return alpha if alpha / root == scaling else scaling * root
+
+
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer that is to be adapted; parameters = rank * (fan_in + fan_out)."""
+    """One layer that is to be adapted; parameters = rank * (fan_in + fan_out) + more, where more is a magnitude or a bias."""
 
     path: str
     fan_in: int
@@ -61,10 +72,11 @@ class PlannedLayer:
     rank: int
     alpha: float
     scaling: float
+    more: int = 0
 
     @property
     def parameters(self) -> int:
-        return self.rank * (self.fan_in + self.fan_out)
+        return self.rank * (self.fan_in + self.fan_out) + self.more
 
 
 @dataclass(frozen=True)
@@ -79,16 +91,20 @@ class Plan:
         return sum(layer.parameters for layer in self.layers)
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, int, int, int], int] = {}
+        groups: dict[tuple[str, int, int, int, int], int] = {}
         for layer in self.layers:
-            key = layer.path.rpartition(".")[2], layer.rank, layer.fan_in, layer.fan_out
+            key = layer.path.rpartition(".")[2], layer.rank, layer.fan_in, layer.fan_out, layer.more
             groups[key] = groups.get(key, 0) + 1
         width = max(len(name) for name, *_ in groups)
-        lines = [
-            f"{name:<{width}}  {count:>4} x rank {r} * ({i} in + {o} out) = {count * r * (i + o):>12,}"
-            for (name, r, i, o), count in groups.items()
-        ]
+        lines = [_formula(name.ljust(width), count, *numbers) for (name, *numbers), count in groups.items()]
         return "\n".join([*lines, f"{'total':<{width}}  {len(self.layers):>4} layers, {self.parameters:,} parameters"])
+
+
+def _formula(name: str, count: int, rank: int, fan_in: int, fan_out: int, more: int) -> str:
+    total = count * (rank * (fan_in + fan_out) + more)
+    product = f"rank {rank} * ({fan_in} in + {fan_out} out)"
+    product = f"({product} {'-' if more < 0 else '+'} {abs(more)})" if more else product
+    return f"{name}  {count:>4} x {product} = {total:>12,}"
 
 
 def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
@@ -108,35 +124,63 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
 
 def plan_layer(path: str, module: nn.Module, config: AdapterConfig) -> PlannedLayer:
     refuse_unreachable(path, module)
-    return PlannedLayer(path, *layer_shape(module), config.rank_of(path), config.alpha_of(path), config.scaling_of(path))
+    (fan_in, fan_out), rank, kind = layer_shape(module), config.rank_of(path), kind_of(module)
+    assert kind is not None
+    check_layer(path, module, config)
+    of_A, of_B = kind.pair_shapes(module, rank)
+    vectors = fan_out * ((config.variant == "dora") + config.lora_bias)
+    more = math.prod(of_A) + math.prod(of_B) - rank * (fan_in + fan_out) + vectors
+    return PlannedLayer(path, fan_in, fan_out, rank, config.alpha_of(path), config.scaling_of(path), more)
+
+
+def check_layer(path: str, module: nn.Module, config: AdapterConfig) -> None:
+    """What a layer of this kind cannot have."""
+    groups = getattr(module, "groups", 1)
+    if groups > 1 and (config.rank_of(path) % groups or config.variant == "dora" or config.init in ("orthogonal", "pissa")):
+        raise LoraLabError(f"{path!r} is a convolution with {groups} groups: it needs a rank that {groups} divides, and plain LoRA with init "
+                           f"'kaiming', 'gaussian' or 'random' (rank={config.rank_of(path)}, variant={config.variant!r}, init={config.init!r})")  # fmt: skip
+    if config.lora_bias and isinstance(module, nn.Embedding):
+        raise LoraLabError(f"lora_bias=True, but {path!r} is an embedding: leave it out, or adapt it on its own without")
 
 
 # Matching -----------------------------------------------------------------------------------------------------------------
 
 
 def adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer with its path, once even where two paths reach it."""
+    """Every layer that can be adapted with its path, once even where two paths reach it."""
     for path, module in model.named_modules():
         if is_adaptable(module):
             yield path, module
 
 
 def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any) -> list[str]:
-    if request == "all-linear":
-        matched = [path for path in paths if not is_head(model, path, paths[path])]
-    elif request == "attention":
-        matched = [path for path in paths if ATTENTION_PART.search(path.rpartition(".")[0])]
+    if isinstance(request, str) and request == "all-linear":
+        matched = [path for path in paths if is_linear(paths[path]) and not is_head(model, path, paths[path])]
+    elif isinstance(request, str) and request == "attention":
+        matched = [path for path in paths if is_linear(paths[path]) and ATTENTION_PART.search(path.rpartition(".")[0])]
     elif isinstance(request, str):
         pattern = compile_pattern(request, "target_modules")
         matched = [path for path in paths if pattern.fullmatch(path)]
+    elif (types := layer_types(request)) is not None:
+        matched = [path for path in paths if isinstance(paths[path], types)]
+    elif callable(request):
+        matched = [path for path in paths if request(path, paths[path])]
     elif isinstance(request, Iterable):
         return match_names(model, paths, list(request))
     else:
-        raise LoraLabError(f"target_modules={request!r}: expected 'all-linear', 'attention', a list of names, or a regular expression")
+        raise LoraLabError(f"target_modules={request!r}: expected 'all-linear', 'attention', a list of names, a regular expression, "
+                           "layer classes, or a function of path and module")  # fmt: skip
     if not matched:
-        hint = "" if request in KEYWORDS else f" (a string is a regular expression over the whole path: for a name write [{request!r}])"
+        regular = isinstance(request, str) and request not in KEYWORDS
+        hint = f" (a string is a regular expression over the whole path: for a name write [{request!r}])" if regular else ""
         raise LoraLabError(f"target_modules={request!r} matches no layer{hint}.{layers_here(paths, str(request))}")
     return matched
+
+
+def layer_types(request: Any) -> tuple[type, ...] | None:
+    """The classes of a request that names layers by their class; None where it does not."""
+    several = request if isinstance(request, (tuple, list, set)) else (request,)
+    return tuple(several) if several and all(isinstance(item, type) for item in several) else None
 
 
 def match_names(model: nn.Module, paths: dict[str, nn.Module], names: list[str]) -> list[str]:
@@ -225,8 +269,10 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
 
 def check_config(config: AdapterConfig) -> None:
     check_numbers(config.rank, config.alpha, config.dropout, config.init)
-    if not isinstance(config.rslora, bool):
-        raise LoraLabError(f"rslora={config.rslora!r}: expected True or False")
+    variant_of(config.variant, config.init)
+    for name in ("rslora", "freeze_A", "lora_bias"):
+        if not isinstance(value := getattr(config, name), bool):
+            raise LoraLabError(f"{name}={value!r}: expected True or False")
     for name, pattern, check in (("rank_pattern", config.rank_pattern, check_rank), ("alpha_pattern", config.alpha_pattern, check_alpha)):
         if not isinstance(pattern, dict):
             raise LoraLabError(f"{name}={pattern!r}: expected a dict of name or pattern -> value")

@@ -26,6 +26,7 @@ from ..data.batching import Batch, collate, length_buckets
 from ..data.templates import IGNORE, Example, encode_rows
 from ..errors import LoraLabError
 from ..models.base import PretrainedModel, in_mode
+from ..merging import refuse_merged
 from ..targets import lora_layers
 from .accounting import Log, peak_bytes, reset_peak, save_trainable
 from .config import TrainConfig
@@ -71,6 +72,7 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     """
     config = TrainConfig.of(config)
     _refuse_other_tasks(model)
+    refuse_merged(model, "fit")
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise LoraLabError("nothing in the model requires grad, so there is nothing to train: inject an adapter, or unfreeze weights")

@@ -284,7 +284,7 @@ def test_what_makes_no_sense_is_an_error_that_names_it_and_the_model_is_untouche
 
 
 def test_running_out_of_memory_in_the_middle_of_inject_leaves_the_model_as_it_was(model, monkeypatch):
-    before, calls, real = snapshot(model), [], lora_lab.layers.new_pair
+    before, calls, real = snapshot(model), [], lora_lab.layers.new_tensors
 
     def fails_at_the_fifth(*arguments):
         calls.append(1)
@@ -292,7 +292,7 @@ def test_running_out_of_memory_in_the_middle_of_inject_leaves_the_model_as_it_wa
             raise RuntimeError("out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(lora_lab.layers, "new_pair", fails_at_the_fifth)
+    monkeypatch.setattr(lora_lab.layers, "new_tensors", fails_at_the_fifth)
     with pytest.raises(RuntimeError, match="out of memory"):
         lora_lab.inject(model, rank=2)
     assert_untouched(model, before)

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 import lora_lab
 from lora_lab import LoraLabError, LoRALinear, lora_delta
-from lora_lab.layers import AdapterParameters, is_conv1d
+from lora_lab.kinds import is_conv1d
+from lora_lab.layers import AdapterParameters
 
 
 def random_layer(fan_in=64, fan_out=128, rank=4, dtype=torch.float64, **keywords):
