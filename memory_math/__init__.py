@@ -26,19 +26,26 @@ from .tables import compare_requests, table
 from .time_and_cost import training_flops, training_time
 
 if TYPE_CHECKING:
+    from .fake_runs import fake_saved_bytes, fake_step, fake_tensors
     from .measurement import compare, measure, saved_bytes
 
 __all__ = [
     "Footprint", "MemoryMathError", "activation_formula", "chinchilla", "claims", "compare", "compare_requests", "count_parameters",
-    "explain_oom", "hardware", "in_context", "kv_cache_bytes", "largest", "measure", "models_that_fit", "number_formats", "predict", "saved_bytes",
+    "explain_oom", "fake_saved_bytes", "fake_step", "fake_tensors", "hardware", "in_context", "kv_cache_bytes", "largest", "measure", "models_that_fit", "number_formats", "predict", "saved_bytes",
     "savings", "table", "training_flops", "training_time",
 ]  # fmt: skip
 
 
+NEEDS_TORCH = {
+    "compare": "measurement", "measure": "measurement", "saved_bytes": "measurement",
+    "fake_saved_bytes": "fake_runs", "fake_step": "fake_runs", "fake_tensors": "fake_runs",
+}  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
-    """`measure`, `saved_bytes` and `compare` need torch, which is imported when one of them is first used."""
-    if name in ("compare", "measure", "saved_bytes"):
+    """What measures needs torch, which is imported when one of them is first used."""
+    if name in NEEDS_TORCH:
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.measurement"), name)
+        return getattr(import_module(f"{__name__}.{NEEDS_TORCH[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

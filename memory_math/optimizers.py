@@ -109,8 +109,10 @@ def step_sizes(name: str, implementation: str, tensors: Sequence[Shape]) -> list
     for-loop: the default on the CPU; one tensor after another. Weight decay of "sgd", "momentum" and "adam" is taken as 0.
     """
     optimizer, sizes = optimizer_of(name), [tensor.nbytes for tensor in tensors]
-    if implementation == "fused":
+    if implementation == "fused" or not sizes:
         return []
     if implementation == "foreach":
         return optimizer.foreach_copies * sizes
-    return optimizer.loop_copies * [max(sizes, default=0)]
+    copies = optimizer.loop_copies  # the last of a tensor's temporaries is let go of when the next tensor's last one is there
+    at_once = [[before] * (copies > 1) + [size] * copies for before, size in zip([0, *sizes], sizes, strict=False)]
+    return max(at_once, key=sum)

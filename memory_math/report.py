@@ -127,7 +127,7 @@ def comparison_table(rows: list[tuple[str, int, int]]) -> str:
     lines = [f"{'':<20}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
     for name, predicted, measured in rows:
         ratio = f"{predicted / measured:.3f}" if measured else "-"
-        lines.append(f"{name:<20}{size_text(predicted):>12}{size_text(measured):>12}{ratio:>8}")
+        lines.append(f"{name:<20}{size_text(predicted):>12}{size_text(measured):>12} {ratio:>7}")
     return "\n".join(lines)
 
 

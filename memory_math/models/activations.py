@@ -10,10 +10,12 @@ from ..tape import Sized, Tape
 from ..targets import near
 
 
-def activate(tape: Tape, name: str, x: Sized) -> Sized:
-    """ACT2FN[name](x). Raises MemoryMathError for a function that is not modelled."""
+def activate(tape: Tape, name: str, x: Sized, autocast: int | None = None) -> Sized:
+    """ACT2FN[name](x). Autocast on CUDA raises to a power in float32. Raises MemoryMathError for a function that is not modelled."""
     if name not in ACTIVATIONS:
         raise MemoryMathError(f"activation={name!r} is not modelled; modelled now: {', '.join(ACTIVATIONS)}{near(name, ACTIVATIONS)}")
+    if name == "gelu_new" and autocast is not None and tape.device == "cuda":
+        return gelu_new(tape, x, ops.cast(tape, x, 4))
     return ACTIVATIONS[name](tape, x)
 
 
@@ -27,10 +29,13 @@ def keeps_result(tape: Tape, x: Sized) -> Sized:
     return tape.record("activation", [x], lambda: tape.new(x.numel, x.itemsize), keeps_after=lambda y: [y])
 
 
-def gelu_new(tape: Tape, x: Sized) -> Sized:
-    """``0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))`` in eight operations: x, tanh and the two factors of the product are kept."""
+def gelu_new(tape: Tape, x: Sized, base: Sized | None = None) -> Sized:
+    """``0.5 * x * (1 + tanh(c * (x + 0.044715 * x^3)))`` in eight operations: x, tanh and the two factors of the product are kept.
+
+    base: a wider x to raise to the third power, which makes all that comes after as wide.
+    """
     half = ops.elementwise(tape, "activation", x)
-    inner = power(tape, "activation", x)
+    inner = power(tape, "activation", base or x)
     inner = ops.elementwise(tape, "activation", inner)
     inner = ops.add(tape, "activation", x, inner)
     inner = ops.elementwise(tape, "activation", inner)

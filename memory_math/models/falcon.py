@@ -144,5 +144,6 @@ class Block:
         return ops.copy(tape, "split", q), ops.copy(tape, "split", k, q.numel), ops.copy(tape, "split", v, q.numel)
 
     def mlp(self, x: Sized) -> Sized:
-        hidden = activate(self.tape, self.arch.activation, linear(self.model, x, f"{self.path}.mlp.dense_h_to_4h"))
+        hidden = linear(self.model, x, f"{self.path}.mlp.dense_h_to_4h")
+        hidden = activate(self.tape, self.arch.activation, hidden, self.model.autocast)
         return linear(self.model, hidden, f"{self.path}.mlp.dense_4h_to_h")

@@ -73,6 +73,6 @@ class Block:
     def mlp(self, x: Sized) -> Sized:
         model, path = self.model, f"{self.path}.mlp"
         x = linear(model, x, f"{path}.c_fc")
-        x = activate(self.tape, model.arch.activation, x)
+        x = activate(self.tape, model.arch.activation, x, model.autocast)
         x = linear(model, x, f"{path}.c_proj")
         return model.dropout(x, model.arch.dropout)

@@ -99,9 +99,9 @@ class MixtralBlock(Block):
         del both, gate, up
         y, second = self.grouped(y, f"{path}.down_proj", offsets)
         weighted = ops.multiply(tape, "expert shares", y, shares)
-        placed = self.gather(weighted, model.ids(S), weighted.numel)
-        summed = tape.record("experts", [placed], lambda: tape.new(x.numel, placed.itemsize))
-        del by_expert, counted, y, weighted, placed, selected, first, second
+        weighted = self.gather(weighted, model.ids(S), weighted.numel)
+        summed = tape.record("experts", [weighted], lambda: tape.new(x.numel, weighted.itemsize))
+        del by_expert, counted, y, selected, first, second
         return ops.cast(tape, summed, x.itemsize)
 
     def gather(self, x: Sized, rows: Sized, numel: int) -> Sized:

@@ -86,6 +86,6 @@ class Block:
 
     def mlp(self, x: Sized) -> Sized:
         hidden = linear(self.model, x, f"{self.path}.mlp.dense_h_to_4h")
-        hidden = activate(self.tape, self.model.arch.activation, hidden)
+        hidden = activate(self.tape, self.model.arch.activation, hidden, self.model.autocast)
         hidden = linear(self.model, hidden, f"{self.path}.mlp.dense_4h_to_h")
         return self.model.dropout(hidden, self.model.arch.dropout)

@@ -58,7 +58,7 @@ class Block:
         x = residual = self.norm(x, "self_attn_layer_norm", first=False)
         x = self.norm(x, "final_layer_norm", first=True)
         x = linear(self.model, x, f"{self.path}.fc1")
-        x = activate(self.tape, self.arch.activation, x)
+        x = activate(self.tape, self.arch.activation, x, self.model.autocast)
         x = linear(self.model, x, f"{self.path}.fc2")
         x = self.model.dropout(x, self.arch.dropout)
         x = ops.add(self.tape, "residual", residual, x)

@@ -78,10 +78,12 @@ def _weight_norm(model: Model, x: Sized, path: str, adapter: Adapter) -> list[Si
 
 
 def _frozen_again(model: Model, x: Sized, path: str) -> Sized:
-    """W x with the weight in x's dtype, which is kept if x needs a gradient."""
+    """W x with the weight in x's dtype, both cast again by autocast; the weight is kept if x needs a gradient."""
     weight, tape = model.weights[path], model.tape
     copied = weight.itemsize != x.itemsize or isinstance(weight, QuantizedWeight)
     matrix = tape.new(weight.numel, x.itemsize) if copied else weight
+    if model.autocast is not None:
+        x, matrix = ops.cast(tape, x, model.autocast), ops.cast(tape, matrix, model.autocast)
     numel = x.numel // weight.columns * weight.rows
     return tape.record(f"{path} again", [x], lambda: tape.new(numel, x.itemsize), keeps=[matrix] * x.needs_grad)
 

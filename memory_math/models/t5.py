@@ -19,7 +19,7 @@ from .base import Model, cached
 from .labelled_loss import labelled_loss
 from .peft_layers import linear
 
-BUCKET_BYTES = 40  # per pair of positions, while their buckets are computed: five int64
+BUCKET_BYTES = {False: 49, True: 41}  # per pair of positions, while their buckets are computed: int64 in six tensors, one less for the past alone
 
 
 class TransformersT5(Model):
@@ -161,7 +161,7 @@ class Block:
     """T5Block."""
 
     def __init__(self, model: TransformersT5, path: str, shared: Shared) -> None:
-        self.model, self.tape, self.path = model, model.tape, path
+        self.model, self.tape, self.path, self.decodes = model, model.tape, path, path.startswith("decoder")
         self.shared: Shared | None = shared
 
     def run(self, number: int, x: Sized) -> Sized:
@@ -183,33 +183,40 @@ class Block:
         """T5LayerSelfAttention."""
         path = f"{self.path}.layer.0"
         normed = self.model.norm(x, f"{path}.layer_norm")
-        q, k, v, cached = self.projected(f"{path}.SelfAttention", normed, normed)
-        length = x.numel // self.model.arch.hidden // self.model.request.batch_size
-        if given.bias is None:
-            given.bias = self.position_bias(f"{path}.SelfAttention.relative_attention_bias", length)
-        bias = self.added(given.bias, length if given.encoded is not None and length > 1 else 0)
-        mixed, weights = attend(self.model, q, k, v, Extras(bias, given.mask, cached))
-        y = self.model.dropped(linear(self.model, mixed, f"{path}.SelfAttention.o"))
-        del weights, normed, q, k, v
-        return ops.add(self.tape, "residual", x, y)
+        y, weights = self.attention(f"{path}.SelfAttention", normed, normed, given)
+        x = ops.add(self.tape, "residual", x, self.model.dropped(y))
+        del weights, normed
+        return x
 
     def cross_attention(self, x: Sized, given: Shared, encoded: Sized) -> Sized:
         """T5LayerCrossAttention."""
         path = f"{self.path}.layer.1"
         normed = self.model.norm(x, f"{path}.layer_norm")
-        q, k, v, cached = self.projected(f"{path}.EncDecAttention", normed, encoded)
-        if given.zeros is None:
-            given.zeros = self.zeros(q, k)
-        mixed, weights = attend(self.model, q, k, v, Extras(given.zeros, in_order=cached))
-        y = self.model.dropped(linear(self.model, mixed, f"{path}.EncDecAttention.o"))
-        del weights, normed, q, k, v
-        return ops.add(self.tape, "residual", x, y)
+        y, weights = self.attention(f"{path}.EncDecAttention", normed, encoded, given)
+        x = ops.add(self.tape, "residual", x, self.model.dropped(y))
+        del weights, normed
+        return x
+
+    def attention(self, path: str, x: Sized, source: Sized, given: Shared) -> tuple[Sized, Sized | None]:
+        """T5Attention, over its own input or over another source; the first of a stack makes the bias."""
+        q, k, v, cached = self.projected(path, x, source)
+        if source is not x:
+            given.zeros = given.zeros or self.zeros(q, k)
+            mixed, weights = attend(self.model, q, k, v, Extras(given.zeros, in_order=cached))
+        else:
+            length = x.numel // self.model.arch.hidden // self.model.request.batch_size
+            given.bias = given.bias or self.position_bias(f"{path}.relative_attention_bias", length)
+            causal = length if self.decodes and length > 1 else 0
+            mixed, weights = attend(self.model, q, k, v, Extras(self.added(given.bias, causal), given.mask, cached))
+        mixed = linear(self.model, mixed, f"{path}.o")
+        del q, k, v
+        return mixed, weights
 
     def projected(self, path: str, x: Sized, source: Sized) -> tuple[Sized, Sized, Sized, bool]:
         """q of x, k and v of the source; and whether these come out of the cache, into which DynamicCache.update has copied them."""
         q = linear(self.model, x, f"{path}.q")
         k, v = (linear(self.model, source, f"{path}.{name}") for name in "kv")
-        if not self.model.caches or not self.path.startswith("decoder"):
+        if not self.model.caches or not self.decodes:
             return q, k, v, False
         k, v = (ops.copy(self.tape, "cache", tensor) for tensor in (k, v))
         self.model.hold(*(tensor if self.model.request.trains else cached(tensor) for tensor in (k, v)))
@@ -218,10 +225,8 @@ class Block:
     def position_bias(self, path: str, length: int) -> Sized:
         """compute_bias, [1, a, T, T]: the buckets are kept where their vectors train."""
         tape, table, pairs = self.tape, self.model.weights[path], length * length
-        buckets = self.model.ids(pairs)
-        busy = tape.new((BUCKET_BYTES - buckets.itemsize) * pairs, 1)
-        del busy
-        return ops.embedding(tape, buckets, table)
+        tape.new(BUCKET_BYTES[self.decodes] * pairs, 1)
+        return ops.embedding(tape, self.model.ids(pairs), table)
 
     def added(self, bias: Sized, causal: int) -> Sized:
         """create_position_bias_mask: the kernel takes a bias that is laid out in order, and where it is causal for itself, the future blotted out."""
@@ -240,7 +245,7 @@ class Block:
 
     def feed_forward(self, x: Sized) -> Sized:
         """T5LayerFF."""
-        path = f"{self.path}.layer.{2 if self.path.startswith('decoder') else 1}"
+        path = f"{self.path}.layer.{2 if self.decodes else 1}"
         normed = self.model.norm(x, f"{path}.layer_norm")
         y = self.model.dropped(self.dense(normed, f"{path}.DenseReluDense"))
         del normed
