@@ -227,19 +227,19 @@ class Tape:
     ) -> Sized:  # fmt: skip
         """One operation; wired to a node where an input needs a gradient, otherwise nothing is kept.
 
-        output: makes the result. keeps: inputs kept, put away before the result is made. keeps_after: given the result, what is kept once
-        it is there (results that backward uses; everything an autograd.Function saves). busy: bytes alive beside the result while it is
-        made. passes, scratch: see `Node`.
+        output: makes the result. keeps: inputs kept, put away before the result is made where nothing is kept after. keeps_after: given the
+        result, what is kept once it is there (results that backward uses; everything an autograd.Function saves). busy: bytes alive beside
+        the result while it is made. passes, scratch: see `Node`.
         """
         if not any(tensor.needs_grad for tensor in inputs):
             return self._make(output, busy)
         self._order += 1
         node = Node(self._order, name, inputs, passes, scratch)
-        if keeps:
+        if keeps and keeps_after is None:
             self._put_away(node, [tensor.storage for tensor in keeps])
         result = self._make(output, busy)
         if keeps_after is not None:
-            self._put_away(node, [tensor.storage for tensor in keeps_after(result)])
+            self._put_away(node, [tensor.storage for tensor in (*keeps, *keeps_after(result))])
         return Sized(result.numel, result.itemsize, result.storage, node)
 
     def _make(self, output: Callable[[], Sized], busy: int) -> Sized:

@@ -43,13 +43,13 @@ def test_one_call_without_keywords_is_enough() -> None:
 
 
 def test_a_refused_combination_is_a_footnote_with_predicts_reason() -> None:
-    found = table("smollm2-135m", optimizers=["sgd", "adamw"], **SIZES)
+    found = table("smollm2-135m", optimizers=["sgd", "adamw"], attention="flash", **SIZES)
     with pytest.raises(MemoryMathError) as refusal:
-        predict("smollm2-135m", precision="fp16", **SIZES)
-    assert found.rows[list(PRECISIONS).index("fp16")].refusals == {"sgd": str(refusal.value), "adamw": str(refusal.value)}
+        predict("smollm2-135m", precision="fp32", attention="flash", **SIZES)
+    assert found.rows[list(PRECISIONS).index("fp32")].refusals == {"sgd": str(refusal.value), "adamw": str(refusal.value)}
     assert str(found).endswith(f"[1] {refusal.value}") and str(found).count(str(refusal.value)) == 1
-    line = next(line for line in str(found).splitlines() if line.startswith("fp16 "))
-    assert line.split() == ["fp16", "[1]", "[1]"]
+    line = next(line for line in str(found).splitlines() if line.startswith("fp32 "))
+    assert line.split() == ["fp32", "[1]", "[1]"]
 
 
 def test_a_request_that_is_refused_everywhere_is_an_error() -> None:
@@ -70,16 +70,16 @@ def test_a_prompt_has_one_column() -> None:
 
 
 def test_markdown_html_and_dict_carry_the_same_numbers() -> None:
-    found = table("smollm2-135m", precisions=["fp32", "fp16"], optimizers=["adamw"], **SIZES)
+    found = table("smollm2-135m", precisions=["bf16", "fp32"], optimizers=["adamw"], attention="flash", **SIZES)
     amount = f"{found.rows[0].totals['adamw'] / 2**30:.2f}"
-    assert f"| fp32 | {amount} |" in found.markdown()
+    assert f"| bf16 | {amount} |" in found.markdown()
     page = ElementTree.fromstring(found._repr_html_())
-    assert [cell.text for cell in page.iter("td")] == ["fp32", amount, "fp16", "[1]"]
-    assert json.loads(json.dumps(found.as_dict()))["totals"] == {"fp32": {"adamw": found.rows[0].totals["adamw"]}, "fp16": {"adamw": None}}
+    assert [cell.text for cell in page.iter("td")] == ["bf16", amount, "fp32", "[1]"]
+    assert json.loads(json.dumps(found.as_dict()))["totals"] == {"bf16": {"adamw": found.rows[0].totals["adamw"]}, "fp32": {"adamw": None}}
 
 
 def test_requests_are_compared_part_by_part() -> None:
-    requests = {"small batch": {"batch_size": 1}, "checkpointed": {"gradient_checkpointing": True}, "impossible": {"precision": "fp16"}}
+    requests = {"small batch": {"batch_size": 1}, "checkpointed": {"gradient_checkpointing": True}, "impossible": {"attention": "flash"}}
     found = compare_requests("smollm2-135m", requests, gpu="t4", batch_size=4, sequence_length=128)
     first = predict("smollm2-135m", batch_size=1, sequence_length=128)
     second = predict("smollm2-135m", batch_size=4, sequence_length=128, gradient_checkpointing=True)
@@ -87,8 +87,8 @@ def test_requests_are_compared_part_by_part() -> None:
     cells = [line.split() for line in str(found).splitlines()]
     row = next(line for line in cells if line and line[0] == "checkpointed")
     assert row[1:] == [*(f"{second.gib(part):.2f}" for part in PUBLIC_PARTS), f"{second.gib():.2f}", f"{second.total / first.total:.3f}", "yes"]
-    assert str(found).splitlines()[-1].startswith("[1] precision='fp16'")
-    assert found.as_dict()["rows"][2]["refusal"].startswith("precision='fp16'") and found.gpu == "T4"
+    assert str(found).splitlines()[-1].startswith("[1] attention='flash'")
+    assert found.as_dict()["rows"][2]["refusal"].startswith("attention='flash'") and found.gpu == "T4"
 
 
 def test_methods_by_name_are_requests() -> None:

@@ -41,6 +41,17 @@ def test_before_pytorch_1_11_softmax_kept_its_input() -> None:
     assert "10a s" in per_block(torch="1.10", attention="eager") and "6a s" in per_block(torch="1.11", attention="eager")
 
 
+def test_what_softmax_kept_stayed_until_backward() -> None:
+    """Input and result are one operation's: both are there after the forward pass, not only counted on the way."""
+    request = {"precision": "fp32", "sequence_length": 256, "attention": "eager", "device": "cpu"}
+    old, new = (predict("bert-base-uncased", versions=versions, **request) for versions in ({"torch": "1.10"}, None))
+    kept = old.saved_bytes - new.saved_bytes
+    assert kept >= 12 * 4 * 12 * 256 * 256  # blocks x bytes x heads x s x s
+    alive = [footprint.phases["after forward"] - footprint.phases["load"] for footprint in (old, new)]
+    gradients = 4 * old.trained  # which stayed as well
+    assert alive[0] - alive[1] - gradients == pytest.approx(kept, rel=0.01)
+
+
 def test_gradients_stayed_through_the_next_forward_before_pytorch_2() -> None:
     """zero_grad(set_to_none=True) is the default since 2.0; before, gradients were filled with zeros and stayed."""
     old, new = (predict("smollm2-135m", sequence_length=64, versions={"torch": version}) for version in ("1.13", "2.0"))
