@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import activate
+from .attention_files import attentions_for_file, attentions_from_file
 from .errors import LoraLabError, did_you_mean
 from .files import json_object, saving, write_file, write_json
 from .injection import apply_plan, injection_of
@@ -80,6 +81,7 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
         raise LoraLabError("a layer alone has no name for a file to call it by: inject into a model that contains it, nn.Sequential(layer) will do")
     tensors = {f"{PREFIX}{path}.{name}": _finite(path, tensor.detach().to("cpu", dtype).contiguous())
                for path, layer in layers.items() for name, tensor in tensors_of(layer, adapter).items()}  # fmt: skip
+    tensors, layers = attentions_for_file(model, adapter, tensors, layers)
     config = peft_config(model, adapter, layers)
     metadata = {"format": "pt", "lora_lab_config": json.dumps(config, sort_keys=True)}
     if base_sha256 := getattr(model, "base_sha256", None):
@@ -196,7 +198,7 @@ def load(model: Model, folder: str | Path, adapter: str = "default", trainable: 
     folder = Path(folder)
     tensors, metadata = _read_tensors(folder)
     config = _read_config(folder, metadata)
-    layers = _by_layer(tensors)
+    layers = _by_layer(attentions_from_file(tensors))
     plan = Plan(config, tuple(_planned(model, path, named, config, folder) for path, named in layers.items()))
     _check_name_is_free(model, plan, adapter, replace)
     _warn_of_another_base(model, metadata, folder)

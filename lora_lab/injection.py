@@ -18,7 +18,7 @@ from . import layers as lora_layer
 from .adapters import activate
 from .errors import LoraLabError
 from .merging import RECORD, merge_report, refuse_merged, unmerge
-from .targets import AdapterConfig, Plan, adapter_names, check_adapter_name, lora_layers, make_plan
+from .targets import AdapterConfig, Plan, adapter_names, attention_of, check_adapter_name, is_attention_output, lora_layers, make_plan
 from .variants import variant_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -110,6 +110,8 @@ def apply_plan(model: nn.Module, plan: Plan, adapter: str, dtype: torch.dtype | 
     injection = injection_of(model) or new_injection(model)
     model.requires_grad_(False)
     for layer, own, planned in zip(targets, tensors, plan.layers, strict=True):
+        if is_attention_output(layer):
+            lora_layer.adapt(attention_of(model, planned.path))
         lora_layer.attach(layer, adapter, own, planned.scaling, config.dropout, variant)
     injection.adapters[adapter] = config
     activate(model, (adapter,), trainable=trainable)

@@ -7,6 +7,7 @@ input. Another kind of layer is another class here, and a line in `KINDS`.
     Conv1D       the same; transformers stores the weight [in, out]
     Embedding    ids [...]            A [r, words]         B [width, r]
     Conv1d/2d/3d x [N, in, ...]       A [r, in, *kernel]   B [out, r / groups, 1, ...]
+    MultiheadAttention's in_proj      A [r, width]         B [3 width, r]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rows = slice
+from .dropout import dropped_update
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -25,9 +26,9 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers") for base in type(module).__mro__)
 
 
-def dense(module: Any) -> Tensor:
+def dense(module: Any, name: str = "weight") -> Tensor:
     """The frozen weight as it is stored, of a quantised layer what its codes stand for."""
-    weight = module.dequantize() if hasattr(module, "quantization") else module.weight
+    weight = module.dequantize() if hasattr(module, "quantization") else getattr(module, name)
     assert isinstance(weight, Tensor)
     return weight.detach()
 
@@ -36,6 +37,7 @@ class LinearKind:
     """nn.Linear and its subclasses."""
 
     names = ("lora_A.weight", "lora_B.weight")  # in PEFT's files
+    weight = "weight"  # the parameter that the adapter changes
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -63,7 +65,7 @@ class LinearKind:
 
     def update(self, module: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
         """``scaling * B A x``; dropout, in training, on x."""
-        return F.linear(scaling * F.linear(F.dropout(x, dropout, dropout > 0), A), B)
+        return dropped_update(x, A, B, scaling, dropout) if dropout else F.linear(scaling * F.linear(x, A), B)
 
     def spread(self, module: Any, vector: Tensor) -> Tensor:
         """A number per output, in the shape in which it multiplies the layer's output."""
@@ -154,7 +156,25 @@ class ConvKind(LinearKind):
         return vector.view(-1, *(1,) * len(module.kernel_size))
 
 
-KINDS = (Conv1DKind(), LinearKind(), EmbeddingKind(), ConvKind())
+class MultiheadKind(LinearKind):
+    """The input projection of nn.MultiheadAttention, q, k and v in one matrix; its output projection is a layer of its own.
+
+    The attention reads its weights without calling a layer, so that the update is added to the weight for the call; see multihead.py.
+    """
+
+    weight = "in_proj_weight"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        return int(module.embed_dim), 3 * int(module.embed_dim)
+
+    def matrix(self, module: Any) -> Tensor:
+        return dense(module, self.weight)
+
+
+KINDS = (Conv1DKind(), LinearKind(), EmbeddingKind(), ConvKind(), MultiheadKind())
 
 
 def kind_of(module: nn.Module) -> LinearKind | None:

@@ -209,7 +209,15 @@ def lora_class(base: type) -> type[nn.Module]:
 
 
 def _new_class(base: type) -> type[nn.Module]:
-    return type(f"LoRA{base.__name__}", (LoRA, base), {"lora_base_class": base, "__module__": __name__, "__doc__": base.__doc__})
+    return type(f"LoRA{base.__name__}", (_mixin(base), base), {"lora_base_class": base, "__module__": __name__, "__doc__": base.__doc__})
+
+
+def _mixin(base: type) -> type[LoRA]:
+    if not issubclass(base, nn.MultiheadAttention):
+        return LoRA
+    from .multihead import LoRAMultihead  # which is made of what is in this file
+
+    return LoRAMultihead
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -271,7 +279,8 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a layer computes, and in what; a quantised one has no weight to ask."""
     if hasattr(module, "quantization"):
         return next(module.buffers()).device, cast(torch.dtype, module.compute_dtype)
-    weight = module.weight
+    kind = kind_of(module)
+    weight = getattr(module, kind.weight if kind else "weight")
     assert isinstance(weight, Tensor)
     return weight.device, weight.dtype
 

@@ -147,7 +147,7 @@ def _check(path: str, layer: LoRA, names: tuple[str, ...], shared: set[int], unt
         raise LoraLabError(f"{path!r} is a grouped convolution: its update sees all channels and is no grouped kernel; it cannot be merged")
     if any(name in layer.lora_extra("lora_B_bias") for name in names) and module.bias is None:
         raise LoraLabError(f"{path!r} has no bias to merge the adapter's into")
-    if id(module.weight) in shared and not untie:
+    if id(getattr(module, layer.lora_kind.weight)) in shared and not untie:
         raise LoraLabError(f"{path!r} shares its weight with another module (tied embeddings), which would change, too: merge(model, untie=True) "
                            "gives it a weight of its own first; then say so in the config (tie_word_embeddings=False) before saving")  # fmt: skip
 
@@ -183,16 +183,17 @@ def _sums(layer: LoRA, names: tuple[str, ...]) -> Iterator[tuple[slice, Tensor]]
 
 @torch.no_grad()
 def _merge_layer(layer: Any, names: tuple[str, ...], shared: set[int], restorable: bool) -> _Merged:
-    biased = [name for name in names if name in layer.lora_extra("lora_B_bias")]
-    parameters = {"weight": layer.weight, **({"bias": layer.bias} if biased else {})} if names else {}
-    bits = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items() if restorable and id(parameter) not in shared}
-    if names and id(layer.weight) in shared:
-        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+    biased = [adapter for adapter in names if adapter in layer.lora_extra("lora_B_bias")]
+    name = layer.lora_kind.weight
+    parameters = {name: getattr(layer, name), **({"bias": layer.bias} if biased else {})} if names else {}
+    bits = {key: parameter.detach().to("cpu", copy=True) for key, parameter in parameters.items() if restorable and id(parameter) not in shared}
+    if names and id(weight := getattr(layer, name)) in shared:
+        setattr(layer, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
     matrix = layer.lora_kind.matrix(layer)
     for rows, total in _sums(layer, names) if names else ():
         matrix[rows] = total.to(matrix.dtype)
-    for name in biased:
-        layer.bias += (layer.lora_scaling[name] * layer.lora_B_bias[name]).to(layer.bias.dtype)
+    for adapter in biased:
+        layer.bias += (layer.lora_scaling[adapter] * layer.lora_B_bias[adapter]).to(layer.bias.dtype)
     return _Merged(layer, detach_adapters(layer), parameters, bits)
 
 

@@ -107,11 +107,23 @@ def _formula(name: str, count: int, rank: int, fan_in: int, fan_out: int, more: 
     return f"{name}  {count:>4} x {product} = {total:>12,}"
 
 
+def check_attention(path: str, module: Any, config: AdapterConfig) -> None:
+    """nn.MultiheadAttention takes weights, not functions of its input: no dropout on the input, no bias, and q, k and v of one width."""
+    for name, idle in (("dropout", 0.0), ("lora_bias", False)):
+        if (value := getattr(config, name)) != idle:
+            raise LoraLabError(f"{name}={value!r}, but {path!r} is of an nn.MultiheadAttention, which takes a weight and nothing else: leave it out")
+    if getattr(module, "_qkv_same_embed_dim", True) is False:
+        raise LoraLabError(f"{path!r} is an nn.MultiheadAttention with kdim or vdim of its own, which has no in_proj to adapt: name other layers")
+
+
 def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     """Resolve a request against a model. Changes nothing; raises LoraLabError for anything that matches nothing."""
     check_config(config)
     paths = dict(adaptable_layers(model))
-    named = match_targets(model, paths, config.target_modules)
+    named = with_outputs(paths, match_targets(model, paths, config.target_modules))
+    for path in named:
+        if is_attention_output(paths[path]):
+            attention_of(model, path)
     check_layers(named, config.layers)
     left_out = excluded(named, config.exclude_modules)
     targets = [path for path in named if path not in left_out and (config.layers is None or layer_number(path) in config.layers)]
@@ -123,7 +135,6 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
 
 
 def plan_layer(path: str, module: nn.Module, config: AdapterConfig) -> PlannedLayer:
-    refuse_unreachable(path, module)
     (fan_in, fan_out), rank, kind = layer_shape(module), config.rank_of(path), kind_of(module)
     assert kind is not None
     check_layer(path, module, config)
@@ -137,8 +148,11 @@ def check_layer(path: str, module: nn.Module, config: AdapterConfig) -> None:
     """What a layer of this kind cannot have."""
     groups = getattr(module, "groups", 1)
     if groups > 1 and (config.rank_of(path) % groups or config.variant == "dora" or config.init in ("orthogonal", "pissa")):
+        asked = f"rank={config.rank_of(path)}, variant={config.variant!r}, init={config.init!r}"
         raise LoraLabError(f"{path!r} is a convolution with {groups} groups: it needs a rank that {groups} divides, and plain LoRA with init "
-                           f"'kaiming', 'gaussian' or 'random' (rank={config.rank_of(path)}, variant={config.variant!r}, init={config.init!r})")  # fmt: skip
+                           f"'kaiming', 'gaussian' or 'random' ({asked})")  # fmt: skip
+    if is_attention_output(module) or isinstance(module, nn.MultiheadAttention):
+        check_attention(path, module, config)
     if config.lora_bias and isinstance(module, nn.Embedding):
         raise LoraLabError(f"lora_bias=True, but {path!r} is an embedding: leave it out, or adapt it on its own without")
 
@@ -157,7 +171,8 @@ def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any) -
     if isinstance(request, str) and request == "all-linear":
         matched = [path for path in paths if is_linear(paths[path]) and not is_head(model, path, paths[path])]
     elif isinstance(request, str) and request == "attention":
-        matched = [path for path in paths if is_linear(paths[path]) and ATTENTION_PART.search(path.rpartition(".")[0])]
+        attentions = [path for path in paths if isinstance(paths[path], nn.MultiheadAttention)]
+        matched = [*attentions, *(path for path in paths if is_linear(paths[path]) and ATTENTION_PART.search(path.rpartition(".")[0]))]
     elif isinstance(request, str):
         pattern = compile_pattern(request, "target_modules")
         matched = [path for path in paths if pattern.fullmatch(path)]
@@ -175,6 +190,12 @@ def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any) -
         hint = f" (a string is a regular expression over the whole path: for a name write [{request!r}])" if regular else ""
         raise LoraLabError(f"target_modules={request!r} matches no layer{hint}.{layers_here(paths, str(request))}")
     return matched
+
+
+def with_outputs(paths: dict[str, nn.Module], matched: list[str]) -> list[str]:
+    """A request that names an nn.MultiheadAttention means its output projection, too, as in PEFT."""
+    outputs = {f"{path}.out_proj" for path in matched if isinstance(paths[path], nn.MultiheadAttention)}
+    return [path for path in paths if path in outputs or path in matched]
 
 
 def layer_types(request: Any) -> tuple[type, ...] | None:
@@ -295,13 +316,21 @@ def check_adapter_name(name: str) -> str:
     return name
 
 
-def refuse_unreachable(path: str, module: nn.Module) -> None:
-    """Layers whose forward PyTorch does not call: an adapter there would train nothing, without a word."""
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        raise LoraLabError(
-            f"{path!r} is the output projection of an nn.MultiheadAttention, which reads its weight without calling it: "
-            "LoRA there has no effect. Leave it out with exclude_modules=['out_proj']"
-        )
+def is_attention_output(module: nn.Module) -> bool:
+    """The output projection of nn.MultiheadAttention, whose weight the attention reads without calling it; see multihead.py."""
+    return any(base.__name__ == "NonDynamicallyQuantizableLinear" for base in type(module).__mro__)
+
+
+def attention_of(model: nn.Module, path: str) -> nn.MultiheadAttention:
+    """The attention that an output projection belongs to, which has to be adapted with it.
+
+    Raises LoraLabError where there is none: an adapter there would train nothing, without a word.
+    """
+    owner = model.get_submodule(path.rpartition(".")[0])
+    if not isinstance(owner, nn.MultiheadAttention):
+        raise LoraLabError(f"{path!r} is an output projection made for nn.MultiheadAttention, inside a {type(owner).__name__}, which reads its "
+                           "weight without calling it: LoRA there would have no effect; leave it out with exclude_modules")  # fmt: skip
+    return owner
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:

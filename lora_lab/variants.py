@@ -98,7 +98,8 @@ class PiSSA(Variant):
     def extras(self, kind: LinearKind, module: nn.Module, A: Tensor, B: Tensor, scaling: float) -> dict[str, nn.Parameter]:
         rank = A.shape[0]
         if A.ndim != 2 or rank > min(kind.shape(module)):
-            raise LoraLabError(f"init='pissa' with rank {rank}: a {type(module).__name__} of {kind.shape(module)} has no {rank} singular values to train")
+            shape = kind.shape(module)
+            raise LoraLabError(f"init='pissa' with rank {rank}: a {type(module).__name__} of {shape} has no {rank} singular values to train")
         left, values, right = torch.linalg.svd(kind.matrix(module).to(torch.promote_types(A.dtype, torch.float32)), full_matrices=False)
         root = (values[:rank] / scaling).sqrt()
         with torch.no_grad():

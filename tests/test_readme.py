@@ -62,5 +62,37 @@ def test_every_make_target_and_command_the_readme_names_exists():
         parser().parse_args(shlex.split(line))
 
 
+@pytest.mark.parametrize(("command", "printed"), re.findall(r"\$ python -m memory_math (.*)\n```\n\n```text\n(.*?)\n```", README, re.DOTALL))
+def test_what_memory_math_prints_is_what_the_readme_shows(command, printed, capsys):
+    from memory_math.__main__ import main
+
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.rstrip("\n") == printed
+
+
+def test_every_command_and_number_of_memory_math_in_the_readme_holds(capsys):
+    import memory_math
+    from memory_math.__main__ import main
+
+    for command in re.findall(r"`python -m memory_math (.*?)`", README):
+        assert main(command.split()) == 0, command
+    capsys.readouterr()
+    formula = re.search(r"activation_formula\('llama-2-7b', precision='bf16'\)\)\"`: (.*?) \|", README).group(1)
+    assert str(memory_math.activation_formula("llama-2-7b", precision="bf16")) == formula
+    claims, shapes = memory_math.claims(), len({id(preset) for preset in memory_math.presets.PRESETS.values()})
+    assert f"{len(claims)} numbers of lectures and papers recomputed, {claims.counts()['wrong']} of them wrong" in README
+    assert f"{shapes} shapes by name" in README
+
+
+def test_the_accuracy_in_the_readme_is_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from memory_accuracy import score
+
+    summary = score(lambda line: None).summary
+    said = re.search(r"against (\d+) published figures.*?median error is ([\d.]+) %, the worst ([\d.]+) %", README, re.DOTALL)
+    median, worst = (round(100 * summary[name], 1) for name in ("median_absolute_error", "worst_absolute_error"))
+    assert [int(said[1]), float(said[2]), float(said[3])] == [summary["scored_rows"], median, worst]
+
+
 def test_the_version_is_the_changelogs():
     assert f"## {lora_lab.__version__}" in (ROOT / "CHANGELOG.md").read_text()

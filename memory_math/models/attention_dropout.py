@@ -34,9 +34,12 @@ def attend(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras | None = N
     extras = extras or Extras()
     core = eager if model.request.attention == "eager" else sdpa
     if model.request.gradient_checkpointing == "attention":
-        given = [] if extras.bias is None else [extras.bias]
-        without = replace(extras, bias=None)
-        return model.tape.checkpoint(lambda q, k, v, *bias: core(model, q, k, v, replace(without, bias=bias[0] if bias else None))[0], q, k, v, *given), None
+        given, without = [] if extras.bias is None else [extras.bias], replace(extras, bias=None)
+
+        def again(q: Sized, k: Sized, v: Sized, *bias: Sized) -> Sized:
+            return core(model, q, k, v, replace(without, bias=bias[0]) if bias else without)[0]
+
+        return model.tape.checkpoint(again, q, k, v, *given), None
     return core(model, q, k, v, extras)
 
 
@@ -47,8 +50,9 @@ def eager(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras) -> tuple[S
     s = _scores(model, q, k, extras)
     s = ops.elementwise(tape, "attention scaling", s)
     s = _biased(model, s, extras.bias)
-    if (mask := extras.mask) is not None:
-        s = tape.record("attention mask", [s], lambda: tape.new(s.numel, max(s.itemsize, mask.itemsize)), passes=True)
+    if extras.mask is not None:
+        numel, itemsize = s.numel, max(s.itemsize, extras.mask.itemsize)
+        s = tape.record("attention mask", [s], lambda: tape.new(numel, itemsize), passes=True)
     s = ops.softmax(tape, "attention softmax", ops.cast(tape, s, 4) if autocast and tape.device == "cuda" else s)
     s = weights = dropped(model, s)
     mixed = ops.matmul(tape, "attention", ops.cast(tape, s, autocast or s.itemsize), _laid_out(model, v, extras.in_order), q.numel)

@@ -91,7 +91,7 @@ class TransformersBert(Model):
     def positions(self, path: str) -> Sized:
         table = self.weights[path]
         if self.arch.roberta:
-            return ops.embedding(self.tape, self.numbers(self.sequence if self.prompt else self.tokens), table)
+            return ops.embedding(self.tape, self.numbers(self.tokens), table)
         one_row = self.tape.record(path, [table], lambda: self.tape.new(self.sequence * table.columns, table.itemsize))
         return expanded(self, one_row, self.tokens * table.columns)
 

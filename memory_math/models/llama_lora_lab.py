@@ -113,9 +113,19 @@ def lora_linear(model: Model, x: Sized, path: str) -> Sized:
     A, B = model.adapters[path].A, model.adapters[path].B
     A_copy, B_copy = ops.cast(tape, A, x.itemsize), ops.cast(tape, B, x.itemsize)
     if model.request.dropout:
-        x = ops.dropout(tape, x)
+        return ops.add(tape, path, y, dropped_update(tape, x, A_copy, B_copy, x.numel // A.columns * B.rows))
     low = ops.elementwise(tape, "scaling", ops.linear(tape, x, A, copy=A_copy))
     return ops.add(tape, path, y, ops.linear(tape, low, B, copy=B_copy))
+
+
+def dropped_update(tape: Tape, x: Sized, A: Sized, B: Sized, numel: int) -> Sized:
+    """lora_lab.dropout: keeps x, A, B and a bit per element of x; the dropped x exists inside, forward and backward."""
+
+    def keeps(y: Sized) -> list[Sized]:
+        return [x, A, B, tape.new(-(-x.numel // 8), 1)]
+
+    inside = 2 * x.nbytes + 2 * x.numel  # the dropped x beside the grown one, the mask as bytes
+    return tape.record("dropout", [x, A, B], lambda: tape.new(numel, x.itemsize), keeps_after=keeps, busy=inside, scratch=inside + x.nbytes)
 
 
 def remember_selection(model: Model, x: Sized) -> Sized:

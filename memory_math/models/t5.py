@@ -28,7 +28,7 @@ class TransformersT5(Model):
     arch: T5
 
     def __init__(self, request: Request, ledger: Ledger) -> None:
-        _check(request, request.architecture)
+        _check(request)
         super().__init__(request, ledger)
         self.caches = not request.trains or request.gradient_checkpointing in (False, "attention")
 
@@ -171,28 +171,18 @@ class Block:
         return self.model.run_block(number, lambda x, *given: self.forward(x, Shared(**dict(zip(names, given, strict=True)))), x, *tensors)
 
     def forward(self, x: Sized, given: Shared) -> Sized:
-        x = self.model.clamped(self.self_attention(x, given))
+        x = self.model.clamped(self.attention_layer(x, f"{self.path}.layer.0", "SelfAttention", None, given))
         if given.encoded is not None:
-            x = self.model.clamped(self.cross_attention(x, given, given.encoded))
+            x = self.model.clamped(self.attention_layer(x, f"{self.path}.layer.1", "EncDecAttention", given.encoded, given))
         x = self.model.clamped(self.feed_forward(x))
         if self.shared is not None:
             self.shared.bias, self.shared.zeros, self.shared = given.bias, given.zeros, None
         return x
 
-    def self_attention(self, x: Sized, given: Shared) -> Sized:
-        """T5LayerSelfAttention."""
-        path = f"{self.path}.layer.0"
+    def attention_layer(self, x: Sized, path: str, name: str, encoded: Sized | None, given: Shared) -> Sized:
+        """T5LayerSelfAttention, T5LayerCrossAttention."""
         normed = self.model.norm(x, f"{path}.layer_norm")
-        y, weights = self.attention(f"{path}.SelfAttention", normed, normed, given)
-        x = ops.add(self.tape, "residual", x, self.model.dropped(y))
-        del weights, normed
-        return x
-
-    def cross_attention(self, x: Sized, given: Shared, encoded: Sized) -> Sized:
-        """T5LayerCrossAttention."""
-        path = f"{self.path}.layer.1"
-        normed = self.model.norm(x, f"{path}.layer_norm")
-        y, weights = self.attention(f"{path}.EncDecAttention", normed, encoded, given)
+        y, weights = self.attention(f"{path}.{name}", normed, encoded or normed, given)
         x = ops.add(self.tape, "residual", x, self.model.dropped(y))
         del weights, normed
         return x
@@ -266,7 +256,7 @@ class Block:
         return y
 
 
-def _check(request: Request, arch: object) -> None:
+def _check(request: Request) -> None:
     """What T5 has no use for, or what is not written here."""
     name = request.architecture.name
     if request.method == "prefix":

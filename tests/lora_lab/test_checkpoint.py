@@ -279,7 +279,7 @@ DAMAGE = {
     "shape": (edit_tensors(lambda t: t | {KEY_A: torch.zeros(2, 9)}), r"A \[2, 9\].*needs \[2, 6\]"),
     "integers": (edit_tensors(lambda t: t | {KEY_A: torch.zeros(2, 6, dtype=torch.int64)}), "floating-point"),
     "no prefix": (edit_tensors(lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}), "unexpected tensor '0.lora_A.weight'"),
-    "extra": (edit_tensors(lambda t: t | {"base_model.model.0.lora_magnitude_vector": torch.ones(5)}), "has lora_magnitude_vector, but adapter_config.json says use_dora=False"),
+    "extra": (edit_tensors(lambda t: t | {"base_model.model.0.lora_magnitude_vector": torch.ones(5)}), "has lora_magnitude_vector, but.*use_dora=False"),
     "another model": (edit_tensors(lambda t: {k.replace(".0.", ".model.0."): v for k, v in t.items()}), "another model: it adapts 'model.0'"),
     "not linear": (edit_tensors(lambda t: {k.replace(".0.", ".1."): v for k, v in t.items()}), "'1', a ReLU"),
     "wrong rank": (edit_config(r=3), "with rank 3.*wrong rank"),

@@ -298,12 +298,15 @@ def test_running_out_of_memory_in_the_middle_of_inject_leaves_the_model_as_it_wa
     assert_untouched(model, before)
 
 
-def test_an_attention_output_that_pytorch_never_calls_is_refused_rather_than_trained_in_vain():
+def test_an_attention_output_that_pytorch_never_calls_has_an_effect_all_the_same():
     """nn.MultiheadAttention reads out_proj.weight without calling it: PEFT accepts the target and trains nothing."""
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    with pytest.raises(LoraLabError, match=r"self_attn\.out_proj.*without calling it"):
-        lora_lab.inject(model, rank=2)
-    assert len(adapted(lora_lab.inject(model, rank=2, exclude_modules=["out_proj"]))) == 2
+    model, x = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)), torch.randn(2, 3, 8)
+    before = model(x)
+    lora_lab.inject(model, rank=2, target_modules=["out_proj"], init="random")
+    assert not torch.allclose(model(x), before)
+    strange = nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4))
+    with pytest.raises(LoraLabError, match="'0' is an output projection made for nn.MultiheadAttention, inside a Sequential"):
+        lora_lab.inject(strange, rank=2)
 
 
 def test_a_70b_shape_is_planned_and_injected_on_the_meta_device():

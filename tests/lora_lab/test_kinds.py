@@ -339,7 +339,8 @@ def test_we_read_what_peft_writes(tmp_path, kind: str, variant: str) -> None:
     torch.manual_seed(0)
     make, example = LAYERS[kind]
     base, x, request = nn.Sequential(make()).double(), example(), VARIANTS[variant]
-    settings = {"use_dora": variant == "dora", "use_rslora": variant == "rslora", "lora_bias": variant == "lora_bias", "lora_alpha": request.get("alpha", 4)}
+    settings = {"use_dora": variant == "dora", "use_rslora": variant == "rslora", "lora_bias": variant == "lora_bias"}
+    settings["lora_alpha"] = request.get("alpha", 4)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["0"], **settings)).double().eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path)

@@ -1,0 +1,147 @@
+"""nn.MultiheadAttention reads its weights itself: what an adapter there has to do all the same, on every path PyTorch takes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import lora_lab
+from lora_lab import LoraLabError
+
+TARGETS = {"both": ["self_attn"], "out_proj": ["out_proj"], "everything": ["self_attn", "linear1", "linear2"]}
+
+
+def randomise(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
+            elif "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def encoder(batch_first: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)).double()
+
+
+def adapted(targets: Any = ("self_attn",), **request: Any) -> nn.Sequential:
+    model = lora_lab.inject(encoder(), rank=4, target_modules=list(targets), **request)
+    randomise(model)
+    return model
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(3, 5, 8, dtype=torch.float64)
+
+
+def dense(model: nn.Module) -> nn.Module:
+    """The update in the weights, no adapter left."""
+    return lora_lab.eject(lora_lab.merge(copy.deepcopy(model), restorable=False))
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_attention_computes_with_the_dense_update_in_training_and_on_the_fast_path(targets: str, variant: str, training: bool) -> None:
+    """In eval mode without gradients PyTorch takes a path of its own, on which PEFT's adapters on linear1 and linear2 do nothing."""
+    model, x = adapted(TARGETS[targets], variant=variant).train(training), inputs()
+    plain = dense(model)
+    assert not torch.allclose(plain(x), encoder().train(training)(x))
+    with torch.set_grad_enabled(training):
+        assert_close(model(x), plain(x), rtol=0, atol=1e-12)
+
+
+def test_out_proj_alone_trains() -> None:
+    """PEFT accepts the target and trains nothing: its pull request 1324."""
+    model, x = adapted(["out_proj"]), inputs()
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters() if parameter.requires_grad)
+    assert {name.rpartition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad} == {"0.self_attn.out_proj"}
+
+
+def test_gradients_are_those_of_the_dense_update() -> None:
+    model, x = adapted(), inputs()
+    weight = torch.randn_like(x)
+    (model(x) * weight).sum().backward()
+    attention = model[0].self_attn
+    A, B = (p.detach().clone().requires_grad_() for p in (attention.lora_A["default"], attention.lora_B["default"]))
+    plain = dense(model)
+    value = encoder()[0].self_attn.in_proj_weight.detach() + B @ A
+    out = torch.func.functional_call(plain, {"0.self_attn.in_proj_weight": value}, (x,))
+    wanted = torch.autograd.grad((out * weight).sum(), (A, B))
+    assert_close(attention.lora_A["default"].grad, wanted[0], rtol=0, atol=1e-10)
+    assert_close(attention.lora_B["default"].grad, wanted[1], rtol=0, atol=1e-10)
+
+
+def test_eject_disabled_and_unmerge_give_the_attention_back() -> None:
+    base, x = encoder(), inputs()
+    model = adapted()
+    y = model(x)
+    with lora_lab.disabled(model):
+        assert_close(model(x), base(x), rtol=0, atol=1e-12)  # without gradients PyTorch takes another path
+    lora_lab.unmerge(lora_lab.merge(model))
+    assert torch.equal(model(x), y)
+    lora_lab.eject(model)
+    assert type(model[0].self_attn) is nn.MultiheadAttention and torch.equal(model(x), base(x))
+    assert list(model.state_dict()) == list(base.state_dict())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_rows_with_different_adapters_equal_the_rows_run_alone(batch_first: bool) -> None:
+    model = encoder(batch_first)
+    for name in ("a", "b"):
+        lora_lab.inject(model, rank=2, target_modules=["self_attn", "linear1"], adapter=name)
+    randomise(model)
+    x, rows, dim = inputs(), ["b", None, "a"], 0 if batch_first else 1
+    x = x if batch_first else x.transpose(0, 1)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    alone = []
+    for row, name in enumerate(rows):
+        lora_lab.use(model, name)
+        alone.append(model[0](x.narrow(dim, row, 1), src_key_padding_mask=padding[row : row + 1]))
+    with lora_lab.per_sample(model, rows):
+        assert_close(model[0](x, src_key_padding_mask=padding), torch.cat(alone, dim), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", ["both", "out_proj"])
+def test_peft_reads_what_we_write_and_we_read_it_back(tmp_path, targets: str) -> None:
+    """PEFT has no adapter of out_proj that works alone; it gets one of both projections, of which one adds zero. See attention_files.py."""
+    model, x = adapted(TARGETS[targets]), inputs()
+    lora_lab.save(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(encoder(), tmp_path).train()
+    assert_close(theirs(x), model(x), rtol=0, atol=1e-6)
+    assert_close(lora_lab.load(encoder(), tmp_path)(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_we_read_what_peft_writes(tmp_path) -> None:
+    theirs = peft.get_peft_model(encoder(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0.self_attn"])).double()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    x = inputs()
+    ours = lora_lab.load(encoder(), tmp_path)
+    assert_close(ours(x), theirs.train()(x), rtol=0, atol=1e-9)
+    assert not torch.allclose(ours(x), encoder()(x))
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    ({"dropout": 0.1}, r"dropout=0.1, but '0.self_attn' is of an nn.MultiheadAttention"), ({"lora_bias": True}, "lora_bias=True"),
+])  # fmt: skip
+def test_what_a_weight_cannot_have_is_refused(request_: dict[str, Any], message: str) -> None:
+    model = encoder()
+    with pytest.raises(LoraLabError, match=message):
+        lora_lab.inject(model, target_modules=["self_attn"], **request_)
+    assert type(model[0].self_attn) is nn.MultiheadAttention
+
+
+def test_widths_of_their_own_for_keys_and_values_are_refused() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=4))
+    with pytest.raises(LoraLabError, match="no in_proj to adapt"):
+        lora_lab.inject(model, target_modules=["0"])
