@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import spectra
 from .adapters import disabled, per_sample, use
 from .analysis import count_parameters, summary
 from .checkpoint import load, save
@@ -24,14 +25,17 @@ from .errors import LoraLabError
 from .injection import eject, inject, plan
 from .layers import LoRALinear, lora_delta
 from .merging import merge, merge_report, unmerge
+from .quantization import dequantize, quantization_report, quantize
+from .streaming import merge_checkpoint
 from .version import __version__
 
 if TYPE_CHECKING:
     from . import data, models, training
 
 __all__ = [
-    "LoRALinear", "LoraLabError", "__version__", "combine", "combine_error", "count_parameters", "data", "disabled", "eject", "inject", "load",
-    "lora_delta", "merge", "merge_report", "models", "per_sample", "plan", "save", "summary", "training", "unmerge", "use",
+    "LoRALinear", "LoraLabError", "__version__", "combine", "combine_error", "count_parameters", "data", "dequantize", "disabled", "eject", "inject",
+    "load", "lora_delta", "merge", "merge_checkpoint", "merge_report", "models", "per_sample", "plan", "quantization_report", "quantize", "save",
+    "spectra", "summary", "training", "unmerge", "use",
 ]  # fmt: skip
 
 

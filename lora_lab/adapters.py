@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .borrowed import active_borrowers, borrowed_of, swap_borrowed
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
 from .selection import RowSelection
@@ -33,6 +34,7 @@ def use(model: Model, adapters: str | Sequence[str] | None) -> Model:
     for name in names:
         if names.count(name) > 1:
             raise LoraLabError(f"use({adapters!r}): {name!r} is named twice; its update can be added once")
+    swap_borrowed(model, names)
     for layer in lora_layers(model).values():
         layer.lora_active = tuple(name for name in names if name in layer.lora_A)
     return model
@@ -48,12 +50,13 @@ def check_names(model: nn.Module, names: Sequence[str], where: str) -> None:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what it did before `inject`. Call backward() inside, too, under checkpointing."""
-    before = selection(model)
+    before, owners = selection(model), active_borrowers(model)
     try:
         use(model, None)
         yield
     finally:
         restore_selection(before)
+        swap_borrowed(model, owners)
 
 
 @contextlib.contextmanager
@@ -68,6 +71,10 @@ def per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[Non
     if isinstance(adapters, str) or not adapters:
         raise LoraLabError(f"per_sample({adapters!r}): expected a list with a name (or None) for each row of the batch")
     check_names(model, [name for name in adapters if name is not None], f"per_sample({list(adapters)!r})")
+    if (borrowed := borrowed_of(model)) is not None:
+        for name in dict.fromkeys(name for name in adapters if name is not None):
+            if borrowed.names.get(name):
+                raise LoraLabError(f"per_sample: {name!r} trains {borrowed.names[name][0]!r} of the model itself, which all rows share")
     before = selection(model)
     try:
         for path, layer in lora_layers(model).items():
@@ -96,6 +103,8 @@ def activate(model: nn.Module, adapters: tuple[str, ...], trainable: bool) -> No
         for name in layer.lora_A:
             for container, parameter in layer.lora_parameters(name).items():
                 parameter.requires_grad_(trainable and name in adapters and layer.lora_variant[name].trains(container))
+    if (borrowed := borrowed_of(model)) is not None and trainable:
+        borrowed.mark(model, adapters)
 
 
 # The selection of a moment ---------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .adapters import activate
 from .attention_files import attentions_for_file, attentions_from_file
+from .borrowed_files import borrowed_for_file, of_this_model, own_tensors
 from .errors import LoraLabError, did_you_mean
 from .files import json_object, saving, write_file, write_json
 from .injection import apply_plan, injection_of
@@ -60,7 +61,7 @@ INFORMATION = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora", "use_dora", "lora_bias",
+    "task_type", "use_rslora", "use_dora", "lora_bias", "bias", "modules_to_save",
 }  # fmt: skip
 
 
@@ -82,6 +83,10 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
     tensors = {f"{PREFIX}{path}.{name}": _finite(path, tensor.detach().to("cpu", dtype).contiguous())
                for path, layer in layers.items() for name, tensor in tensors_of(layer, adapter).items()}  # fmt: skip
     tensors, layers = attentions_for_file(model, adapter, tensors, layers)
+    injection = injection_of(model)
+    if injection is not None and adapter in injection.adapters:
+        own = borrowed_for_file(model, injection.borrowed, adapter, injection.adapters[adapter], layers)
+        tensors |= {key: _finite(key, tensor.to("cpu", dtype).contiguous()) for key, tensor in own.items()}
     config = peft_config(model, adapter, layers)
     metadata = {"format": "pt", "lora_lab_config": json.dumps(config, sort_keys=True)}
     if base_sha256 := getattr(model, "base_sha256", None):
@@ -129,7 +134,8 @@ def peft_config(model: nn.Module, adapter: str, layers: dict[str, LoRA]) -> dict
         "use_dora": config.variant == "dora",
         "lora_bias": config.lora_bias,
         "fan_in_fan_out": all(is_conv1d(module) for module in modules),
-        "bias": "none",
+        "bias": config.bias,
+        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -198,8 +204,10 @@ def load(model: Model, folder: str | Path, adapter: str = "default", trainable: 
     folder = Path(folder)
     tensors, metadata = _read_tensors(folder)
     config = _read_config(folder, metadata)
-    layers = _by_layer(attentions_from_file(tensors))
-    plan = Plan(config, tuple(_planned(model, path, named, config, folder) for path, named in layers.items()))
+    config = of_this_model(model, config)
+    tensors, own = own_tensors(model, attentions_from_file(tensors), config, folder)
+    layers = _by_layer(tensors)
+    plan = Plan(config, tuple(_planned(model, path, named, config, folder) for path, named in layers.items()), tuple(own))
     _check_name_is_free(model, plan, adapter, replace)
     _warn_of_another_base(model, metadata, folder)
     if not replace:
@@ -207,6 +215,9 @@ def load(model: Model, folder: str | Path, adapter: str = "default", trainable: 
         apply_plan(model, plan, adapter, dtype=dtype if dtype.itemsize >= 4 else None, trainable=trainable)
     _copy_values(model, adapter, layers)
     activate(model, (adapter,), trainable)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            model.get_parameter(name).copy_(tensor)
     return model
 
 
@@ -258,7 +269,8 @@ def _from_peft(config: dict[str, Any], path: Path) -> AdapterConfig:
     ours = AdapterConfig(rank=config.get("r", 8), alpha=config.get("lora_alpha", 8), rank_pattern=config.get("rank_pattern") or {},
                          alpha_pattern=config.get("alpha_pattern") or {}, dropout=config.get("lora_dropout") or 0.0,
                          rslora=config.get("use_rslora") or False, target_modules=config.get("target_modules") or "all-linear",
-                         variant="dora" if config.get("use_dora") else "lora", lora_bias=config.get("lora_bias") or False)  # fmt: skip
+                         variant="dora" if config.get("use_dora") else "lora", lora_bias=config.get("lora_bias") or False,
+                         bias=config.get("bias") or "none", modules_to_save=config.get("modules_to_save"))  # fmt: skip
     try:
         check_config(ours)
     except LoraLabError as error:

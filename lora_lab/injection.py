@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from . import layers as lora_layer
-from .adapters import activate
+from .adapters import activate, use
+from .borrowed import Borrowed
 from .errors import LoraLabError
 from .merging import RECORD, merge_report, refuse_merged, unmerge
 from .targets import AdapterConfig, Plan, adapter_names, attention_of, check_adapter_name, is_attention_output, lora_layers, make_plan
@@ -30,6 +31,7 @@ class Injection:
 
     requires_grad: dict[str, bool]
     adapters: dict[str, AdapterConfig] = field(default_factory=dict)
+    borrowed: Borrowed = field(default_factory=Borrowed)
     lost: dict[str, float] = field(default_factory=dict)  # of adapters made by combine: what their rank could not hold
 
 
@@ -50,7 +52,8 @@ def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
 def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_modules: Any = "all-linear",
            exclude_modules: str | Sequence[str] | None = None, layers: Sequence[int] | None = None,
            rank_pattern: dict[str, int] | None = None, alpha_pattern: dict[str, float] | None = None, dropout: float = 0.0,
-           variant: str = "lora", rslora: bool = False, init: str = "kaiming", freeze_A: bool = False, lora_bias: bool = False,
+           variant: str = "lora", rslora: bool = False, init: str = "kaiming", freeze_A: bool = False, bias: str = "none",
+           lora_bias: bool = False, modules_to_save: Sequence[str] | None = None,
            adapter: str = "default", dtype: torch.dtype | None = None) -> Model:  # fmt: skip
     """Adapt the layers a request names, in place; returns the same model with everything but the new adapter frozen.
 
@@ -63,6 +66,8 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     variant: "lora" | "dora" (magnitude and direction apart).  freeze_A: only B trains (LoRA-FA).  lora_bias: B with a bias of its own.
     init: "kaiming" | "gaussian" | "orthogonal" | "pissa" (all start from a zero update; see initialization.py, variants.py) | "random"
         (does not; for tests).
+    bias: "none" | "lora_only" (those of the adapted layers) | "all": biases that train along.  modules_to_save: names of modules that are trained
+        whole, such as a new head; the adapter has values of its own for both, and the base's come back when it is off (borrowed.py).
     adapter: its name. A further inject adds an adapter, makes it the only active and trainable one; earlier ones keep their values.
     dtype: of A and B; None is float32 on a 16-bit base, else the base's.
     Raises LoraLabError, the model untouched, for anything that matches nothing or makes no sense.
@@ -73,7 +78,7 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     ['0.lora_A.default', '0.lora_B.default']
     """
     config = AdapterConfig(rank, alpha, target_modules, exclude_modules, layers, rank_pattern or {}, alpha_pattern or {}, dropout, rslora, init,
-                           variant, freeze_A, lora_bias)  # fmt: skip
+                           variant, freeze_A, lora_bias, bias, modules_to_save)  # fmt: skip
     _check_new_adapter(model, adapter)
     apply_plan(model, make_plan(model, config), adapter, dtype=dtype)
     return model
@@ -89,8 +94,10 @@ def eject(model: Model) -> Model:
             unmerge(model)
         else:
             delattr(model, RECORD)
+            model.lora_injection.borrowed = Borrowed()  # type: ignore[union-attr]
     elif not lora_layers(model):
         raise LoraLabError(f"this {type(model).__name__} has no LoRA layers to eject: call inject first")
+    use(model, None)
     for layer in lora_layers(model).values():
         lora_layer.restore(layer)
     for owner in model.modules():
@@ -114,6 +121,7 @@ def apply_plan(model: nn.Module, plan: Plan, adapter: str, dtype: torch.dtype | 
             lora_layer.adapt(attention_of(model, planned.path))
         lora_layer.attach(layer, adapter, own, planned.scaling, config.dropout, variant)
     injection.adapters[adapter] = config
+    injection.borrowed.add(model, adapter, plan.along)
     activate(model, (adapter,), trainable=trainable)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .borrowed import active_borrowers, swap_borrowed
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA, detach_adapters, reattach_adapters
 from .selection import RowSelection
@@ -47,6 +48,7 @@ class MergeReport:
     relative_rounding: float
     restorable: bool
     _state: list[_Merged] = field(default_factory=list, repr=False)
+    _active: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lost = f"rounded by at most {self.rounding:.3g} ({self.relative_rounding:.2g} of a layer's largest weight)"
@@ -72,6 +74,8 @@ def merge(model: Model, adapter: str | None = None, *, restorable: bool = True, 
         _check(path, layer, names, shared, untie)
     errors = [_survey(path, layer, names) for path, layer in layers.items()]
     report = MergeReport(names, len(layers), max(error for error, _ in errors), max(share for _, share in errors), restorable)
+    report._active = active_borrowers(model)
+    swap_borrowed(model, names)
     for path, layer in lora_layers(model).items():
         report._state.append(_merge_layer(layer, names if path in layers else (), shared, restorable))
     if not restorable:
@@ -92,6 +96,7 @@ def unmerge(model: Model) -> Model:
         raise LoraLabError("merged with restorable=False: the old weights were not kept; load the model again")
     for merged in report._state:
         _put_back(merged)
+    swap_borrowed(model, report._active)
     delattr(model, RECORD)
     return model
 

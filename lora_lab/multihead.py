@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import LoraLabError
 from .layers import LoRA
@@ -61,10 +61,12 @@ class LoRAMultihead(LoRA):
 
 def _groups(rows: RowSelection, x: Tensor) -> dict[str | None, Tensor]:
     """Name (or None) -> its rows."""
-    found: dict[str | None, Tensor] = {name: places for name, places in rows.indices(x).items()}
+    found = rows.indices(x)
     taken = torch.cat([*found.values(), torch.empty(0, dtype=torch.long, device=x.device)])
     rest = torch.ones(x.shape[rows.dim], dtype=torch.bool, device=x.device).index_fill(0, taken, False).nonzero().flatten()
-    return {**found, **({None: rest} if len(rest) else {})}
+    groups: dict[str | None, Tensor] = {None: rest} if len(rest) else {}
+    groups.update(found)
+    return groups
 
 
 @contextlib.contextmanager

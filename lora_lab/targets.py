@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from .borrowed import borrowed_names, modules_of
 from .errors import LoraLabError, did_you_mean
 from .kinds import is_linear, kind_of
 from .layers import LoRA, check_alpha, check_numbers, check_rank, is_adaptable, layer_shape
@@ -42,6 +43,8 @@ class AdapterConfig:
     variant: str = "lora"
     freeze_A: bool = False
     lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: Sequence[str] | None = None
 
     def rank_of(self, path: str) -> int:
         return int(first_match(self.rank_pattern, path, self.rank))
@@ -85,6 +88,8 @@ class Plan:
 
     config: AdapterConfig
     layers: tuple[PlannedLayer, ...]
+    along: tuple[str, ...] = ()  # parameters of the model itself that train along
+    along_numel: int = 0
 
     @property
     def parameters(self) -> int:
@@ -97,7 +102,8 @@ class Plan:
             groups[key] = groups.get(key, 0) + 1
         width = max(len(name) for name, *_ in groups)
         lines = [_formula(name.ljust(width), count, *numbers) for (name, *numbers), count in groups.items()]
-        return "\n".join([*lines, f"{'total':<{width}}  {len(self.layers):>4} layers, {self.parameters:,} parameters"])
+        along = [f"and {len(self.along)} of the model's own tensors train along, {self.along_numel:,} parameters"] if self.along else []
+        return "\n".join([*lines, f"{'total':<{width}}  {len(self.layers):>4} layers, {self.parameters:,} parameters", *along])
 
 
 def _formula(name: str, count: int, rank: int, fan_in: int, fan_out: int, more: int) -> str:
@@ -125,13 +131,21 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
         if is_attention_output(paths[path]):
             attention_of(model, path)
     check_layers(named, config.layers)
-    left_out = excluded(named, config.exclude_modules)
+    left_out = excluded(named, config.exclude_modules) | inside(named, modules_of(model, config.modules_to_save))
     targets = [path for path in named if path not in left_out and (config.layers is None or layer_number(path) in config.layers)]
     if not targets:
-        raise LoraLabError(f"exclude_modules={config.exclude_modules!r} and layers={config.layers!r} leave no layer to adapt")
+        raise LoraLabError(f"exclude_modules={config.exclude_modules!r}, layers={config.layers!r} and modules_to_save={config.modules_to_save!r} "
+                           "leave no layer to adapt")  # fmt: skip
     for pattern in (config.rank_pattern, config.alpha_pattern):
         check_patterns(pattern, targets)
-    return Plan(config, tuple(plan_layer(path, paths[path], config) for path in targets))
+    along = borrowed_names(model, targets, config.bias, config.modules_to_save)
+    numel = sum(parameter.numel() for parameter in {id(p): p for p in map(model.get_parameter, along)}.values())
+    return Plan(config, tuple(plan_layer(path, paths[path], config) for path in targets), along, numel)
+
+
+def inside(targets: list[str], modules: list[str]) -> set[str]:
+    """Targets in a module that is trained whole: they need no adapter."""
+    return {path for path in targets if any(path == module or path.startswith(f"{module}.") for module in modules)}
 
 
 def plan_layer(path: str, module: nn.Module, config: AdapterConfig) -> PlannedLayer:

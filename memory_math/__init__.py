@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Footprint", "MemoryMathError", "activation_formula", "chinchilla", "claims", "compare", "compare_requests", "count_parameters",
-    "explain_oom", "fake_saved_bytes", "fake_step", "fake_tensors", "hardware", "in_context", "kv_cache_bytes", "largest", "measure", "models_that_fit", "number_formats", "predict", "saved_bytes",
-    "savings", "table", "training_flops", "training_time",
+    "explain_oom", "fake_saved_bytes", "fake_step", "fake_tensors", "hardware", "in_context", "kv_cache_bytes", "largest", "measure",
+    "models_that_fit", "number_formats", "predict", "saved_bytes", "savings", "table", "training_flops", "training_time",
 ]  # fmt: skip
 
 

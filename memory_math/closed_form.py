@@ -4,8 +4,8 @@
     >>> print(activation_formula("llama-2-7b", precision="bf16"))
     16h + 4q + 4kv + 8f + 4a + 8 bytes per token and block
 
-h hidden, q = heads x head size, kv = key/value heads x head size, f width of the MLP, a heads, g key/value heads, s sequence length, r rank. What a block keeps
-is linear in these, so each coefficient is the difference that one more makes in a prediction; nothing is typed in.
+h hidden, q = heads x head size, kv = key/value heads x head size, f width of the MLP, a heads, g key/value heads, s sequence length, r
+rank. What a block keeps is linear in these, so each coefficient is the difference that one more makes in a prediction; nothing is typed in.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Formula:
 def activation_formula(source: object, **request: Any) -> Formula:
     """What autograd keeps of one block, per token, for this kind of request; request: keywords of `predict`.
 
-    Embedding, last norm, loss, what all blocks share and what a block keeps once are not in it. Raises MemoryMathError for an encoder-decoder, whose blocks
-    are of two kinds, and where `predict` refuses the request.
+    Embedding, last norm, loss, what all blocks share and what a block keeps once are not in it.
+    Raises MemoryMathError for an encoder-decoder, whose blocks are of two kinds, and where `predict` refuses the request.
     """
     architecture = architecture_of(source)
     for name in ("batch_size", "sequence_length"):

@@ -73,7 +73,8 @@ def footprint_table(footprint: Footprint) -> str:
     for part, nbytes in parts_of(footprint).items():
         share = nbytes / max(total, 1)
         lines.append(_line(part.replace("_", " "), size_text(nbytes), f"{share:.1%}", share_bar(share), footprint.how[part]))
-    lines.append(_line("total allocated", size_text(total), "", "", f"{_range(footprint.intervals['allocated'])}; peak in phase {footprint.peak_phase!r}"))
+    where = f"{_range(footprint.intervals['allocated'])}; peak in phase {footprint.peak_phase!r}"
+    lines.append(_line("total allocated", size_text(total), "", "", where))
     lines += [_line(name, size_text(interval.estimate), "", "", _range(interval)) for name, interval in _intervals(footprint)]
     lines.append(_line("phase", "peak"))
     for name, nbytes in footprint.phases.items():

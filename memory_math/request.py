@@ -164,7 +164,7 @@ def _check_together(request: Request) -> None:
     if request.optimizer_in_backward and request.grad_accum_steps > 1:
         raise MemoryMathError("optimizer_in_backward=True with grad_accum_steps > 1: a gradient that is used at once cannot be accumulated")
     if method == "prefix" and request.gradient_checkpointing:
-        raise MemoryMathError("gradient_checkpointing with method='prefix': the prefix is handed on in the key/value cache, which checkpointing turns off")
+        raise MemoryMathError("gradient_checkpointing with method='prefix': the prefix is in the key/value cache, which checkpointing turns off")
     if method == "inference":
         _check_inference(request)
     if request.implementation == "lora_lab":

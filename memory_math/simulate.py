@@ -31,7 +31,7 @@ def model_of(request: Request, ledger: Ledger) -> Model:
     family, implementation = request.architecture.family, request.implementation
     if (implementation, family) not in MODELS:
         known = ", ".join(sorted(name for owner, name in MODELS if owner == implementation))
-        raise MemoryMathError(f"{request.architecture.name}: the family {family!r} is not modelled with implementation={implementation!r}, only {known}")
+        raise MemoryMathError(f"{request.architecture.name}: {family!r} is not modelled with implementation={implementation!r}, only {known}")
     return MODELS[implementation, family](request, ledger)
 
 

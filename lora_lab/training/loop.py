@@ -25,8 +25,8 @@ from tqdm import tqdm
 from ..data.batching import Batch, collate, length_buckets
 from ..data.templates import IGNORE, Example, encode_rows
 from ..errors import LoraLabError
-from ..models.base import PretrainedModel, in_mode
 from ..merging import refuse_merged
+from ..models.base import PretrainedModel, in_mode
 from ..targets import lora_layers
 from .accounting import Log, peak_bytes, reset_peak, save_trainable
 from .config import TrainConfig

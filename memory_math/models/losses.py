@@ -45,12 +45,10 @@ def hf_legacy(model: Model, hidden: Sized, labels: Sized) -> Sized:
     """Float32 logits, and once more without the last position."""
     tape, full = model.tape, _returned(model, _logits(model, hidden))
     del hidden
-    rows = labels.numel - model.request.batch_size
-    words = full.numel // labels.numel
-    shifted = tape.record("shift", [full], lambda: tape.new(rows * words, full.itemsize, "logits"))
-    loss = ops.cross_entropy(tape, shifted, tape.new(rows, labels.itemsize, "other"))
-    del full, shifted
-    return loss
+    rows, itemsize = labels.numel - model.request.batch_size, full.itemsize
+    numel = rows * (full.numel // labels.numel)
+    shifted = tape.record("shift", [full], lambda: tape.new(numel, itemsize, "logits"))
+    return ops.cross_entropy(tape, shifted, tape.new(rows, labels.itemsize, "other"))
 
 
 def chunked(model: Model, hidden: Sized, labels: Sized) -> Sized:
@@ -91,4 +89,9 @@ def _shifted(model: Model, labels: Sized) -> Sized:
     return model.tape.new(padded, labels.itemsize, "other")
 
 
-LOSSES: dict[str, Callable[[Model, Sized, Sized], Sized]] = {"cross_entropy": cross_entropy, "hf_legacy": hf_legacy, "chunked": chunked, "mean": mean_logits}
+LOSSES: dict[str, Callable[[Model, Sized, Sized], Sized]] = {
+    "cross_entropy": cross_entropy,
+    "hf_legacy": hf_legacy,
+    "chunked": chunked,
+    "mean": mean_logits,
+}

@@ -17,7 +17,8 @@ SHAPE = {
     "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 176,
 }  # fmt: skip
 RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}), "mistral": ("Mistral", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 24}), "gemma": ("Gemma", {"head_dim": 24}),
+    "llama": ("Llama", {}), "mistral": ("Mistral", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 24}),
+    "gemma": ("Gemma", {"head_dim": 24}),
 }  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "bf16-mixed")
 
