@@ -19,8 +19,8 @@ SECOND_CODEBOOK_BYTES = 256 * 4  # and the 256 levels of the second code
 def quantized_bytes(quantization: str, rows: int, columns: int) -> int:
     """Bytes of one [rows, columns] weight.
 
-    >>> quantized_bytes("nf4-dq", 4096, 4096) * 8 / 4096**2
-    4.127...
+    >>> round(quantized_bytes("nf4-dq", 4096, 4096) * 8 / 4096**2, 2)
+    4.13
     """
     weights = rows * columns
     if quantization == "int8":
