@@ -24,6 +24,7 @@ from .combining import combine, combine_error
 from .errors import LoraLabError
 from .injection import eject, inject, plan
 from .layers import LoRALinear, lora_delta
+from .learning_rates import parameter_groups
 from .merging import merge, merge_report, unmerge
 from .quantization import dequantize, quantization_report, quantize
 from .streaming import merge_checkpoint
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoRALinear", "LoraLabError", "__version__", "combine", "combine_error", "count_parameters", "data", "dequantize", "disabled", "eject", "inject",
-    "load", "lora_delta", "merge", "merge_checkpoint", "merge_report", "models", "per_sample", "plan", "quantization_report", "quantize", "save",
-    "spectra", "summary", "training", "unmerge", "use",
+    "load", "lora_delta", "merge", "merge_checkpoint", "merge_report", "models", "parameter_groups", "per_sample", "plan", "quantization_report",
+    "quantize", "save", "spectra", "summary", "training", "unmerge", "use",
 ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class LinearKind:
 
     names = ("lora_A.weight", "lora_B.weight")  # in PEFT's files
     weight = "weight"  # the parameter that the adapter changes
+    by_product = True  # B A x is two matrix products with x
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
@@ -96,6 +97,7 @@ class EmbeddingKind(LinearKind):
     """
 
     names = ("lora_embedding_A", "lora_embedding_B")
+    by_product = False
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding)
@@ -124,6 +126,8 @@ class ConvKind(LinearKind):
 
     With groups A sees every channel and B is grouped, as in PEFT's files; such an update is no grouped kernel and cannot be merged.
     """
+
+    by_product = False
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import LoraLabError, did_you_mean
@@ -115,11 +116,34 @@ class LoRA:
     def _add_by_row(self, selected: RowSelection, x: Tensor, y: Tensor) -> Tensor:
         """Each adapter's update for its own rows, added in one piece."""
         updates, places, dim = [], [], selected.dim
+        if dim == 0 and self.lora_kind.by_product and all(self._is_plain(adapter) for adapter in selected):
+            return self._add_batched(selected, x, y)
         for adapter, rows in selected.indices(x).items():
             own_x, own_y = x.index_select(dim, rows), y.index_select(dim, rows)
             updates.append(self.lora_variant[adapter].update(self, adapter, own_x, own_y).to(y.dtype))
             places.append(rows)
         return y.index_add(dim, torch.cat(places), torch.cat(updates, dim)) if updates else y
+
+    def _is_plain(self, adapter: str) -> bool:
+        """Whether the update is two products and nothing else."""
+        dropped = self.training and self.lora_dropout[adapter] > 0
+        return type(self.lora_variant[adapter]) is Variant and not dropped and adapter not in self.lora_extra("lora_B_bias")
+
+    def _add_batched(self, selected: RowSelection, x: Tensor, y: Tensor) -> Tensor:
+        """``y_n + B_n A_n x_n`` for every name n as one batched product; smaller ranks are filled up with zeros, None has A = B = 0."""
+        selected.times(x)
+        names, rank = list(selected), max((self.lora_A[name].shape[0] for name in selected), default=0)
+        if not names:
+            return y
+        A = torch.stack([F.pad(self.lora_A[name].to(x.dtype), (0, 0, 0, rank - self.lora_A[name].shape[0])) for name in names])
+        B = torch.stack([F.pad(self._scaled_B(name).to(x.dtype), (0, rank - self.lora_B[name].shape[1])) for name in names])
+        which = torch.tensor([names.index(row) if row is not None else len(names) for row in selected.rows], device=x.device)
+        A, B = (torch.cat((stack, torch.zeros_like(stack[:1])))[which] for stack in (A, B))
+        low = torch.bmm(x.reshape(len(selected.rows), -1, x.shape[-1]), A.mT)
+        return torch.baddbmm(y.reshape(len(selected.rows), -1, y.shape[-1]), low, B.mT).view_as(y)
+
+    def _scaled_B(self, adapter: str) -> Tensor:
+        return self.lora_scaling[adapter] * self.lora_B[adapter]
 
     def lora_update(self, adapter: str, x: Tensor) -> Tensor:
         """``scaling * B A x``: [..., in] -> [..., out]. Casts the small A and B to x's dtype, never x to theirs."""

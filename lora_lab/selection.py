@@ -30,21 +30,21 @@ class RowSelection(tuple[str, ...]):
         return RowSelection, (self.rows, self.dim)
 
     def indices(self, x: Tensor) -> dict[str, Tensor]:
-        """Adapter -> the rows of x that are its own. Where x has k times as many rows as there are names, each name stands for k in a row."""
-        size = x.shape[self.dim] if x.ndim > self.dim else 0
-        if size == 0 or size % len(self.rows):
-            where = f"a layer got an input of shape {list(x.shape)}: {size} rows in dimension {self.dim}"
-            raise LoraLabError(f"per_sample with {len(self.rows)} names, but {where}")
-        times = size // len(self.rows)
+        """Adapter -> the rows of x that are its own."""
+        times = self.times(x)
         found: dict[str, list[int]] = {name: [] for name in self}
         for row, name in enumerate(self.rows):
             if name is not None:
                 found[name] += range(row * times, (row + 1) * times)
         return {name: torch.tensor(rows, device=x.device) for name, rows in found.items()}
 
-    def without(self, missing: Sequence[str]) -> RowSelection:
-        """The same rows where a layer does not have these adapters."""
-        return RowSelection([None if name in missing else name for name in self.rows], self.dim)
+    def times(self, x: Tensor) -> int:
+        """Rows of x to a name: where x has k times as many rows as there are names, each name stands for k rows in succession."""
+        size = x.shape[self.dim] if x.ndim > self.dim else 0
+        if size == 0 or size % len(self.rows):
+            where = f"a layer got an input of shape {list(x.shape)}: {size} rows in dimension {self.dim}"
+            raise LoraLabError(f"per_sample with {len(self.rows)} names, but {where}")
+        return size // len(self.rows)
 
 
 def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
