@@ -61,6 +61,10 @@ def _finetune(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", type=int, default=8)
     command.add_argument("--alpha", type=float, help="scaling is alpha / rank; default: rank")
     command.add_argument("--dropout", type=float, default=0.0)
+    command.add_argument("--variant", default="lora", help="lora or dora")
+    command.add_argument("--init", default="kaiming", help="kaiming, gaussian, orthogonal or pissa")
+    command.add_argument("--rslora", action="store_true", help="scaling alpha / sqrt(rank)")
+    command.add_argument("--quantize", metavar="KIND", help="train over a base in nf4, nf4-dq or int8 (QLoRA)")
     command.add_argument("--target-modules", nargs="+", default=["all-linear"], help="all-linear, attention, names, or one regular expression")
     for name, kind in (("max-steps", int), ("epochs", float), ("micro-batch-size", int), ("grad-accum-steps", int), ("learning-rate", float),
                        ("schedule", str), ("warmup-steps", int), ("weight-decay", float), ("max-length", int), ("seed", int)):  # fmt: skip
@@ -103,7 +107,7 @@ def _demo(command: argparse.ArgumentParser) -> None:
 def finetune(options: argparse.Namespace) -> None:
     import torch
 
-    from . import count_parameters, data, inject, save
+    from . import count_parameters, data, inject, quantization_report, quantize, save
     from .files import check_writable
     from .training import TrainConfig, fit
 
@@ -115,7 +119,10 @@ def finetune(options: argparse.Namespace) -> None:
         held_out = data.load(options.eval_data)[0]
     model, tokenizer = _load(options, precision)
     torch.manual_seed(config.seed)  # of the adapter's first values; `fit` starts from the same seed again
-    inject(model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=_targets(options.target_modules))
+    if options.quantize:
+        print(quantization_report(quantize(model, options.quantize)))
+    inject(model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=_targets(options.target_modules),
+           variant=options.variant, init=options.init, rslora=options.rslora)  # fmt: skip
     check_writable(options.out)
     print(count_parameters(model))
     examples = data.Rows(data.encode_rows(rows, tokenizer, config.max_length), rows.source, rows.lines)
@@ -204,11 +211,12 @@ def _targets(names: list[str]) -> str | list[str]:
 
 def _prediction(model: Any, options: argparse.Namespace, config: Any, longest: int) -> str:
     """The predicted footprint of a step on the longest rows, where this model and these settings are modelled."""
+    method = "dora" if options.variant == "dora" else "qlora" if options.quantize else "lora"
     try:
         footprint = memory_math.predict(
-            model, method="lora", precision=config.precision, rank=options.rank, target_modules=_targets(options.target_modules),
-            dropout=options.dropout, batch_size=config.micro_batch_size, sequence_length=longest, grad_accum_steps=config.grad_accum_steps,
-            gradient_checkpointing=config.gradient_checkpointing, implementation="lora_lab",
+            model, method=method, quantization=options.quantize or "none", precision=config.precision, rank=options.rank,
+            target_modules=_targets(options.target_modules), dropout=options.dropout, batch_size=config.micro_batch_size, sequence_length=longest,
+            grad_accum_steps=config.grad_accum_steps, gradient_checkpointing=config.gradient_checkpointing, implementation="lora_lab",
             device="cuda" if next(model.parameters()).is_cuda else "cpu",
         )  # fmt: skip
     except memory_math.MemoryMathError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .quantization import quantized_layers
 from .targets import lora_layers
 
 
@@ -30,15 +31,16 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Trainable, adapter and base parameters of a model.
+    """Trainable, adapter and base parameters of a model; a quantised weight counts as what its codes stand for.
 
     >>> print(count_parameters(nn.Linear(512, 64, bias=False)))
     32,768 of 32,768 parameters are trainable (100.00 %)
     """
     adapter = {id(p) for layer in lora_layers(model).values() for name in layer.lora_A for p in layer.lora_parameters(name).values()}
+    in_codes = sum(rows * columns for rows, columns in (layer.matrix_shape for layer in quantized_layers(model).values()))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_adapters = sum(p.numel() for p in model.parameters() if id(p) in adapter)
-    return ParameterCount(trainable, in_adapters, sum(p.numel() for p in model.parameters()) - in_adapters)
+    return ParameterCount(trainable, in_adapters, sum(p.numel() for p in model.parameters()) - in_adapters + in_codes)
 
 
 def summary(model: nn.Module) -> str:

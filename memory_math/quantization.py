@@ -16,8 +16,8 @@ CODEBOOK_BYTES = 16 * 4  # bitsandbytes keeps the 16 levels with every tensor,
 SECOND_CODEBOOK_BYTES = 256 * 4  # and the 256 levels of the second code
 
 
-def quantized_bytes(quantization: str, rows: int, columns: int) -> int:
-    """Bytes of one [rows, columns] weight.
+def quantized_bytes(quantization: str, rows: int, columns: int, codebooks: bool = True) -> int:
+    """Bytes of one [rows, columns] weight. codebooks: every tensor has its own, as in bitsandbytes.
 
     >>> round(quantized_bytes("nf4-dq", 4096, 4096) * 8 / 4096**2, 2)
     4.13
@@ -29,11 +29,8 @@ def quantized_bytes(quantization: str, rows: int, columns: int) -> int:
         raise MemoryMathError(f"quantization={quantization!r}: expected one of {', '.join(QUANTIZATIONS)}")
     blocks = -(-weights // BLOCK)
     codes = -(-weights // 2)
-    return codes + CODEBOOK_BYTES + (4 * blocks if quantization == "nf4" else _double(blocks))
-
-
-def _double(blocks: int) -> int:
-    return blocks + 4 * -(-blocks // SECOND_BLOCK) + 4 + SECOND_CODEBOOK_BYTES
+    tables = (CODEBOOK_BYTES + (0 if quantization == "nf4" else SECOND_CODEBOOK_BYTES)) * codebooks
+    return codes + tables + (4 * blocks if quantization == "nf4" else blocks + 4 * -(-blocks // SECOND_BLOCK) + 4)
 
 
 def dequantized_bytes(quantization: str, weights: int, itemsize: int) -> int:

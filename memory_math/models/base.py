@@ -68,7 +68,8 @@ class Model(abc.ABC):
     def _weight(self, name: str, rows: int, columns: int, quantized: bool) -> Weight:
         request, parallel = self.request, self.request.parallel
         if quantized:
-            packed = quantized_bytes(request.quantization, rows, columns) // parallel.weight_shards
+            codebooks = request.implementation == "transformers"
+            packed = quantized_bytes(request.quantization, rows, columns, codebooks) // parallel.weight_shards
             dense = dequantized_bytes(request.quantization, rows * columns, request.precision.compute)
             return QuantizedWeight(self.ledger, name, (rows, columns), request.precision.compute, packed, dense, request.keeps_quantized_input)
         leaf = request.leaf() if request.method == "full" else None

@@ -9,11 +9,11 @@ import peft
 import pytest
 import torch
 import transformers
+from small_models import FAMILIES, SMALL
 from torch import nn
 from torch.testing import assert_close
 
 import lora_lab
-from small_models import FAMILIES, SMALL
 
 transformers.logging.set_verbosity_error()
 

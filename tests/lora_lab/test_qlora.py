@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import build, logits
 from torch import nn
 from torch.testing import assert_close
 
 import lora_lab
 from lora_lab import LoraLabError
-from small_models import build, logits
 
 KINDS = ("nf4", "nf4-dq", "int8")
 VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"variant": "dora"}, "pissa": {"init": "pissa"}, "dropout": {"dropout": 0.3}}
@@ -103,3 +103,10 @@ def test_whole_models_are_quantised_and_adapted(family: str) -> None:
     assert torch.equal(logits(model, family), base)
     randomise(model)
     assert not torch.allclose(logits(model, family), base) and not torch.equal(base, before)
+
+
+def test_quantised_weights_count_as_what_their_codes_stand_for() -> None:
+    """qlora.py prints half of what trains, as two codes are one element of a tensor."""
+    plain = lora_lab.count_parameters(lora_lab.inject(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)), rank=4))
+    model = lora_lab.quantize(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)), "nf4")
+    assert lora_lab.count_parameters(lora_lab.inject(model, rank=4)) == plain

@@ -108,6 +108,23 @@ def test_transformers_keeps_what_is_predicted(method: str, precision: str, check
     assert measured(model.train(), precision, use_cache=False) == pytest.approx(footprint.saved_bytes, rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_our_quantised_base_keeps_and_weighs_exactly_what_is_predicted(kind: str, checkpointing: bool) -> None:
+    model = stored(llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(SHAPE)), "lora", "bf16")
+    lora_lab.inject(lora_lab.quantize(model, kind), rank=RANK)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    request = {"method": "qlora", "quantization": kind, "precision": "bf16", "implementation": "lora_lab", "gradient_checkpointing": checkpointing}
+    footprint = predicted(SHAPE, **request)
+    weighed = sum(tensor.nbytes for tensor in model.state_dict().values())
+    tied = model.get_output_embeddings().weight.nbytes
+    assert footprint.weights == weighed - tied
+    stamps = 8 * sum(1 for _ in lora_lab.targets.lora_layers(model)) * (not checkpointing)
+    kept = measured(model.train(), "bf16")
+    assert kept == pytest.approx(footprint.saved_bytes, abs=stamps)
+
+
 def test_the_loss_chunk_is_the_labs_own() -> None:
     from memory_math.models.llama_lora_lab import CHUNK_BYTES, chunk_rows
 
