@@ -21,7 +21,7 @@ ADAPTED = ("lora", "dora", "qlora")
 ATTENTIONS = {"transformers": ("eager", "sdpa", "flash"), "lora_lab": ("sdpa",)}
 LOSSES = {"transformers": ("cross_entropy", "chunked", "hf_legacy", "mean", "none"), "lora_lab": ("chunked",)}
 DEVICES = ("cuda", "cpu")
-OWN_METHODS = ("full", "frozen", "lora", "qlora", "inference")  # what lora_lab's models are modelled with today
+OWN_METHODS = ("full", "frozen", "lora", "dora", "qlora", "inference")  # what lora_lab's models are modelled with today
 IDLE_IN_INFERENCE = {"gradient_checkpointing": False, "grad_accum_steps": 1, "offload_activations": False, "optimizer_in_backward": False}
 
 

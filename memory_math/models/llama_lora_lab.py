@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from .. import operations as ops
 from ..tape import Sized, Tape
-from .base import Model, cached
+from .base import Adapter, Model, cached
 
 CHUNK_BYTES = 32 * 2**20  # lora_lab.models.losses.CHUNK_BYTES, held equal by a test
+ROWS_AT_ONCE = 2**22  # lora_lab.variants.ROWS_AT_ONCE, as well
 
 
 class LoraLabLlama(Model):
@@ -110,12 +111,33 @@ def lora_linear(model: Model, x: Sized, path: str) -> Sized:
     y = ops.linear(tape, x, model.weights[path], model.weights.get(f"{path}.bias"), model.autocast)
     if path not in model.adapters:
         return y
-    A, B = model.adapters[path].A, model.adapters[path].B
+    adapter = model.adapters[path]
+    update = dora_update(model, x, y, path, adapter) if adapter.magnitude else lora_update(model, x, adapter)
+    return ops.add(tape, path, y, update)
+
+
+def lora_update(model: Model, x: Sized, adapter: Adapter) -> Sized:
+    """``B (scaling * A x)``, with dropout the Function that keeps bits."""
+    tape, A, B = model.tape, adapter.A, adapter.B
     A_copy, B_copy = ops.cast(tape, A, x.itemsize), ops.cast(tape, B, x.itemsize)
     if model.request.dropout:
-        return ops.add(tape, path, y, dropped_update(tape, x, A_copy, B_copy, x.numel // A.columns * B.rows))
+        return dropped_update(tape, x, A_copy, B_copy, x.numel // A.columns * B.rows)
     low = ops.elementwise(tape, "scaling", ops.linear(tape, x, A, copy=A_copy))
-    return ops.add(tape, path, y, ops.linear(tape, low, B, copy=B_copy))
+    return ops.linear(tape, low, B, copy=B_copy)
+
+
+def dora_update(model: Model, x: Sized, y: Sized, path: str, adapter: Adapter) -> Sized:
+    """DoRA.update: ``(m / norm - 1) * (y - bias) + (m / norm) * lora_update``; the norm is a constant, taken in blocks of W's rows."""
+    tape, weight, magnitude = model.tape, model.weights[path], adapter.magnitude
+    assert magnitude is not None
+    whole = weight.dequantized if isinstance(weight, ops.QuantizedWeight) else 0
+    tape.record(f"{path}.norm", [], lambda: tape.new(weight.rows, 4), busy=whole + 3 * 4 * min(weight.numel, ROWS_AT_ONCE))
+    ratio = tape.record("magnitude", [magnitude], lambda: tape.new(weight.rows, 4), keeps_after=lambda _: [tape.new(weight.rows, 4)])
+    frozen = ops.elementwise(tape, "dora", y) if f"{path}.bias" in model.weights else y
+    less_one = ops.cast(tape, ops.elementwise(tape, "magnitude", ratio), y.itemsize)
+    rest = ops.multiply(tape, "dora", less_one, frozen)
+    update = ops.multiply(tape, "dora", ops.cast(tape, ratio, y.itemsize), lora_update(model, x, adapter))
+    return ops.add(tape, "dora", rest, update)
 
 
 def dropped_update(tape: Tape, x: Sized, A: Sized, B: Sized, numel: int) -> Sized:

@@ -108,6 +108,23 @@ def test_transformers_keeps_what_is_predicted(method: str, precision: str, check
     assert measured(model.train(), precision, use_cache=False) == pytest.approx(footprint.saved_bytes, rel=0.02)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-mixed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("change", [{}, {"attention_bias": True}])
+def test_our_dora_keeps_exactly_what_is_predicted(checkpointing: bool, precision: str, dropout: float, change: dict[str, Any]) -> None:
+    config = {**SHAPE, **change}
+    model = stored(llama.LlamaForCausalLM(llama.LlamaConfig.from_dict(config)), "lora", precision)
+    lora_lab.inject(model, rank=RANK, variant="dora", dropout=dropout)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    request = {"method": "dora", "precision": precision, "implementation": "lora_lab", "gradient_checkpointing": checkpointing, "dropout": dropout}
+    stamps = 8 * sum(1 for _ in lora_lab.targets.lora_layers(model)) * (not checkpointing)
+    footprint = predicted(config, **request)
+    assert footprint.trained == lora_lab.count_parameters(model).trainable
+    assert measured(model.train(), precision) == pytest.approx(footprint.saved_bytes, abs=stamps)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_our_quantised_base_keeps_and_weighs_exactly_what_is_predicted(kind: str, checkpointing: bool) -> None:
@@ -126,7 +143,7 @@ def test_our_quantised_base_keeps_and_weighs_exactly_what_is_predicted(kind: str
 
 
 def test_the_loss_chunk_is_the_labs_own() -> None:
-    from memory_math.models.llama_lora_lab import CHUNK_BYTES, chunk_rows
+    from memory_math.models.llama_lora_lab import CHUNK_BYTES, ROWS_AT_ONCE, chunk_rows
 
-    assert CHUNK_BYTES == losses.CHUNK_BYTES
+    assert CHUNK_BYTES == losses.CHUNK_BYTES and ROWS_AT_ONCE == lora_lab.variants.ROWS_AT_ONCE
     assert chunk_rows(500, 49152) == [losses._chunk_rows(49152)] * 2 + [500 - 2 * losses._chunk_rows(49152)]
