@@ -186,7 +186,7 @@ def _fields_of(model: object) -> Mapping[str, Any] | None:
 
 
 def _from_name(name: str) -> Architecture:
-    preset = PRESETS.get(name.lower())
+    preset = PRESETS.get(name.lower()) or PRESETS.get(name.lower().rpartition("/")[2] if name.count("/") == 1 else "")
     if preset is not None:
         return _from_config(preset, name.lower())
     path = Path(name).expanduser()

@@ -15,8 +15,14 @@ from .errors import MemoryMathError
 from .footprint import predict
 from .in_context import in_context
 from .ledger import claims
+from .limits import verdict
 from .number_formats import number_formats
+from .optimizers import OPTIMIZERS
+from .precision import PRECISIONS
+from .quantization import QUANTIZATIONS
 from .questions import explain_oom, largest, models_that_fit, savings
+from .report import size_text
+from .request import METHODS, one_of
 from .scaling_laws import chinchilla, hoffmann_text, plot
 from .tables import compare_requests, table
 from .time_and_cost import training_time
@@ -26,6 +32,18 @@ WHOLE = ("batch_size", "sequence_length", "target_length", "rank", "num_virtual_
 FLAGS = ("compile", "offload_optimizer", "offload_activations", "optimizer_in_backward")
 WORDS = ("method", "precision", "quantization", "optimizer", "attention", "loss", "adapter_dtype", "optimizer_implementation", "implementation",
          "device")  # fmt: skip
+HELP = {
+    "method": ", ".join(METHODS), "precision": ", ".join(PRECISIONS), "quantization": f"of frozen linear layers: {', '.join(QUANTIZATIONS)}",
+    "optimizer": ", ".join(OPTIMIZERS), "attention": "eager, sdpa, flash", "adapter_dtype": "of adapters and prompts; float32 if not given",
+    "loss": "cross_entropy, chunked, hf_legacy, mean, none; if not given, the implementation's own",
+    "optimizer_implementation": "fused, foreach, for-loop; if not given, torch's choice", "implementation": "transformers (with PEFT) or lora_lab",
+    "device": "cuda or cpu", "batch_size": "rows of one micro-batch", "sequence_length": "tokens of a row",
+    "target_length": "tokens of the decoder of an encoder-decoder", "rank": "of LoRA", "num_virtual_tokens": "of prompt and prefix tuning",
+    "grad_accum_steps": "micro-batches of a step", "zero_stage": "0, 1, 2, 3: what data-parallel devices divide",
+    "world_size": "data-parallel devices", "tensor_parallel": "devices to a model", "label_tokens": "positions with a label (lora_lab)",
+    "compile": "as torch.compile runs it", "offload_optimizer": "states in the host's memory",
+    "offload_activations": "what backward needs waits in the host's memory", "optimizer_in_backward": "every gradient is used as it arrives",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,10 +63,11 @@ def _request(parser: argparse.ArgumentParser, *without: str) -> None:
     defaults = {name: parameter.default for name, parameter in inspect.signature(predict).parameters.items()}
     for kind, names in ((int, WHOLE), (str, WORDS)):
         for name in (name for name in names if name not in without):
-            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults[name])
+            told = "" if defaults[name] is None else f"; default {defaults[name]}"
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults[name], help=HELP[name] + told)
     for name in FLAGS:
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
-    parser.add_argument("--dropout", type=float, default=defaults["dropout"])
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=HELP[name])
+    parser.add_argument("--dropout", type=float, default=defaults["dropout"], help="of the adapters; default 0")
     parser.add_argument("--gradient-checkpointing", nargs="?", const=True, default=False, type=_checkpointing, metavar="n | attention")
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="all-linear, attention, or names like q_proj")
     parser.add_argument("--versions", nargs="+", default=None, metavar="library=version", help="such as transformers=4.28 torch=2.0")
@@ -94,15 +113,20 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
 def _predict(arguments: argparse.Namespace) -> str:
     """The memory of one training step, or of a prompt, part by part."""
     footprint = predict(arguments.model, **_asked(arguments))
-    fits = footprint.fits(arguments.gpu) if arguments.gpu else None
+    fits = verdict(footprint, arguments.gpu) if arguments.gpu else None
     if arguments.svg:
         _write(arguments.svg, footprint.svg(arguments.gpu))
     if arguments.json:
-        return json.dumps({**footprint.as_dict(), **({"gpu": arguments.gpu, "fits": fits} if arguments.gpu else {})}, indent=2)
+        asked = {"gpu": arguments.gpu, "fits": footprint.fits(arguments.gpu), "verdict": fits} if arguments.gpu else {}
+        return json.dumps({**footprint.as_dict(), **asked}, indent=2)
     if arguments.gpu is None:
         return footprint.table()
     gpu = hardware.gpu_of(arguments.gpu)
-    return f"{footprint.table()}\n{gpu.name}: {'fits' if fits else f'does not fit; {footprint.gpus_needed(gpu.name)} if it divided evenly'}"
+    texts = {
+        "yes": "fits", "no": f"does not fit; {footprint.gpus_needed(gpu.name)} if it divided evenly",
+        "tight": "tight: what is allocated fits, what torch is expected to reserve for it does not",
+    }  # fmt: skip
+    return f"{footprint.table()}\n{gpu.name} ({size_text(gpu.usable_bytes)} usable): {texts[str(fits)]}"
 
 
 def _write(path: str, text: str) -> None:
@@ -136,6 +160,8 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 def _compare(arguments: argparse.Namespace) -> str:
     """Several methods beside each other."""
+    for method in arguments.methods:
+        one_of("--methods", method, METHODS)
     found = compare_requests(arguments.model, arguments.methods, gpu=arguments.gpu, **_changed(_asked(arguments)))
     return found.markdown() if arguments.markdown else str(found)
 

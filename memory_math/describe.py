@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .request import Request
+from .request import ADAPTED, Request
 
 if TYPE_CHECKING:
     from .simulate import Simulation
 
+FAMILIES_ON_GPUS, METHODS_ON_GPUS = ("llama", "bert"), ("full", "lora", "qlora")  # of which there are published figures
+
 
 def asked_of(request: Request) -> dict[str, Any]:
-    """The request as plain values."""
-    special = ("architecture", "adapted", "precision", "parallel", "versions")
+    """The request as keywords of `predict`, defaults filled in."""
+    special = ("architecture", "adapted", "adapter_itemsize", "precision", "parallel", "versions")
     plain = {name: value for name, value in vars(request).items() if name not in special}
-    rest = {"precision": request.precision.name, "adapted_layers": len(request.adapted), "versions": dict(request.versions.asked)}
-    return {**plain, **vars(request.parallel), **rest}
+    return {**plain, **vars(request.parallel), "precision": request.precision.name, "versions": dict(request.versions.asked)}
+
+
+def idle_keywords(request: Request) -> tuple[str, ...]:
+    """Keywords that were given another value than their default and change nothing with this method."""
+    adapters, virtual, trains = request.method in ADAPTED, request.method in ("prompt", "prefix"), request.trains
+    settings = {
+        "rank": (request.rank != 8, adapters), "target_modules": (request.target_modules != "all-linear", adapters),
+        "num_virtual_tokens": (request.num_virtual_tokens != 20, virtual), "adapter_dtype": (request.adapter_dtype is not None, adapters or virtual),
+        "optimizer": (request.optimizer != "adamw", trains), "offload_optimizer": (request.offload_optimizer, trains),
+        "compile": (request.compile, trains),
+    }  # fmt: skip
+    return tuple(name for name, (given, used) in settings.items() if given and not used)
 
 
 def how(request: Request, run: Simulation) -> dict[str, str]:
@@ -23,7 +36,7 @@ def how(request: Request, run: Simulation) -> dict[str, str]:
     tokens, words = request.tokens, request.architecture.vocabulary
     blocks = f"{request.architecture.layers} blocks"
     kept = {True: "block inputs, and one block run again", False: blocks, "attention": f"{blocks}, attention run again"}
-    every = kept.get(request.gradient_checkpointing, f"{blocks}, every {request.gradient_checkpointing}th run again")
+    every = kept.get(request.gradient_checkpointing, f"{blocks}, one in {request.gradient_checkpointing} run again")
     copies = request.autocast is not None and request.method == "full"
     return {
         "weights": _weights_text(request, run),
@@ -73,7 +86,7 @@ def checked_text(request: Request) -> str:
 
 def unchecked(request: Request) -> tuple[str, ...]:
     """What of this request has been held against no measurement, neither here nor published: the rules are those of its source alone."""
-    parallel = request.parallel
+    parallel, cuda = request.parallel, request.device == "cuda"
     features = {
         "several devices": parallel.world_size > 1 or parallel.tensor_parallel > 1,
         "offload": request.offload_optimizer or request.offload_activations,
@@ -81,6 +94,9 @@ def unchecked(request: Request) -> tuple[str, ...]:
         "compile": request.compile,
         f"the loss {request.loss!r}": request.loss == "chunked" and request.implementation == "transformers",
         f"{request.quantization} weights": request.quantization == "int8",
-        f"the optimizer {request.optimizer!r}": request.optimizer in ("adamw8bit", "lion"),
+        f"the optimizer {request.optimizer!r}": request.trains and request.optimizer in ("adamw8bit", "lion", "adafactor"),
+        f"{request.architecture.family} on a GPU": cuda and request.architecture.family not in FAMILIES_ON_GPUS,
+        f"method {request.method!r} on a GPU": cuda and request.method not in METHODS_ON_GPUS,
+        f"{request.implementation} on a GPU": cuda and request.implementation != "transformers",
     }
     return tuple(name for name, asked in features.items() if asked)

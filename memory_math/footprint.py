@@ -15,8 +15,9 @@ from typing import Any
 from . import hardware
 from .allocator import CachingAllocator
 from .architectures import architecture_of
-from .describe import asked_of, checked_text, how, unchecked
+from .describe import asked_of, checked_text, how, idle_keywords, unchecked
 from .errors import MemoryMathError
+from .limits import limit_of
 from .report import footprint_html, footprint_json, footprint_svg, footprint_table
 from .request import Request, check
 from .simulate import Simulation, simulate
@@ -47,7 +48,8 @@ class Footprint:
     (what `measure.saved_bytes` reads). saved: the same by operation, summed over the blocks.
     reserved, nvidia_smi: what torch reserves from the GPU, and what nvidia-smi shows for the process; None on a CPU.
     parameters, trained: elements of the base model, and elements that train. how: the product that each part is. validated: what predictions of
-    this kind have been held against. outside: what of this request has been held against nothing.
+    this kind have been held against. outside: what of this request has been held against nothing. idle: keywords that were given and change
+    nothing here. adapted_layers: linear layers with an adapter. request: keywords with which `predict` gives the same again.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Footprint:
     how: dict[str, str]
     validated: str
     outside: tuple[str, ...]
+    idle: tuple[str, ...]
+    adapted_layers: int
 
     @property
     def total(self) -> int:
@@ -81,7 +85,7 @@ class Footprint:
     @property
     def intervals(self) -> dict[str, Interval]:
         """The totals that are told apart, each with its range and the reason for it: allocated, and on a GPU reserved and nvidia_smi."""
-        low, high, why = _allocated_range(self)
+        low, high, why = allocated_range(self.request["device"], self.outside)
         found = {"allocated": Interval(self.total, int(low * self.total), int(high * self.total), why)}
         return found | {name: value for name in ("reserved", "nvidia_smi") if isinstance(value := getattr(self, name), Interval)}
 
@@ -117,9 +121,12 @@ class Footprint:
         """`as_dict` as JSON, bytes as whole numbers."""
         return footprint_json(self, indent)
 
-    def fits(self, gpu: str) -> bool:
-        """Whether `total` is within the usable bytes of one GPU (its memory less the CUDA context)."""
-        return self.total <= hardware.gpu_of(gpu).usable_bytes
+    def fits(self, gpu: str | int) -> bool:
+        """Whether `total` is within the usable bytes of one GPU (its memory less the CUDA context), or within a number of bytes.
+
+        What torch reserves is more: see `limits.reserved_fits`, and the verdicts that the command line prints.
+        """
+        return self.total <= limit_of(gpu)[1]
 
     def gpus_needed(self, gpu: str) -> int:
         """GPUs of this kind if the total divided evenly among them: ceil(total / nominal bytes)."""
@@ -170,7 +177,8 @@ def predict(
     `num_virtual_tokens` vectors before the text or keys and values in every block; "frozen" nothing, but gradients reach the embeddings;
     or "inference": a prompt of sequence_length for each of batch_size rows, keys and values kept, logits of the last position.
     precision: "fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"; see precision.py. quantization: of the frozen linear layers, "none", "nf4",
-    "nf4-dq", "int8"; see quantization.py. adapter_dtype: of adapters and prompts, None is float32.
+    "nf4-dq", "int8"; see quantization.py; embeddings, norms and head stay in the precision's 16 bit, PEFT's prepare_model_for_kbit_training,
+    which makes them 32 bit, is not called. adapter_dtype: of adapters and prompts, None is float32.
     optimizer: "sgd", "momentum", "adam", "adamw", "adamw8bit", "adafactor", "lion"; see optimizers.py. optimizer_implementation: "fused",
     "foreach", "for-loop"; None is lora_lab's fused, else torch's own choice. optimizer_in_backward: every gradient is used as it arrives.
     batch_size, sequence_length: of one micro-batch; rows of one length, no padding. target_length: of an encoder-decoder's decoder, None is
@@ -191,7 +199,7 @@ def predict(
     278798976
     """
     asked = {name: value for name, value in locals().items() if name != "source"}
-    asked["implementation"] = implementation or _implementation_of(source)
+    asked["implementation"] = _implementation_of(source) if implementation is None else implementation
     request = check(architecture_of(source), **asked)
     ledger = CachingAllocator() if request.device == "cuda" else Ledger()
     return _footprint(request, simulate(request, ledger), ledger)
@@ -205,29 +213,33 @@ def _implementation_of(source: object) -> str:
 def _footprint(request: Request, run: Simulation, ledger: Ledger) -> Footprint:
     parts = {part: run.ledger.at_peak[part] for part in PUBLIC_PARTS}
     parts["workspace"] += run.ledger.at_peak["temporary"]
-    reserved, nvidia_smi = _gpu_totals(ledger) if isinstance(ledger, CachingAllocator) else (None, None)
+    outside = unchecked(request)
+    reserved, nvidia_smi = _gpu_totals(ledger, outside) if isinstance(ledger, CachingAllocator) else (None, None)
     return Footprint(
         name=request.architecture.name, request=asked_of(request), **parts, phases=dict(ledger.phases), peak_phase=ledger.peak_phase,
         saved=run.kept_by_name, parameters=run.parameters, trained=run.trained, reserved=reserved, nvidia_smi=nvidia_smi,
-        how=how(request, run), validated=checked_text(request), outside=unchecked(request),
+        how=how(request, run), validated=checked_text(request), outside=outside, idle=idle_keywords(request),
+        adapted_layers=len(request.adapted),
     )  # fmt: skip
 
 
-def _allocated_range(footprint: Footprint) -> tuple[float, float, str]:
-    if footprint.outside:
-        return 0.85, 1.15, f"not held against a measurement: {', '.join(footprint.outside)}"
-    if footprint.request["device"] == "cpu":
+def allocated_range(device: str, outside: tuple[str, ...]) -> tuple[float, float, str]:
+    """The total's range as shares of it, and the reason."""
+    if outside:
+        return 0.8, 1.2, f"not held against a measurement: {', '.join(outside)}"
+    if device == "cpu":
         return 0.98, 1.02, "measured training steps on the CPU"
-    return 0.95, 1.05, "published figures of GPUs whose library versions are known (benchmarks/memory_accuracy.py)"
+    return 0.94, 1.06, "published figures of GPUs whose library versions are known (benchmarks/memory_accuracy.py)"
 
 
-def _gpu_totals(ledger: CachingAllocator) -> tuple[Interval, Interval]:
+def _gpu_totals(ledger: CachingAllocator, outside: tuple[str, ...]) -> tuple[Interval, Interval]:
     """What the caching allocator holds, and what the process holds with the CUDA context on top."""
-    low, estimate = ledger.peak_total, ledger.peak_reserved
-    high = max(estimate, ledger.peak_total * 5 // 4)
+    below, above, _ = allocated_range("cuda", outside)
+    estimate, low = ledger.peak_reserved, int(below * ledger.peak_total)
+    high = max(estimate, int(above * 1.25 * ledger.peak_total))
     why = (
-        "low: no fragmentation; estimate: this step's requests played through the allocator's rules; "
-        "high: 1.25 x allocated, the widest published ratio being 1.24"
+        "low: the least allocated, without fragmentation; estimate: this step's requests played through the allocator's rules; "
+        "high: 1.25 x the most allocated, the widest published ratio being 1.24"
     )
     smallest, usual, largest = hardware.CONTEXT_BYTES
     context = "CUDA context: 0.47 GiB with lazily loaded kernels, 0.92 GiB with all of them (A100, PyTorch 2.1)"

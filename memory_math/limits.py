@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from .footprint import Footprint
 
 
-def limit_of(gpu: str | int) -> tuple[str, int]:
-    """What a limit is called, and its bytes: those a process can use of the GPU of this name, or the given bytes themselves."""
+def limit_of(gpu: str | int | hardware.GPU) -> tuple[str, int]:
+    """What a limit is called, and its bytes: those a process can use of this GPU, or the given bytes themselves."""
+    if isinstance(gpu, hardware.GPU):
+        return gpu.name, gpu.usable_bytes
     if isinstance(gpu, str):
         return hardware.gpu_of(gpu).name, hardware.gpu_of(gpu).usable_bytes
     if isinstance(gpu, bool) or not isinstance(gpu, int) or gpu < 1:
@@ -20,11 +22,21 @@ def limit_of(gpu: str | int) -> tuple[str, int]:
     return "the limit", gpu
 
 
+def verdict(footprint: Footprint, gpu: str | int | hardware.GPU) -> str:
+    """"yes", "no", or "tight": what is allocated fits, what torch is expected to reserve for it does not."""
+    _, nbytes = limit_of(gpu)
+    if footprint.total > nbytes:
+        return "no"
+    return "tight" if reserved_fits(footprint, nbytes) == "no" else "yes"
+
+
 def reserved_fits(footprint: Footprint, limit_bytes: int) -> str:
-    """Whether what torch reserves is within the limit: "certain" (the interval's upper end is), "likely" (its estimate is), "no".
+    """Whether what torch reserves is within the limit: "certain" (the interval's upper end is, and nothing of the request is unchecked), "likely"
+    (its estimate is), "no".
 
     On a CPU nothing is reserved: "certain" or "no" by the total.
     """
     if footprint.reserved is None:
         return "certain" if footprint.total <= limit_bytes else "no"
-    return "certain" if footprint.reserved.high <= limit_bytes else "likely" if footprint.reserved.estimate <= limit_bytes else "no"
+    certain = footprint.reserved.high <= limit_bytes and not footprint.outside
+    return "certain" if certain else "likely" if footprint.reserved.estimate <= limit_bytes else "no"

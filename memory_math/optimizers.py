@@ -78,7 +78,7 @@ IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 
 def optimizer_of(name: str) -> Optimizer:
     """The optimizer called `name`."""
-    if name not in OPTIMIZERS:
+    if not isinstance(name, str) or name not in OPTIMIZERS:
         raise MemoryMathError(f"optimizer={name!r} is not modelled; modelled now: {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
 

@@ -52,7 +52,7 @@ def precision_of(name: str) -> Precision:
     >>> precision_of("bf16-mixed").trained
     4
     """
-    if name not in PRECISIONS:
+    if not isinstance(name, str) or name not in PRECISIONS:
         raise MemoryMathError(f"precision={name!r}: expected one of {', '.join(PRECISIONS)} (8 and 4 bit are a quantization)")
     return PRECISIONS[name]
 

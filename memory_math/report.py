@@ -86,7 +86,8 @@ def footprint_table(footprint: Footprint) -> str:
 def checks_of(footprint: Footprint) -> list[str]:
     """What the prediction was checked against, and what of it was not."""
     missing = [f"not checked against anything: {', '.join(footprint.outside)}"] if footprint.outside else []
-    return [f"checked: {footprint.validated}", *missing]
+    idle = [f"without effect here: {', '.join(footprint.idle)}"] if footprint.idle else []
+    return [*idle, f"checked: {footprint.validated}", *missing]
 
 
 def footprint_svg(footprint: Footprint, gpu: str | int | None = None) -> str:

@@ -55,6 +55,8 @@ class Request:
     implementation: str
     device: str
     label_tokens: int
+    target_modules: Any
+    adapter_dtype: Any
     adapted: dict[str, LinearLayer] = field(default_factory=dict)
 
     @property
@@ -125,16 +127,17 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     asked["parallel"] = check_parallel(asked.pop("zero_stage"), asked.pop("world_size"), asked.pop("tensor_parallel"))
     asked["optimizer_implementation"] = _step_kind(asked["optimizer_implementation"], implementation, asked["device"])
     asked["attention"] = one_of("attention", asked["attention"], ATTENTIONS[implementation], implementation)
-    asked["loss"] = one_of("loss", asked["loss"] or _own_loss(implementation, asked["versions"]), LOSSES[implementation], implementation)
+    loss = _own_loss(implementation, asked["versions"]) if asked["loss"] is None else asked["loss"]
+    asked["loss"] = one_of("loss", loss, LOSSES[implementation], implementation)
     asked["gradient_checkpointing"] = _checkpointing(asked["gradient_checkpointing"])
     for name in ("compile", "offload_optimizer", "offload_activations", "optimizer_in_backward"):
         asked[name] = _flag(name, asked[name])
     asked["dropout"] = _share(asked["dropout"])
-    asked["adapter_itemsize"] = _adapter_bytes(asked.pop("adapter_dtype"))
-    asked["target_length"] = whole("target_length", asked["target_length"] or asked["sequence_length"])
+    asked["adapter_itemsize"] = _adapter_bytes(asked["adapter_dtype"])
+    asked["target_length"] = whole("target_length", asked["sequence_length"] if asked["target_length"] is None else asked["target_length"])
     asked["label_tokens"] = _labels(asked["label_tokens"], asked["batch_size"], asked["sequence_length"])
     architecture = architecture if method == "inference" else architecture.with_loss()
-    targets = asked.pop("target_modules")
+    targets = asked["target_modules"]
     adapted = _adapted(architecture, targets) if method in ADAPTED else {}
     architecture = architecture.shard(asked["parallel"].tensor_parallel)
     adapted = _adapted(architecture, targets) if adapted else {}

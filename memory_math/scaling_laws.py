@@ -69,7 +69,7 @@ class ComputeOptimal:
         for name in CONSTANTS:
             row = chinchilla(self.flops, name)
             loss = "-" if row.loss is None else f"{row.loss:.4f}"
-            sizes = f"{_count(row.parameters):>12}{_count(row.tokens):>12}{row.tokens_per_parameter:>15.1f}{loss:>8}"
+            sizes = f" {_count(row.parameters):>11} {_count(row.tokens):>11} {row.tokens_per_parameter:>14.1f} {loss:>7}"
             lines.append(f"{'> ' if name == self.constants else '  '}{name:<28}{sizes}")
         return "\n".join(lines)
 

@@ -6,14 +6,13 @@ import re
 from dataclasses import dataclass
 
 from .errors import MemoryMathError
+from .hardware import CUBLAS_BYTES
 from .models import MODELS
 from .models.base import Model
 from .optimizers import Shape, state_sizes, step_sizes
 from .parallel import communication_bytes
 from .request import Request
 from .tape import Ledger, Storage
-
-CUBLAS_WORKSPACE_BYTES = 8_519_680  # Ampere and older; PyTorch takes 32 MiB on Hopper
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,21 @@ def model_of(request: Request, ledger: Ledger) -> Model:
     if (implementation, family) not in MODELS:
         known = ", ".join(sorted(name for owner, name in MODELS if owner == implementation))
         raise MemoryMathError(f"{request.architecture.name}: {family!r} is not modelled with implementation={implementation!r}, only {known}")
+    _check_shape(request)
     return MODELS[implementation, family](request, ledger)
+
+
+def _check_shape(request: Request) -> None:
+    """What a model of this shape cannot be asked for, or what is not written down for it."""
+    arch, longest = request.architecture, getattr(request.architecture, "positions", None)
+    if arch.family in ("llama", "mixtral") and arch.task != "ForCausalLM":
+        raise MemoryMathError(f"{arch.name} as {arch.task} is not modelled: of {arch.family}, only ForCausalLM is")
+    if arch.family in ("llama", "mixtral") and arch.attention_dropout and request.trains:
+        raise MemoryMathError(f"{arch.name}: attention_dropout={arch.attention_dropout} is not modelled for {arch.family}: set it to 0")
+    usable = None if longest is None else longest - 2 * bool(getattr(arch, "roberta", False))  # RoBERTa's first two rows are for padding
+    if usable is not None and request.positions > usable:
+        virtual = ", the virtual tokens included" if request.method == "prompt" else ""
+        raise MemoryMathError(f"sequence_length={request.sequence_length}: {arch.name} has {usable} learned positions{virtual}")
 
 
 def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
@@ -66,7 +79,7 @@ def _states(request: Request, tensors: list[Shape]) -> list[int]:
 
 def _cublas_bytes(request: Request) -> int:
     """One workspace for each thread that multiplies matrices: Python's, and autograd's in training (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
-    return CUBLAS_WORKSPACE_BYTES * (1 + request.trains) if request.device == "cuda" else 0
+    return CUBLAS_BYTES * (1 + request.trains) if request.device == "cuda" else 0
 
 
 def _exchange(request: Request, model: Model, trained: int) -> int:
@@ -74,7 +87,7 @@ def _exchange(request: Request, model: Model, trained: int) -> int:
     itemsize = request.precision.compute if request.parallel.sharded or request.method != "full" else request.weight_itemsize
     blocks = _blocks(model)
     rest = sum(weight.numel for weight in model.weights.values()) - sum(blocks)
-    return communication_bytes(request.parallel, blocks, rest, trained, itemsize) if request.trains else 0
+    return communication_bytes(request.parallel, blocks, rest, trained, itemsize)
 
 
 def _blocks(model: Model) -> list[int]:

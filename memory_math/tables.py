@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import MemoryMathError
 from .footprint import Footprint, predict
-from .limits import limit_of
+from .limits import limit_of, verdict
 from .optimizers import OPTIMIZERS
 from .precision import PRECISIONS
 from .report import html_grid, markdown_grid, parts_of, text_grid, unit_for
@@ -188,7 +188,7 @@ class RequestComparison(_Grid):
                 rows.append([row.name, *[""] * len(parts), notes.mark(row.refusal), *[""] * (len(header) - len(parts) - 2)])
                 continue
             amounts = [f"{nbytes / divisor:.2f}" for nbytes in (*parts_of(row.footprint).values(), row.footprint.total)]
-            fits = [] if self.gpu is None else ["yes" if row.footprint.fits(self.gpu) else "no"]
+            fits = [] if self.gpu is None else [verdict(row.footprint, self.gpu)]
             rows.append([row.name, *amounts, f"{row.footprint.total / reference:.3f}", *fits])
         return header, rows, notes.lines()
 

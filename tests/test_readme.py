@@ -79,9 +79,9 @@ def test_every_command_and_number_of_memory_math_in_the_readme_holds(capsys):
     capsys.readouterr()
     formula = re.search(r"activation_formula\('llama-2-7b', precision='bf16'\)\)\"`: (.*?) \|", README).group(1)
     assert str(memory_math.activation_formula("llama-2-7b", precision="bf16")) == formula
-    claims, shapes = memory_math.claims(), len({id(preset) for preset in memory_math.presets.PRESETS.values()})
+    claims, names = memory_math.claims(), len(memory_math.presets.PRESETS)
     assert f"{len(claims)} numbers of lectures and papers recomputed, {claims.counts()['wrong']} of them wrong" in README
-    assert f"{shapes} shapes by name" in README
+    assert f"{names} models by name" in README
 
 
 def test_the_accuracy_in_the_readme_is_the_benchmarks(monkeypatch):

@@ -11,6 +11,7 @@ from .. import operations as ops
 from ..families.llama import Llama
 from ..tape import Sized
 from . import attention, norms
+from .activations import activate
 from .base import Model, cached
 from .losses import token_loss
 from .peft_layers import LayerPrefix, linear, prefix_of, with_prompt, with_virtual_labels
@@ -114,7 +115,7 @@ class Block:
         gate = linear(self.model, x, f"{path}.gate_proj")
         if self.model.request.compile:
             return linear(self.model, self.fused_product(gate, linear(self.model, x, f"{path}.up_proj")), f"{path}.down_proj")
-        gate = ops.elementwise(tape, "silu", gate, keeps=[gate])
+        gate = activate(tape, self.model.arch.activation, gate, self.model.autocast)
         product = ops.multiply(tape, "silu(gate) * up", gate, linear(self.model, x, f"{path}.up_proj"))
         del gate
         return linear(self.model, product, f"{path}.down_proj")

@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def test_published_gpu_figures_are_met() -> None:
-    """Median absolute error at most 4.5 %, worst at most 13 %; reserved memory within its interval."""
+    """Asked for are a median absolute error of at most 4.5 % and a worst of 13 %; these are held closer. Every total is within its interval."""
     from memory_accuracy import score
 
     lines: list[str] = []
     summary = score(lines.append).summary
-    assert summary["scored_rows"] >= 35
-    assert summary["median_absolute_error"] <= 0.045 and summary["worst_absolute_error"] <= 0.13, "\n".join(lines)
-    assert summary["reserved_inside_interval"] == summary["reserved_rows"] > 0
+    assert summary["scored_rows"] >= 34
+    assert summary["median_absolute_error"] <= 0.01 and summary["worst_absolute_error"] <= 0.08, "\n".join(lines)
+    assert summary["inside_their_interval"] == summary["rows_with_an_interval"] >= 19, "\n".join(lines)
 
 
 @pytest.mark.parametrize(("model", "request_", "formula"), [

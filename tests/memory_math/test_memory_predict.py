@@ -51,7 +51,7 @@ def test_lora_parameters_are_rank_times_in_plus_out_and_stay_32_bit(model: str, 
         footprint = predict(model, method="lora", precision=precision, rank=rank, target_modules=targets, sequence_length=64)
         assert footprint.trained == adapters
         assert footprint.weights == 2 * footprint.parameters + 4 * adapters
-        assert footprint.optimizer_states - 8 * adapters == 4 * 2 * footprint.request["adapted_layers"]
+        assert footprint.optimizer_states - 8 * adapters == 4 * 2 * footprint.adapted_layers
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "inference"])
@@ -133,7 +133,9 @@ def test_unlabelled_positions_cost_the_lab_no_logits() -> None:
 
 def test_a_gpu_reserves_at_least_what_is_allocated_and_nvidia_smi_shows_more() -> None:
     footprint = small(device="cuda")
-    assert footprint.total <= footprint.reserved.low <= footprint.reserved.estimate <= footprint.reserved.high
+    assert footprint.total <= footprint.reserved.estimate <= footprint.reserved.high
+    allocated = footprint.intervals["allocated"]
+    assert footprint.reserved.low == allocated.low and footprint.reserved.high >= 1.25 * allocated.high - 2
     assert footprint.nvidia_smi.low > footprint.reserved.low and footprint.nvidia_smi.high > footprint.reserved.high
     assert small().reserved is None
     with pytest.raises(MemoryMathError, match="figure of a GPU"):
@@ -221,6 +223,44 @@ def test_every_byte_is_given_back_without_the_garbage_collector(checkpointing: b
         assert ledger.total == 0 and not any(ledger.live.values())
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("asked", [
+    {}, {"method": "qlora", "target_modules": ["q_proj"], "adapter_dtype": "bf16"}, {"method": "prompt", "num_virtual_tokens": 3},
+    {"implementation": "lora_lab", "label_tokens": 7}, {"versions": {"transformers": "4.40"}, "gradient_checkpointing": 2},
+    {"precision": "bf16-mixed", "zero_stage": 2, "world_size": 4, "device": "cuda"},
+])  # fmt: skip
+def test_what_a_footprint_says_was_asked_can_be_asked_again(asked: dict[str, Any]) -> None:
+    footprint = small(**asked)
+    assert predict(SMALL, **footprint.request) == footprint
+
+
+@pytest.mark.parametrize(("asked", "idle"), [
+    ({"rank": 16, "target_modules": ["nonsense"]}, ("rank", "target_modules")),
+    ({"method": "lora", "num_virtual_tokens": 5}, ("num_virtual_tokens",)),
+    ({"method": "inference", "optimizer": "sgd"}, ("optimizer",)), ({"method": "lora", "rank": 16}, ()),
+])  # fmt: skip
+def test_what_has_no_effect_is_said(asked: dict[str, Any], idle: tuple[str, ...]) -> None:
+    footprint = small(**asked)
+    assert footprint.idle == idle
+    assert ("without effect here: " in footprint.table()) == bool(idle)
+
+
+def test_what_a_model_of_this_shape_cannot_be_asked_is_refused() -> None:
+    for asked, message in (
+        (({**SMALL, "architectures": ["LlamaForSequenceClassification"]},), "as ForSequenceClassification is not modelled"),
+        (({**SMALL, "architectures": ["LlamaModel"]},), "as Model is not modelled"), (({**SMALL, "hidden_act": "bogus"},), "activation='bogus'"),
+        (({**SMALL, "attention_dropout": 0.1},), "attention_dropout=0.1"),
+    ):  # fmt: skip
+        with pytest.raises(MemoryMathError, match=message):
+            predict(*asked, sequence_length=8)
+    for name, length in (("gpt2", 1025), ("bert-base-uncased", 513), ("roberta-base", 513), ("opt-125m", 2049)):
+        with pytest.raises(MemoryMathError, match=f"sequence_length={length}: {name} has {length - 1} learned positions"):
+            predict(name, sequence_length=length)
+        predict(name, sequence_length=length - 1, method="inference")
+    for name in ("precision", "optimizer"):
+        with pytest.raises(MemoryMathError, match=name):
+            small(**{name: ["adamw"]})
 
 
 def test_the_same_request_gives_the_same_prediction() -> None:
