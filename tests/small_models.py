@@ -60,3 +60,14 @@ def logits(model, family):
     ids = torch.randint(3, 64, (2, 7))
     with torch.no_grad():
         return model(input_ids=ids, **({"decoder_input_ids": ids[:, :3]} if family == "t5" else {})).logits
+
+
+def randomise(model, by=0.4):
+    """B is not zero, the magnitude not the norm: otherwise every bug is hidden. Returns the model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
+            elif "lora_" in name and "_start" not in name:
+                parameter.add_(torch.randn_like(parameter) * by)
+    return model

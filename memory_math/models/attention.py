@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .. import operations as ops
-from ..tape import Sized
+from ..tape import Sized, Tape
 from .base import Model
 
 
@@ -27,6 +29,24 @@ def fused(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None = None)
     written = _written(model, mask, q.itemsize)
     y = ops.scaled_dot_product_attention(tape, q, k, v, model.tokens * model.arch.heads, model.autocast, mask=written)
     return ops.copy(tape, "attention", y) if habits.copies_output and tape.device == "cuda" else y
+
+
+def in_parts(
+    tape: Tape, q: Sized, k: Sized, v: Sized, scores: Callable[[Sized, Sized], Sized], weights: Callable[[Sized], Sized],
+    mix: Callable[[Sized, Sized], Sized],
+) -> Sized:  # fmt: skip
+    """_scaled_dot_product_attention_math: 16-bit inputs in float32, q and k each times the root of the scale.
+
+    scores: of q and k. weights: softmax and dropout of the scores. mix: of weights and v.
+    """
+    itemsize = q.itemsize
+    wide_q, wide_k, wide_v = (ops.cast(tape, tensor, 4) for tensor in (q, k, v))
+    scaled = ops.elementwise(tape, "attention scaling", wide_q)
+    s = weights(scores(scaled, ops.elementwise(tape, "attention scaling", wide_k)))
+    returned = ops.cast(tape, s, itemsize)
+    mixed = ops.cast(tape, mix(s, wide_v), itemsize)
+    del s, returned, scaled, wide_q, wide_k, wide_v
+    return ops.copy(tape, "attention", mixed)
 
 
 def _written(model: Model, mask: Sized | None, itemsize: int) -> Sized | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from .. import operations as ops
 from ..precision import INDEX_BYTES, LOGSUMEXP_BYTES
 from ..tape import Sized
+from .attention import in_parts
 from .base import Model
 
 EFFICIENT_ROWS = 32  # the memory-efficient kernel's log-sum-exp is padded to a multiple of so many queries
@@ -67,25 +68,26 @@ def sdpa(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras) -> tuple[Si
         q, k, v = (ops.cast(tape, tensor, model.autocast) for tensor in (q, k, v))
         bias = None if bias is None else ops.cast(tape, bias, model.autocast)
     if tape.device == "cpu" and (attention_dropout(model) or (bias is not None and bias.needs_grad)):
-        return in_parts(model, q, k, v, replace(extras, bias=bias)), None
+        return math_path(model, q, k, v, replace(extras, bias=bias)), None
     if tape.device == "cuda" and bias is not None:
         return memory_efficient(model, q, k, v, bias), None
     return ops.scaled_dot_product_attention(tape, q, k, v, rows, mask=bias), None
 
 
-def in_parts(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras) -> Sized:
-    """_scaled_dot_product_attention_math: 16-bit inputs in float32, q and k each times the root of the scale."""
-    tape, itemsize = model.tape, q.itemsize
-    wide_q, wide_k, wide_v = (ops.cast(tape, tensor, 4) for tensor in (q, k, v))
-    scaled = ops.elementwise(tape, "attention scaling", wide_q)
-    s = _scores(model, scaled, ops.elementwise(tape, "attention scaling", wide_k), extras)
-    s = _biased(model, s, extras.bias)
-    s = ops.softmax(tape, "attention softmax", s)
-    s = dropped(model, s)
-    returned = ops.cast(tape, s, itemsize)
-    mixed = ops.cast(tape, ops.matmul(tape, "attention", s, _laid_out(model, wide_v, extras.in_order), q.numel), itemsize)
-    del s, returned, scaled, wide_q, wide_k, wide_v
-    return ops.copy(tape, "attention", mixed)
+def math_path(model: Model, q: Sized, k: Sized, v: Sized, extras: Extras) -> Sized:
+    """The sum of its parts, with the bias added to the scores."""
+
+    def weights(s: Sized) -> Sized:
+        s = ops.softmax(model.tape, "attention softmax", s)
+        return dropped(model, s)
+
+    def scores(q: Sized, k: Sized) -> Sized:
+        return _biased(model, _scores(model, q, k, extras), extras.bias)
+
+    def mix(s: Sized, v: Sized) -> Sized:
+        return ops.matmul(model.tape, "attention", s, _laid_out(model, v, extras.in_order), q.numel)
+
+    return in_parts(model.tape, q, k, v, scores, weights, mix)
 
 
 def memory_efficient(model: Model, q: Sized, k: Sized, v: Sized, bias: Sized) -> Sized:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .. import operations as ops
 from ..tape import Sized
+from .attention import in_parts
 from .attention_dropout import expanded, memory_efficient
 from .blocks import Decoder, view
 
@@ -52,24 +53,20 @@ def sdpa(model: Decoder, q: Sized, k: Sized, v: Sized, mask: Sized | None, habit
         mask = tape.new(mask.numel, q.itemsize)  # yes and no become numbers
     dropped = habits.dropout > 0 and model.request.trains
     if model.request.attention != "flash" and (k.numel < q.numel or (tape.device == "cpu" and dropped)):
-        return in_parts(model, q, k, v, habits)
+        return math_path(model, q, k, v, habits)
     if tape.device == "cuda" and mask is not None:
         return memory_efficient(model, q, k, v, mask)
     y = ops.scaled_dot_product_attention(tape, q, k, v, rows, mask=mask)
     return ops.copy(tape, "attention", y) if "q" in habits.in_order else y
 
 
-def in_parts(model: Decoder, q: Sized, k: Sized, v: Sized, habits: Habits) -> Sized:
-    """_scaled_dot_product_attention_math: 16-bit inputs in float32, q and k each times the root of the scale."""
-    tape, itemsize = model.tape, q.itemsize
-    wide_q, wide_k, wide_v = (ops.cast(tape, tensor, 4) for tensor in (q, k, v))
-    scaled = ops.elementwise(tape, "attention scaling", wide_q)
-    s = scores(model, scaled, ops.elementwise(tape, "attention scaling", wide_k), habits.in_order)
-    s = model.dropout(_safe_softmax(model, s), habits.dropout)
-    returned = ops.cast(tape, s, itemsize)
-    mixed = ops.cast(tape, mix(model, s, wide_v, habits.in_order), itemsize)
-    del s, returned, scaled, wide_q, wide_k, wide_v
-    return ops.copy(tape, "attention", mixed)
+def math_path(model: Decoder, q: Sized, k: Sized, v: Sized, habits: Habits) -> Sized:
+    """The sum of its parts."""
+    order = habits.in_order
+    return in_parts(
+        model.tape, q, k, v, lambda q, k: scores(model, q, k, order), lambda s: model.dropout(_safe_softmax(model, s), habits.dropout),
+        lambda s, v: mix(model, s, v, order),
+    )  # fmt: skip
 
 
 def _safe_softmax(model: Decoder, s: Sized) -> Sized:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import randomise
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -19,15 +20,6 @@ from lora_lab.targets import lora_layers
 
 def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
-
-
-def randomise(model: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
-            elif "lora_" in name and "_start" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.4)
 
 
 KINDS: dict[str, tuple[Any, Any]] = {

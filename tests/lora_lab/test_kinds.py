@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import randomise
 from torch import nn
 from torch.testing import assert_close
 
@@ -51,16 +52,6 @@ LAYERS: dict[str, tuple[Any, Any]] = {  # name -> (layer, an input for it)
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {}, "dora": {"variant": "dora"}, "rslora": {"rslora": True, "alpha": 3}, "lora_bias": {"lora_bias": True},
 }  # fmt: skip
-
-
-def randomise(model: nn.Module) -> None:
-    """B is not zero, the magnitude not the norm: otherwise every bug is hidden."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
-            elif "lora_" in name and "_start" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.4)
 
 
 def adapted(kind: str, **request: Any) -> tuple[nn.Sequential, torch.Tensor]:

@@ -7,22 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build, logits
+from small_models import build, logits, randomise
 from torch import nn
 from torch.testing import assert_close
 
 import lora_lab
 from lora_lab import LoraLabError
-
-
-def randomise(model: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
-            elif "lora_" in name and "_start" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.4)
-
 
 LAYERS: dict[str, tuple[Any, Any]] = {
     "linear": (lambda: nn.Linear(12, 10), lambda: torch.randn(3, 5, 12)),

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from small_models import randomise
 from torch import nn
 from torch.testing import assert_close
 
@@ -17,15 +18,6 @@ from lora_lab import LoraLabError
 TARGETS = {"both": ["self_attn"], "out_proj": ["out_proj"], "everything": ["self_attn", "linear1", "linear2"]}
 
 
-def randomise(model: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
-            elif "lora_" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-
-
 def encoder(batch_first: bool = True) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)).double()
@@ -33,7 +25,7 @@ def encoder(batch_first: bool = True) -> nn.Sequential:
 
 def adapted(targets: Any = ("self_attn",), **request: Any) -> nn.Sequential:
     model = lora_lab.inject(encoder(), rank=4, target_modules=list(targets), **request)
-    randomise(model)
+    randomise(model, by=0.3)
     return model
 
 
@@ -98,7 +90,7 @@ def test_rows_with_different_adapters_equal_the_rows_run_alone(batch_first: bool
     model = encoder(batch_first)
     for name in ("a", "b"):
         lora_lab.inject(model, rank=2, target_modules=["self_attn", "linear1"], adapter=name)
-    randomise(model)
+    randomise(model, by=0.3)
     x, rows, dim = inputs(), ["b", None, "a"], 0 if batch_first else 1
     x = x if batch_first else x.transpose(0, 1)
     padding = torch.zeros(3, 5, dtype=torch.bool)
@@ -123,7 +115,7 @@ def test_peft_reads_what_we_write_and_we_read_it_back(tmp_path, targets: str) ->
 
 def test_we_read_what_peft_writes(tmp_path) -> None:
     theirs = peft.get_peft_model(encoder(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0.self_attn"])).double()
-    randomise(theirs)
+    randomise(theirs, by=0.3)
     theirs.save_pretrained(tmp_path)
     x = inputs()
     ours = lora_lab.load(encoder(), tmp_path)

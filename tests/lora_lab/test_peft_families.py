@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from small_models import FAMILIES, SMALL
+from small_models import FAMILIES, SMALL, randomise
 from torch import nn
 from torch.testing import assert_close
 
@@ -55,15 +55,9 @@ def logits(model: nn.Module, family: str) -> torch.Tensor:
         return model(input_ids=ids, **({"decoder_input_ids": ids[:, :3]} if family == "t5" else {})).logits
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def seeded(model: nn.Module) -> nn.Module:
     torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
-            elif "lora_" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return randomise(model, by=0.2)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -76,7 +70,7 @@ def linear_names(model: nn.Module) -> list[str]:
 def test_peft_computes_what_we_save(tmp_path, family: str, variant: str) -> None:
     if variant == "patterns" and family in ("t5",):
         pytest.skip("the patterns name numbered layers, which T5 has in its encoder and its decoder alike")
-    model = randomise(lora_lab.inject(build(family), rank=4, **VARIANTS[variant][0])).eval()
+    model = seeded(lora_lab.inject(build(family), rank=4, **VARIANTS[variant][0])).eval()
     assert not torch.allclose(logits(model, family), logits(build(family), family))
     lora_lab.save(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(build(family), tmp_path).eval()
@@ -89,7 +83,7 @@ def test_we_compute_what_peft_saves(tmp_path, family: str, variant: str) -> None
     if variant == "patterns" and family in ("t5",):
         pytest.skip("the patterns name numbered layers, which T5 has in its encoder and its decoder alike")
     settings = {"r": 4, "lora_alpha": 4, "target_modules": linear_names(build(family)), **VARIANTS[variant][1]}
-    theirs = randomise(peft.get_peft_model(build(family), peft.LoraConfig(**settings)).double()).eval()
+    theirs = seeded(peft.get_peft_model(build(family), peft.LoraConfig(**settings)).double()).eval()
     theirs.save_pretrained(tmp_path)
     ours = lora_lab.load(build(family), tmp_path).eval()
     assert_close(logits(ours, family), logits(theirs, family), rtol=0, atol=1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import build, logits
+from small_models import build, logits, randomise
 from torch import nn
 from torch.testing import assert_close
 
@@ -20,20 +20,11 @@ KINDS = ("nf4", "nf4-dq", "int8")
 VARIANTS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"variant": "dora"}, "pissa": {"init": "pissa"}, "dropout": {"dropout": 0.3}}
 
 
-def randomise(model: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.5 * torch.rand_like(parameter))
-            elif "lora_" in name and "_start" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-
-
 def quantized(kind: str, **request: Any) -> nn.Sequential:
     torch.manual_seed(0)
     model = lora_lab.quantize(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)), kind)
     model = lora_lab.inject(model, rank=4, **request)
-    randomise(model)
+    randomise(model, by=0.1)
     return model.eval()
 
 
@@ -68,7 +59,7 @@ def test_adapters_of_a_quantised_base_are_float32_and_files_fit_the_full_base(tm
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 64)).bfloat16()
     model = lora_lab.inject(lora_lab.quantize(copy.deepcopy(base), "nf4"), rank=4)
-    randomise(model)
+    randomise(model, by=0.1)
     assert model[0].lora_A["default"].dtype == torch.float32
     lora_lab.save(model, tmp_path)
     full = lora_lab.load(base, tmp_path)
@@ -101,7 +92,7 @@ def test_whole_models_are_quantised_and_adapted(family: str) -> None:
     base = logits(model, family)
     lora_lab.inject(model, rank=4)
     assert torch.equal(logits(model, family), base)
-    randomise(model)
+    randomise(model, by=0.1)
     assert not torch.allclose(logits(model, family), base) and not torch.equal(base, before)
 
 
