@@ -25,7 +25,7 @@ from .report import size_text
 from .request import METHODS, one_of
 from .scaling_laws import chinchilla, hoffmann_text, plot
 from .tables import compare_requests, table
-from .time_and_cost import training_time
+from .time_and_cost import training_flops, training_time
 
 WHOLE = ("batch_size", "sequence_length", "target_length", "rank", "num_virtual_tokens", "grad_accum_steps", "zero_stage", "world_size",
          "tensor_parallel", "label_tokens")  # fmt: skip
@@ -74,7 +74,9 @@ def _request(parser: argparse.ArgumentParser, *without: str) -> None:
 
 
 def _checkpointing(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    if text.isdecimal() or text == "attention":
+        return int(text) if text.isdecimal() else text
+    raise argparse.ArgumentTypeError(f"{text!r}: expected nothing, n or 'attention'; the model's name goes before the options")
 
 
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +128,13 @@ def _predict(arguments: argparse.Namespace) -> str:
         "yes": "fits", "no": f"does not fit; {footprint.gpus_needed(gpu.name)} if it divided evenly",
         "tight": "tight: what is allocated fits, what torch is expected to reserve for it does not",
     }  # fmt: skip
-    return f"{footprint.table()}\n{gpu.name} ({size_text(gpu.usable_bytes)} usable): {texts[str(fits)]}"
+    return f"{footprint.table()}\n{gpu.name} ({size_text(gpu.usable_bytes)} usable): {texts[str(fits)]}{_sixteen_bit(gpu, arguments.precision)}"
+
+
+def _sixteen_bit(gpu: hardware.GPU, precision: str) -> str:
+    """A note where a GPU's 16 bit is not the precision's."""
+    slow = gpu.sixteen_bit == "fp16" and precision.startswith("bf16")
+    return f"\n{gpu.name} is fast in fp16 and has no bf16: use fp16-mixed" if slow else ""
 
 
 def _write(path: str, text: str) -> None:
@@ -181,7 +189,8 @@ def _fit(arguments: argparse.Namespace) -> str:
     for what in ("batch_size", "sequence_length"):
         rest = {name: value for name, value in request.items() if name != what}
         answers.append(str(largest(arguments.model, arguments.gpu, what, **rest)))
-    return "\n".join([*answers, "", str(savings(arguments.model, **request))])
+    note = _sixteen_bit(hardware.gpu_of(arguments.gpu), arguments.precision)
+    return "\n".join([*answers, "", str(savings(arguments.model, **request))]) + note
 
 
 def _params(arguments: argparse.Namespace) -> str:
@@ -211,13 +220,19 @@ def _time_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu")
     parser.add_argument("--mfu", type=float, help="share of the GPU's peak, such as 0.4")
     parser.add_argument("--price", type=float, help="dollars per GPU-hour")
-    parser.add_argument("--method", default="full")
+    parser.add_argument("--method", default="full", help="full; lora, qlora, dora, prompt, prefix: a frozen base; inference")
+    parser.add_argument("--sequence-length", type=int, help="counts the products of attention, too")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="tells what the hardware executes, each forward pass twice")
 
 
 def _time(arguments: argparse.Namespace) -> str:
     """Days, GPU-hours and dollars of a training."""
     asked = {name: value for name, value in vars(arguments).items() if name not in ("command", "model")}
-    return str(training_time(_size(arguments.model), asked.pop("tokens"), **asked))
+    model, tokens, again = _size(arguments.model), asked.pop("tokens"), asked.pop("gradient_checkpointing")
+    shared = {"method": asked["method"], "sequence_length": asked["sequence_length"]}
+    flops = training_flops(model, tokens, gradient_checkpointing=again, causal=False, **shared)
+    executed = f", {flops.hardware:.4g} executed" if again else ""
+    return f"{training_time(model, tokens, **asked)}\n{'operations':<18}{flops.model:.4g} of the model{executed}"
 
 
 def _size(text: str) -> float | str:
