@@ -61,6 +61,7 @@ def worker(rank: int, port: int, kind: str, folder: str) -> None:
             found = sharded(model, rows)
         if rank == 0:
             torch.save({name: tensor.cpu() for name, tensor in found.items()}, Path(folder) / "found.pt")
+        dist.barrier()  # gloo aborts a process whose neighbour has hung up
     finally:
         dist.destroy_process_group()
 
