@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import nn
 from .borrowed import active_borrowers, borrowed_of, swap_borrowed
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
+from .merging import refuse_merged
 from .selection import RowSelection
 from .targets import adapter_names, lora_layers
 
@@ -29,6 +31,7 @@ def use(model: Model, adapters: str | Sequence[str] | None) -> Model:
 
     Raises LoraLabError for a name the model does not have.
     """
+    refuse_merged(model, "use")
     names = (adapters,) if isinstance(adapters, str) else tuple(adapters or ())
     check_names(model, names, f"use({adapters!r})")
     for name in names:
@@ -68,6 +71,7 @@ def per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[Non
     Call backward() inside, too, under checkpointing of a foreign model.
     Raises LoraLabError for a name the model does not have.
     """
+    refuse_merged(model, "per_sample")
     if isinstance(adapters, str) or not adapters:
         raise LoraLabError(f"per_sample({adapters!r}): expected a list with a name (or None) for each row of the batch")
     check_names(model, [name for name in adapters if name is not None], f"per_sample({list(adapters)!r})")
@@ -75,14 +79,16 @@ def per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[Non
         for name in dict.fromkeys(name for name in adapters if name is not None):
             if borrowed.names.get(name):
                 raise LoraLabError(f"per_sample: {name!r} trains {borrowed.names[name][0]!r} of the model itself, which all rows share")
-    before = selection(model)
+    before, owners = selection(model), active_borrowers(model)
     try:
+        swap_borrowed(model, ())
         for path, layer in lora_layers(model).items():
             rows = [name if name is not None and name in layer.lora_A else None for name in adapters]
             layer.lora_active = RowSelection(rows, row_dimension(model, path))
         yield
     finally:
         restore_selection(before)
+        swap_borrowed(model, owners)
 
 
 def row_dimension(model: nn.Module, path: str) -> int:
@@ -140,4 +146,7 @@ def weights_of(model: nn.Module, adapters: Mapping[str, float], where: str) -> d
     if not isinstance(adapters, Mapping) or not adapters:
         raise LoraLabError(f"{where}: expected a dict of adapter -> weight, like {{'a': 0.7, 'b': 0.3}}")
     check_names(model, list(adapters), where)
+    for name, weight in adapters.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise LoraLabError(f"{where}: the weight of {name!r} is {weight!r}, expected a finite number")
     return {name: float(weight) for name, weight in adapters.items()}

@@ -159,7 +159,7 @@ def _compact(values: dict[str, Any], default: Any, pattern: dict[str, Any]) -> t
         return default, dict(pattern)
     common = Counter(values.values()).most_common(1)[0][0]
     odd = sorted((path for path, value in values.items() if value != common), key=len, reverse=True)  # longest first: first match wins
-    return common, {re.escape(path): values[path] for path in odd}
+    return common, {f"^{re.escape(path)}": values[path] for path in odd}
 
 
 def _adapter_to_save(model: nn.Module, adapter: str | None) -> str:

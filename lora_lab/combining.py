@@ -5,6 +5,7 @@ Averaging the A's and the B's instead would be something else: (w1 B1 + w2 B2)(w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,7 +17,7 @@ from . import layers as lora_layer
 from .adapters import activate, weights_of
 from .errors import LoraLabError, did_you_mean
 from .injection import injection_of, new_injection
-from .layers import LoRA
+from .layers import LoRA, check_rank
 from .merging import refuse_merged
 from .targets import AdapterConfig, adapter_names, check_adapter_name, lora_layers
 
@@ -50,6 +51,12 @@ def combine(model: Model, adapters: Mapping[str, float], into: str, *, method: s
         raise LoraLabError(f"method={method!r}: expected one of {', '.join(METHODS)}{did_you_mean(str(method), METHODS)}")
     if (rank is None) != (method == "cat"):
         raise LoraLabError(f"rank={rank!r} with method={method!r}: 'svd' needs the rank of the result, 'cat' has the sum of the ranks")
+    if rank is not None:
+        check_rank(rank)
+    borrowed = injection_of(model)
+    for name in weights:
+        if borrowed is not None and borrowed.borrowed.names.get(name):
+            raise LoraLabError(f"{name!r} trains {borrowed.borrowed.names[name][0]!r} of the model itself, which a sum of adapters cannot hold")
     parts = {path: part for path, layer in lora_layers(model).items() if (part := _part(path, layer, weights, rank)) is not None}
     ranks = {part.A.shape[0] for part in parts.values()}
     config = AdapterConfig(rank=max(ranks), alpha=None, target_modules=list(parts), rank_pattern=_ranks(parts, max(ranks)))
@@ -71,7 +78,7 @@ def combine_error(model: nn.Module, adapter: str) -> float:
 
 
 def _ranks(parts: dict[str, _Part], common: int) -> dict[str, int]:
-    return {path.replace(".", r"\."): part.A.shape[0] for path, part in parts.items() if part.A.shape[0] != common}
+    return {f"^{re.escape(path)}": part.A.shape[0] for path, part in parts.items() if part.A.shape[0] != common}
 
 
 @torch.no_grad()
@@ -79,6 +86,8 @@ def _part(path: str, layer: LoRA, weights: dict[str, float], rank: int | None) -
     names = [name for name in weights if name in layer.lora_A]
     if not names:
         return None
+    if getattr(layer, "groups", 1) > 1:
+        raise LoraLabError(f"{path!r} is a grouped convolution, whose A and B are divided among the groups: such updates are not combined")
     for name in names:
         if extra := set(layer.lora_parameters(name)) & {"lora_magnitude_vector", "lora_B_bias"}:
             raise LoraLabError(f"{path!r}: {name!r} has {', '.join(sorted(extra))}; the sum of such updates is no plain adapter: "

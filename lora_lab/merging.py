@@ -148,6 +148,8 @@ def _check(path: str, layer: LoRA, names: tuple[str, ...], shared: set[int], unt
     module: Any = layer
     if hasattr(module, "quantization"):
         raise LoraLabError(f"{path!r} is quantised to {module.quantization}: rounding would take the adapter away again; dequantize(model) first")
+    if layer.lora_kind.weight not in module._parameters:
+        raise LoraLabError(f"{path!r} computes its weight (a parametrisation or weight_norm), so there is none to merge into: remove that first")
     if getattr(module, "groups", 1) > 1:
         raise LoraLabError(f"{path!r} is a grouped convolution: its update sees all channels and is no grouped kernel; it cannot be merged")
     if any(name in layer.lora_extra("lora_B_bias") for name in names) and module.bias is None:
@@ -197,6 +199,8 @@ def _merge_layer(layer: Any, names: tuple[str, ...], shared: set[int], restorabl
     matrix = layer.lora_kind.matrix(layer)
     for rows, total in _sums(layer, names) if names else ():
         matrix[rows] = total.to(matrix.dtype)
+    if names and matrix.untyped_storage().data_ptr() != (weight := getattr(layer, name)).untyped_storage().data_ptr():
+        weight.copy_(layer.lora_kind.stored(matrix, layer))  # the weight lies otherwise in memory (channels_last), and this was a copy
     for adapter in biased:
         layer.bias += (layer.lora_scaling[adapter] * layer.lora_B_bias[adapter]).to(layer.bias.dtype)
     return _Merged(layer, detach_adapters(layer), parameters, bits)

@@ -305,6 +305,10 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
 def check_config(config: AdapterConfig) -> None:
     check_numbers(config.rank, config.alpha, config.dropout, config.init)
     variant_of(config.variant, config.init)
+    if config.variant == "dora" and config.lora_bias:
+        raise LoraLabError("variant='dora' with lora_bias=True: the magnitude scales the weight, not a bias; use bias='lora_only' to train biases")
+    if config.init == "pissa" and config.alpha is not None and config.alpha <= 0:
+        raise LoraLabError(f"alpha={config.alpha!r} with init='pissa': the principal part is divided by the scaling, which has to be above 0")
     for name in ("rslora", "freeze_A", "lora_bias"):
         if not isinstance(value := getattr(config, name), bool):
             raise LoraLabError(f"{name}={value!r}: expected True or False")

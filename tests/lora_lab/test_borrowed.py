@@ -219,3 +219,19 @@ def test_a_file_that_lacks_what_it_announces_is_refused(tmp_path) -> None:
     with pytest.raises(LoraLabError, match=r"'classifier.bias' is not in the file"):
         lora_lab.load(model, tmp_path)
     assert not hasattr(model, "lora_injection")
+
+
+def test_rows_without_an_adapter_get_the_bases_own_values() -> None:
+    """The active adapter's head is not theirs."""
+    model = injected("head", "a")
+    lora_lab.inject(model, rank=2, target_modules=["0"], adapter="plain")
+    lora_lab.use(model, "a")
+    y = model(x())
+    with lora_lab.per_sample(model, [None, None]):
+        assert_close(model(x()), build()(x()), rtol=0, atol=1e-12)
+    assert torch.equal(model(x()), y)
+
+
+def test_adapters_with_values_of_the_model_are_not_combined() -> None:
+    with pytest.raises(LoraLabError, match="'default' trains 'classifier.weight' of the model itself"):
+        lora_lab.combine(injected("head"), {"default": 1.0}, into="c")

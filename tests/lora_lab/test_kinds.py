@@ -339,3 +339,40 @@ def test_we_read_what_peft_writes(tmp_path, kind: str, variant: str) -> None:
     with lora_lab.disabled(ours):
         assert not torch.allclose(ours(x), theirs(x))
     assert_close(ours(x), theirs(x), rtol=0, atol=1e-9)
+
+
+def test_a_row_of_zeros_has_no_direction_and_dora_leaves_it_alone() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(3, 6)
+    nn.init.zeros_(model[0].weight)
+    before = model(x)
+    assert torch.equal(lora_lab.inject(model, rank=2, variant="dora")(x), before)
+
+
+def test_a_pattern_written_for_a_path_means_that_path_alone(tmp_path) -> None:
+    """"fc" without an anchor is "block.fc", too."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.block = nn.Linear(6, 6), nn.Sequential()
+            self.block.add_module("fc", nn.Linear(6, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(self.fc(x))
+
+    torch.manual_seed(0)
+    base, x = Two().double(), numbers(2, 6)
+    model = lora_lab.inject(copy.deepcopy(base), rank=2, init="pissa", alpha_pattern={"^fc": 32})
+    randomise(model)
+    lora_lab.save(model, tmp_path)
+    assert_close(lora_lab.load(copy.deepcopy(base), tmp_path)(x), model(x), rtol=0, atol=1e-9)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    ({"variant": "dora", "lora_bias": True}, "variant='dora' with lora_bias=True"), ({"init": "pissa", "alpha": -1}, "alpha=-1 with init='pissa'"),
+])  # fmt: skip
+def test_what_would_compute_nonsense_is_refused(request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoraLabError, match=message):
+        lora_lab.inject(nn.Sequential(nn.Linear(4, 4)), **request_)

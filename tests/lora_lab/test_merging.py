@@ -251,3 +251,30 @@ def test_a_large_weight_is_merged_in_blocks_of_rows(monkeypatch) -> None:
     monkeypatch.setattr(lora_lab.merging, "ELEMENTS_AT_ONCE", 32)
     lora_lab.merge(again)
     assert_close(again[0].weight, model[0].weight, rtol=0, atol=1e-6)
+
+
+def test_a_weight_that_lies_otherwise_in_memory_is_merged_too() -> None:
+    """channels_last: flattening the kernel gives a copy, and a merge into the copy would be lost."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last), torch.randn(2, 4, 6, 6)
+    lora_lab.inject(model, rank=4, target_modules=["0"], init="random")
+    y = model(x)
+    lora_lab.merge(model)
+    assert_close(model(x), y)
+    with lora_lab.unmerge(model) and lora_lab.disabled(model):
+        assert not torch.allclose(model(x), y)
+
+
+def test_a_weight_that_is_computed_is_refused() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    lora_lab.inject(model, rank=2, init="random")
+    with pytest.raises(LoraLabError, match="computes its weight"):
+        lora_lab.merge(model)
+
+
+@pytest.mark.parametrize("verb", [lambda model: lora_lab.use(model, None), lambda model: lora_lab.disabled(model).__enter__(),
+                                  lambda model: lora_lab.per_sample(model, ["default"]).__enter__()])  # fmt: skip
+def test_a_merged_model_has_no_adapters_to_choose_from(verb: Any) -> None:
+    model = lora_lab.merge(lora_lab.inject(nn.Sequential(nn.Linear(4, 4)), rank=2, init="random"))
+    with pytest.raises(LoraLabError, match="is merged into this model's weights"):
+        verb(model)
