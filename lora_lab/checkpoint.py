@@ -334,10 +334,21 @@ def _check_name_is_free(model: nn.Module, plan: Plan, adapter: str, replace: boo
     present = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.lora_A}
     if not replace and present:
         raise LoraLabError(f"adapter={adapter!r} is already in this model: choose another name, or replace=True to overwrite its values")
-    if replace and {(p.path, p.rank, p.scaling) for p in plan.layers} != {
-        (path, layer.lora_A[adapter].shape[0], layer.lora_scaling[adapter]) for path, layer in present.items()
+    if not replace:
+        return
+    vectors = {"lora_magnitude_vector": plan.config.variant == "dora", "lora_B_bias": plan.config.lora_bias}
+    tensors = ("lora_A", "lora_B", *(name for name, there in vectors.items() if there))
+    wanted = {(p.path, p.rank, p.scaling, frozenset(tensors)) for p in plan.layers}
+    if wanted != {
+        (path, layer.lora_A[adapter].shape[0], layer.lora_scaling[adapter], frozenset(layer.lora_parameters(adapter)))
+        for path, layer in present.items()
     }:
-        raise LoraLabError(f"replace=True needs an adapter {adapter!r} with the same layers, ranks and scalings in the model")
+        raise LoraLabError(f"replace=True needs an adapter {adapter!r} with the same layers, ranks, scalings and variant in the model")
+    injection = injection_of(model)
+    along = injection.borrowed.names.get(adapter, ()) if injection is not None else ()
+    if set(along) != set(plan.along):
+        here, there = list(along) or "nothing", list(plan.along) or "nothing"
+        raise LoraLabError(f"replace=True: the adapter {adapter!r} here trains {here} of the model itself, the one in the file {there}")
 
 
 def _warn_of_another_base(model: nn.Module, metadata: dict[str, str], folder: Path) -> None:

@@ -235,3 +235,20 @@ def test_rows_without_an_adapter_get_the_bases_own_values() -> None:
 def test_adapters_with_values_of_the_model_are_not_combined() -> None:
     with pytest.raises(LoraLabError, match="'default' trains 'classifier.weight' of the model itself"):
         lora_lab.combine(injected("head"), {"default": 1.0}, into="c")
+
+
+def test_replacing_values_takes_an_adapter_of_the_same_making(tmp_path) -> None:
+    """A file with a head over an adapter without one would put the head into the base itself, and the other way round keep the old one."""
+    lora_lab.save(injected("head"), tmp_path / "head")
+    lora_lab.save(learn(lora_lab.inject(build(), rank=2, target_modules=["0", "2"], variant="dora")), tmp_path / "dora")
+    plain = learn(lora_lab.inject(build(), rank=2, target_modules=["0", "2"]))
+    pissa = learn(lora_lab.inject(build(), rank=2, target_modules=["0", "2"], init="pissa"))
+    lora_lab.save(plain, tmp_path / "plain")
+    for model, folder in ((plain, "head"), (plain, "dora"), (pissa, "plain"), (injected("head"), "plain")):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(LoraLabError, match="replace=True"):
+            lora_lab.load(model, tmp_path / folder, replace=True)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    other = learn(injected("head"))
+    lora_lab.load(other, tmp_path / "head", replace=True)
+    assert_close(other(x()), injected("head")(x()), rtol=0, atol=0)

@@ -238,7 +238,7 @@ def test_replace_copies_into_the_same_parameters_and_no_replace_refuses(toy, sav
         lora_lab.load(toy, folder)
     lora_lab.load(toy, folder, replace=True)
     assert toy[0].lora_B["default"] is parameter and torch.equal(toy(X), model(X))
-    with pytest.raises(LoraLabError, match="same layers, ranks and scalings"):
+    with pytest.raises(LoraLabError, match="same layers, ranks, scalings and variant"):
         lora_lab.load(lora_lab.inject(lora_lab.eject(toy), rank=3), folder, replace=True)
 
 
