@@ -31,16 +31,10 @@ class Bert(Architecture):
     @classmethod
     def read(cls, fields: Fields, task: str, labels: int) -> Bert:
         fields.refuse("add_cross_attention")
-        hidden = fields.whole("hidden_size", "the width of the residual stream")
-        heads = fields.whole("num_attention_heads", "the heads")
+        sizes = fields.multi_head_sizes()
         return cls(
             fields.name,
-            vocabulary=fields.whole("vocab_size", "the rows of the embedding"),
-            hidden=hidden,
-            layers=fields.whole("num_hidden_layers", "the number of blocks"),
-            heads=heads,
-            kv_heads=heads,
-            head_dim=fields.split(hidden, heads, "hidden_size and num_attention_heads"),
+            **sizes,
             mlp_width=fields.whole("intermediate_size", "the width of the MLP"),
             tied=fields.flag("tie_word_embeddings", True),
             task=task,

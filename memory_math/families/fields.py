@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import MemoryMathError
 
@@ -53,6 +54,19 @@ class Fields:
         if not isinstance(value, str):
             raise MemoryMathError(f"{self.name}: {field}={value!r}: expected a name, in quotes")
         return value
+
+    def multi_head_sizes(self) -> dict[str, Any]:
+        """vocabulary, hidden, layers, heads, kv_heads and head_dim of a model whose heads all have keys and values of their own."""
+        hidden = self.whole("hidden_size", "the width of the residual stream")
+        heads = self.whole("num_attention_heads", "the heads")
+        return {
+            "vocabulary": self.whole("vocab_size", "the rows of the embedding"),
+            "hidden": hidden,
+            "layers": self.whole("num_hidden_layers", "the number of blocks"),
+            "heads": heads,
+            "kv_heads": heads,
+            "head_dim": self.split(hidden, heads, "hidden_size and num_attention_heads"),
+        }
 
     def split(self, total: int, parts: int, what: str) -> int:
         """total / parts; both are sizes that `what` names."""

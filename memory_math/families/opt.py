@@ -36,17 +36,11 @@ class OPT(Architecture):
 
     @classmethod
     def read(cls, fields: Fields, task: str, labels: int) -> OPT:
-        hidden = fields.whole("hidden_size", "the width of the residual stream")
-        heads = fields.whole("num_attention_heads", "the heads")
+        sizes = fields.multi_head_sizes()
         norm_first = fields.flag("do_layer_norm_before", True)
         return cls(
             fields.name,
-            vocabulary=fields.whole("vocab_size", "the rows of the embedding"),
-            hidden=hidden,
-            layers=fields.whole("num_hidden_layers", "the number of blocks"),
-            heads=heads,
-            kv_heads=heads,
-            head_dim=fields.split(hidden, heads, "hidden_size and num_attention_heads"),
+            **sizes,
             mlp_width=fields.whole("ffn_dim", "the width of the MLP"),
             tied=fields.flag("tie_word_embeddings", True),
             task=task,
@@ -55,7 +49,7 @@ class OPT(Architecture):
             dropout=fields.share("dropout", 0.1),
             attention_dropout=fields.share("attention_dropout", 0.0),
             positions=fields.whole("max_position_embeddings", "the rows of the position embedding", 2048),
-            embedding_width=fields.whole("word_embed_proj_dim", "the columns of the embedding", hidden),
+            embedding_width=fields.whole("word_embed_proj_dim", "the columns of the embedding", sizes["hidden"]),
             norm_first=norm_first,
             final_norm=norm_first and not fields.flag("_remove_final_layer_norm", False),
             biased=fields.flag("enable_bias", True),
