@@ -66,11 +66,10 @@ class DoRA(Variant):
         return {"lora_magnitude_vector": nn.Parameter(weight_norm(kind.matrix(module), A, B, scaling).to(A.dtype))}
 
     def ratio(self, layer: LoRA, adapter: str, rows: slice = slice(None)) -> Tensor:
-        """``m / ||W + s B A||`` of these rows, [out]; 1 for a row of zeros, which has no direction."""
+        """``m / ||W + s B A||`` of these rows, [out]; 0 for a row of zeros, which has no direction."""
         A, B = layer.lora_A[adapter].detach(), layer.lora_B[adapter].detach()
         norm = weight_norm(layer.lora_kind.matrix(layer)[rows], A, B[rows], layer.lora_scaling[adapter])
-        magnitude = layer.lora_magnitude_vector[adapter][rows]
-        return torch.where(norm > 0, magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny).to(A.dtype), torch.ones_like(magnitude))
+        return layer.lora_magnitude_vector[adapter][rows] / norm.clamp_min(torch.finfo(A.dtype).tiny).to(A.dtype)
 
     def update(self, layer: LoRA, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         bias, ratio = getattr(layer, "bias", None), self.ratio(layer, adapter)
