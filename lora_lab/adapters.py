@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .borrowed import active_borrowers, borrowed_of, swap_borrowed
+from .borrowed import borrowed_of, borrowers, restore_borrowed, swap_borrowed
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
 from .merging import refuse_merged
+from .parameters import refuse_rows
 from .selection import RowSelection
 from .targets import adapter_names, lora_layers
+from .token_rows import refuse_overlap
 
 Model = TypeVar("Model", bound=nn.Module)
 Selection = list[tuple[LoRA, tuple[str, ...]]]
@@ -29,17 +31,21 @@ Selection = list[tuple[LoRA, tuple[str, ...]]]
 def use(model: Model, adapters: str | Sequence[str] | None) -> Model:
     """Make exactly these adapters active, their updates summed; None switches all off. Returns the same model.
 
-    Raises LoraLabError for a name the model does not have.
+    Raises LoraLabError for a name the model does not have, and for two adapters with a row for the same word.
     """
     refuse_merged(model, "use")
+    if adapters is not None and not isinstance(adapters, (str, Sequence)):
+        raise LoraLabError(f"use({adapters!r}): expected the name of an adapter, a list of names, or None")
     names = (adapters,) if isinstance(adapters, str) else tuple(adapters or ())
     check_names(model, names, f"use({adapters!r})")
     for name in names:
         if names.count(name) > 1:
             raise LoraLabError(f"use({adapters!r}): {name!r} is named twice; its update can be added once")
+    if len(names) > 1:
+        refuse_overlap(model, names)
     swap_borrowed(model, names)
     for layer in lora_layers(model).values():
-        layer.lora_active = tuple(name for name in names if name in layer.lora_A)
+        layer.lora_active = tuple(name for name in names if name in layer.lora_variant)
     return model
 
 
@@ -47,19 +53,19 @@ def check_names(model: nn.Module, names: Sequence[str], where: str) -> None:
     known = adapter_names(model)
     for name in names:
         if name not in known:
-            raise LoraLabError(f"{where}: this model has the adapters {known}{did_you_mean(str(name), known)}")
+            raise LoraLabError(f"{where}: this model has the adapters {known}{did_you_mean(name, known)}")
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what it did before `inject`. Call backward() inside, too, under checkpointing."""
-    before, owners = selection(model), active_borrowers(model)
+    before, owners = selection(model), borrowers(model)
     try:
         use(model, None)
         yield
     finally:
         restore_selection(before)
-        swap_borrowed(model, owners)
+        restore_borrowed(owners)
 
 
 @contextlib.contextmanager
@@ -72,23 +78,24 @@ def per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[Non
     Raises LoraLabError for a name the model does not have.
     """
     refuse_merged(model, "per_sample")
-    if isinstance(adapters, str) or not adapters:
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise LoraLabError(f"per_sample({adapters!r}): expected a list with a name (or None) for each row of the batch")
     check_names(model, [name for name in adapters if name is not None], f"per_sample({list(adapters)!r})")
-    if (borrowed := borrowed_of(model)) is not None:
+    refuse_rows(lora_layers(model), adapters)
+    for _, borrowed in borrowed_of(model):
         for name in dict.fromkeys(name for name in adapters if name is not None):
             if borrowed.names.get(name):
                 raise LoraLabError(f"per_sample: {name!r} trains {borrowed.names[name][0]!r} of the model itself, which all rows share")
-    before, owners = selection(model), active_borrowers(model)
+    before, owners = selection(model), borrowers(model)
     try:
         swap_borrowed(model, ())
         for path, layer in lora_layers(model).items():
-            rows = [name if name is not None and name in layer.lora_A else None for name in adapters]
+            rows = [name if name is not None and name in layer.lora_variant else None for name in adapters]
             layer.lora_active = RowSelection(rows, row_dimension(model, path))
         yield
     finally:
         restore_selection(before)
-        swap_borrowed(model, owners)
+        restore_borrowed(owners)
 
 
 def row_dimension(model: nn.Module, path: str) -> int:
@@ -106,11 +113,11 @@ def activate(model: nn.Module, adapters: tuple[str, ...], trainable: bool) -> No
     """`use`, and only these adapters' parameters are trainable (or none, for inference)."""
     use(model, adapters)
     for layer in lora_layers(model).values():
-        for name in layer.lora_A:
+        for name in layer.lora_variant:
             for container, parameter in layer.lora_parameters(name).items():
                 parameter.requires_grad_(trainable and name in adapters and layer.lora_variant[name].trains(container))
-    if (borrowed := borrowed_of(model)) is not None and trainable:
-        borrowed.mark(model, adapters)
+    for owner, borrowed in borrowed_of(model) if trainable else ():
+        borrowed.mark(owner, adapters)
 
 
 # The selection of a moment ---------------------------------------------------------------------------------------------------
@@ -122,7 +129,8 @@ def selection(model: nn.Module) -> Selection:
 
 def restore_selection(selected: Selection) -> None:
     for layer, active in selected:
-        layer.lora_active = active
+        if isinstance(layer, LoRA):  # not where it was ejected meanwhile
+            layer.lora_active = active
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter_files import Pair
+from .adapter_files import Pair, Rows
 from .errors import LoraLabError
 from .shards import StoredTensor
 
@@ -30,9 +30,10 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one tensor: read from `source` (None: from the base), then ``+ scaling * left @ right``, ``* magnitude / norm``.
+    """What becomes of one tensor: read from `source` (None: from the base), then some rows from `rows`, then ``+ scaling * left @ right``,
+    ``* magnitude / norm``.
 
-    transposed: the weight is stored [in, out].  bias: a vector to add, times scaling.
+    transposed: the weight is stored [in, out].  bias: a vector to add, times scaling.  stack: the number of matrices in one tensor, 0 for a layer's.
     """
 
     source: StoredTensor | None = None
@@ -40,11 +41,13 @@ class Change:
     bias: StoredTensor | None = None
     scaling: float = 1.0
     transposed: bool = False
+    rows: Rows | None = None
+    stack: int = 0
 
     @property
     def computed(self) -> bool:
         """Not only replaced."""
-        return self.pair is not None or self.bias is not None
+        return self.pair is not None or self.bias is not None or self.rows is not None
 
 
 def merged_blocks(base: StoredTensor, change: Change, out: torch.dtype, name: str, merged: list[MergedTensor]) -> Iterator[Tensor]:
@@ -72,10 +75,21 @@ def updated_blocks(source: StoredTensor, change: Change, wide: torch.dtype) -> I
     bias = None if change.bias is None else change.scaling * change.bias.read().to(wide)
     for start, rows in source.blocks():
         part = slice(start, start + (rows.shape[0] if rows.ndim else 1))
-        total = rows.to(wide, copy=True)
+        total = with_rows(rows.to(wide, copy=True), start, change.rows)
         if left is not None and right is not None:
-            total.flatten(1).addmm_(left[part], right, alpha=change.scaling)
+            if change.stack:
+                total.baddbmm_(left[part], right[part], alpha=change.scaling)
+            else:
+                total.flatten(1).addmm_(left[part], right, alpha=change.scaling)
         yield start, total if bias is None else total + bias[part]
+
+
+def with_rows(block: Tensor, start: int, rows: Rows | None) -> Tensor:
+    """The block, whose first row is row `start` of the tensor, with the trained rows that lie in it."""
+    here = [place for place, word in enumerate(rows.words) if start <= word < start + len(block)] if rows is not None else []
+    if rows is not None and here:
+        block[[rows.words[place] - start for place in here]] = rows.tensor.read()[here].to(block)
+    return block
 
 
 def low_rank(change: Change, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -83,6 +97,9 @@ def low_rank(change: Change, wide: torch.dtype) -> tuple[Tensor | None, Tensor |
     if change.pair is None:
         return None, None
     A, B = (tensor.read().to(wide).flatten(1) for tensor in (change.pair.A, change.pair.B))
+    if change.stack:  # of each matrix: see parameter_files.py
+        A, B = A.unflatten(0, (change.stack, -1)), B.unflatten(1, (-1, change.stack)).permute(2, 0, 1)
+        return (A.mT, B.mT) if change.transposed else (B, A)
     return (A.T, B.T) if change.transposed else (B, A)
 
 
@@ -106,5 +123,5 @@ def _square_sum(block: Tensor) -> float:
 
 
 def working_dtype(source: StoredTensor, change: Change, out: torch.dtype) -> torch.dtype:
-    parts = [source, change.bias, *([change.pair.A, change.pair.B] if change.pair else [])]
+    parts = [source, change.bias, change.rows and change.rows.tensor, *([change.pair.A, change.pair.B] if change.pair else [])]
     return torch.float64 if out == torch.float64 or any(part and part.dtype == "F64" for part in parts) else torch.float32

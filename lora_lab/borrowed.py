@@ -6,8 +6,10 @@ base's own, into the same Parameters and keep the others aside. So with the adap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +28,11 @@ class Borrowed:
     in_place: dict[str, Owner] = field(default_factory=dict)
     aside: dict[tuple[Owner, str], Tensor] = field(default_factory=dict)
 
-    def add(self, model: nn.Module, adapter: str, names: Iterable[str]) -> None:
-        """From now on the adapter has values of its own, which begin as the base's."""
-        self.names[adapter] = tuple(names)
-        for name in self.names[adapter]:
-            base = model.get_parameter(name) if self.in_place.get(name) is None else self.aside[None, name]
-            self.aside[adapter, name] = base.detach().clone()
+    def add(self, adapter: str, starts: dict[str, Tensor]) -> None:
+        """From now on the adapter has values of its own, which begin as these (see `base_values`)."""
+        self.names[adapter] = tuple(starts)
+        for name, values in starts.items():
+            self.aside[adapter, name] = values
             self.in_place.setdefault(name, None)
 
     def owner(self, name: str, active: Sequence[str]) -> Owner:
@@ -45,36 +46,77 @@ class Borrowed:
     def swap(self, model: nn.Module, active: Sequence[str]) -> None:
         """Put the right values into every borrowed parameter. Raises LoraLabError, nothing changed, where two active adapters want one."""
         wanted = {name: self.owner(name, active) for name in self.in_place}
-        for name, owner in wanted.items():
-            if (before := self.in_place[name]) != owner:
-                parameter = model.get_parameter(name)
-                self.aside[before, name] = parameter.detach().clone()
-                parameter.copy_(self.aside.pop((owner, name)))
-                self.in_place[name] = owner
+        changed = {name: tensor_of(model, name) for name, owner in wanted.items() if self.in_place[name] != owner}
+        kept = {name: parameter.detach().clone() for name, parameter in changed.items()}
+        for name, parameter in changed.items():
+            self.aside[self.in_place[name], name] = kept[name]
+            parameter.copy_(self.aside.pop((wanted[name], name)))
+            self.in_place[name] = wanted[name]
 
     def mark(self, model: nn.Module, active: Sequence[str]) -> None:
         """The active adapters' parameters train."""
         for adapter in active:
             for name in self.names.get(adapter, ()):
-                model.get_parameter(name).requires_grad_(True)
+                if isinstance(parameter := tensor_of(model, name), nn.Parameter):
+                    parameter.requires_grad_(True)
 
 
-def borrowed_of(model: nn.Module) -> Borrowed | None:
-    """The record of a model; None where nothing was injected at this level."""
-    injection = vars(model).get("lora_injection")
-    return None if injection is None else injection.borrowed
+def injections(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """The `Injection`s of a model, and of every module in it that `inject` was called with."""
+    return [(owner, injection) for owner in model.modules() if (injection := vars(owner).get("lora_injection")) is not None]
+
+
+def borrowed_of(model: nn.Module) -> list[tuple[nn.Module, Borrowed]]:
+    return [(owner, injection.borrowed) for owner, injection in injections(model)]
+
+
+Moment = list[tuple[nn.Module, Borrowed, tuple[str, ...]]]
+
+
+def borrowers(model: nn.Module) -> Moment:
+    """Whose values are in place now, for `restore_borrowed`."""
+    records = borrowed_of(model)
+    return [(owner, record, tuple(dict.fromkeys(name for name in record.in_place.values() if name is not None))) for owner, record in records]
 
 
 def swap_borrowed(model: nn.Module, active: Sequence[str]) -> None:
-    """Put the values of these adapters, or the base's, in place, where there are any."""
-    if (borrowed := borrowed_of(model)) is not None:
-        borrowed.swap(model, active)
+    """Put the values of these adapters, or the base's, in place. Raises LoraLabError, nothing changed, where two of them want one parameter."""
+    restore_borrowed([(owner, record, tuple(active)) for owner, record in borrowed_of(model)])
 
 
-def active_borrowers(model: nn.Module) -> tuple[str, ...]:
-    """The adapters whose values are in place."""
-    owners = () if (borrowed := borrowed_of(model)) is None else borrowed.in_place.values()
-    return tuple(dict.fromkeys(owner for owner in owners if owner is not None))
+def restore_borrowed(moment: Moment) -> None:
+    """Of several records every one gives back what it does not keep before any takes its own: one may lie inside another."""
+    wanted = [{name: record.owner(name, active) for name in record.in_place} for _, record, active in moment]
+    moved = [entry for entry, owners in zip(moment, wanted, strict=True) if owners != entry[1].in_place]
+    for owner, record, _ in reversed(moved) if len(moved) > 1 else ():
+        record.swap(owner, ())
+    for owner, record, active in moved:
+        record.swap(owner, active)
+
+
+@contextlib.contextmanager
+def base_in_place(model: nn.Module) -> Iterator[None]:
+    """Inside the block every borrowed parameter holds the base's values."""
+    before = borrowers(model)
+    swap_borrowed(model, ())
+    try:
+        yield
+    finally:
+        restore_borrowed(before)
+
+
+def base_values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the base's own values."""
+    with base_in_place(model):
+        return {name: tensor_of(model, name).detach().clone() for name in names}
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter of the model, or one of its buffers: BatchNorm's running statistics move in training, too."""
+    owner, _, last = name.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), last)
+    assert isinstance(tensor, Tensor)
+    return tensor
 
 
 def borrowed_names(model: nn.Module, targets: Sequence[str], bias: str, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:
@@ -83,23 +125,58 @@ def borrowed_names(model: nn.Module, targets: Sequence[str], bias: str, modules_
     Raises LoraLabError for a module that is not there, a bias that no layer has, an unknown word.
     """
     if bias not in BIASES:
-        raise LoraLabError(f"bias={bias!r}: expected one of {', '.join(BIASES)}{did_you_mean(str(bias), BIASES)}")
-    present = [name for name, _ in model.named_parameters() if ".lora_" not in f".{name}"]
-    biases = [name for name in present if name.rpartition(".")[2] == "bias" and (bias == "all" or name.rpartition(".")[0] in targets)]
+        raise LoraLabError(f"bias={bias!r}: expected one of {', '.join(BIASES)}{did_you_mean(bias, BIASES)}")
+    biases = biases_of(model, targets, bias)
     if bias != "none" and not biases:
         raise LoraLabError(f"bias={bias!r}: {'the adapted layers have' if bias == 'lora_only' else 'this model has'} no bias")
-    saved = [f"{path}.{name}" for path in modules_of(model, modules_to_save) for name, _ in model.get_submodule(path).named_parameters()]
-    once = {id(model.get_parameter(name)): name for name in reversed([*(biases if bias != "none" else []), *saved])}
+    saved = saved_names(model, modules_to_save)
+    once = {id(tensor_of(model, name)): name for name in reversed([*biases, *saved])}
     return tuple(reversed(once.values()))
+
+
+def biases_of(model: nn.Module, targets: Collection[str], bias: str) -> list[str]:
+    """The biases that bias="none" | "all" | "lora_only" means, by name."""
+    present = [name for name, _ in model.named_parameters() if not of_an_adapter(name)]
+    found = [name for name in present if name.rpartition(".")[2] == "bias"]
+    return [name for name in found if bias == "all" or (bias == "lora_only" and name.rpartition(".")[0] in targets)]
+
+
+def saved_names(model: nn.Module, modules_to_save: Sequence[str] | None) -> list[str]:
+    """The parameters of the modules that are trained whole, and their buffers that a file keeps.
+
+    Raises LoraLabError for a quantised one, of which only a bias would train.
+    """
+    names = []
+    for path in modules_of(model, modules_to_save):
+        module = model.get_submodule(path)
+        if quantised := [f"{path}.{name}".strip(".") for name, part in module.named_modules() if hasattr(part, "quantization")]:
+            raise LoraLabError(f"modules_to_save={list(modules_to_save or ())!r}: {quantised[0]!r} is quantised, and codes do not train: adapt it, "
+                               "or leave it out of `quantize`")  # fmt: skip
+        kept = module.state_dict()
+        own = [*(name for name, _ in module.named_parameters()), *(name for name, _ in module.named_buffers() if name in kept)]
+        names += [f"{path}.{name}" for name in own if not of_an_adapter(name)]
+    return names
+
+
+def of_an_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of some adapter's, not of the model itself."""
+    return ".lora_" in f".{name}"
 
 
 def modules_of(model: nn.Module, names: Sequence[str] | None) -> list[str]:
     """Paths of the modules that `modules_to_save` names, at dots from the right."""
-    if isinstance(names, str):
-        raise LoraLabError(f"modules_to_save={names!r}: expected a list of names, [{names!r}]")
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if path and next(module.parameters(), None) is not None]
+    check_modules_to_save(names)
+    modules = model.named_modules(remove_duplicate=False)
+    paths = [path for path, module in modules if path and not of_an_adapter(path) and next(module.parameters(), None) is not None]
     for name in names or ():
         if not any(path == name or path.endswith(f".{name}") for path in paths):
-            near = did_you_mean(str(name), {path.rpartition(".")[2] for path in paths})
+            near = did_you_mean(name, {path.rpartition(".")[2] for path in paths})
             raise LoraLabError(f"modules_to_save={list(names or ())!r}: {name!r} matches no module with parameters{near}")
     return [path for path in paths if any(path == name or path.endswith(f".{name}") for name in names or ())]
+
+
+def check_modules_to_save(names: Any) -> None:
+    several = names is None or (isinstance(names, (Sequence, set, frozenset)) and not isinstance(names, str))
+    if not several or not all(isinstance(name, str) for name in names or ()):
+        hint = f", [{names!r}]" if isinstance(names, str) else ""
+        raise LoraLabError(f"modules_to_save={names!r}: expected a list of names{hint}")

@@ -19,7 +19,11 @@ from .errors import LoraLabError, did_you_mean
 from .injection import injection_of, new_injection
 from .layers import LoRA, check_rank
 from .merging import refuse_merged
+from .parameters import OnParameter, ParameterLoRA, as_stack, parameter_path
 from .targets import AdapterConfig, adapter_names, check_adapter_name, lora_layers
+from .token_rows import own_rows
+from .variants import LORA, Variant
+from .wrapping import refuse_sharded, refuse_wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 METHODS = ("cat", "svd")
@@ -32,6 +36,11 @@ class _Part:
     A: Tensor
     B: Tensor
     lost: float = 0.0
+    variant: Variant = LORA
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2 if isinstance(self.variant, OnParameter) else 0]
 
 
 def combine(model: Model, adapters: Mapping[str, float], into: str, *, method: str = "cat", rank: int | None = None) -> Model:
@@ -40,15 +49,17 @@ def combine(model: Model, adapters: Mapping[str, float], into: str, *, method: s
     adapters: name -> weight. method: "cat" puts the A's below and the B's beside each other, exact, of the ranks' sum; "svd" is the best
     approximation of rank `rank`, made from the factors without forming the matrix; `combine_error(model, into)` says what it lost.
     Raises LoraLabError, the model untouched, for an unknown name, a name that is taken, an unknown method, a rank with "cat" or none with
-    "svd", and for DoRA and adapter biases, whose sum is no plain adapter.
+    "svd", and for DoRA, adapter biases and token rows, whose sum is no plain adapter.
     """
     refuse_merged(model, "combine")
+    refuse_wrapped(model, "combine")
+    refuse_sharded(model, "combine")
     weights = weights_of(model, adapters, f"combine({adapters!r})")
     check_adapter_name(into)
     if into in adapter_names(model):
         raise LoraLabError(f"into={into!r}: this model has an adapter of that name: choose another")
     if method not in METHODS:
-        raise LoraLabError(f"method={method!r}: expected one of {', '.join(METHODS)}{did_you_mean(str(method), METHODS)}")
+        raise LoraLabError(f"method={method!r}: expected one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
     if (rank is None) != (method == "cat"):
         raise LoraLabError(f"rank={rank!r} with method={method!r}: 'svd' needs the rank of the result, 'cat' has the sum of the ranks")
     if rank is not None:
@@ -57,12 +68,17 @@ def combine(model: Model, adapters: Mapping[str, float], into: str, *, method: s
     for name in weights:
         if borrowed is not None and borrowed.borrowed.names.get(name):
             raise LoraLabError(f"{name!r} trains {borrowed.borrowed.names[name][0]!r} of the model itself, which a sum of adapters cannot hold")
+        if rows := own_rows(model, name):
+            raise LoraLabError(f"{name!r} has token rows in {next(iter(rows))!r}, which stand in the place of its own: a weighted sum of such "
+                               "is no plain adapter; use the adapters together where their words differ")  # fmt: skip
     parts = {path: part for path, layer in lora_layers(model).items() if (part := _part(path, layer, weights, rank)) is not None}
-    ranks = {part.A.shape[0] for part in parts.values()}
-    config = AdapterConfig(rank=max(ranks), alpha=None, target_modules=list(parts), rank_pattern=_ranks(parts, max(ranks)))
+    ranks = {part.rank for part in parts.values()}
+    parameters = {path: parameter_path(path) for path, part in parts.items() if isinstance(part.variant, OnParameter)}
+    config = AdapterConfig(rank=max(ranks), alpha=None, target_modules=[path for path in parts if path not in parameters],
+                           rank_pattern=_ranks(parts, max(ranks)), target_parameters=list(parameters.values()) or None)  # fmt: skip
     for path, part in parts.items():
         tensors = {"lora_A": nn.Parameter(part.A, requires_grad=False), "lora_B": nn.Parameter(part.B, requires_grad=False)}
-        lora_layer.attach(model.get_submodule(path), into, tensors, 1.0)
+        lora_layer.attach(model.get_submodule(path), into, tensors, 1.0, variant=part.variant)
     (injection_of(model) or new_injection(model)).adapters[into] = config
     (injection_of(model) or new_injection(model)).lost[into] = max(part.lost for part in parts.values())
     activate(model, (into,), trainable=False)
@@ -78,12 +94,12 @@ def combine_error(model: nn.Module, adapter: str) -> float:
 
 
 def _ranks(parts: dict[str, _Part], common: int) -> dict[str, int]:
-    return {f"^{re.escape(path)}": part.A.shape[0] for path, part in parts.items() if part.A.shape[0] != common}
+    return {f"^{re.escape(parameter_path(path))}": part.rank for path, part in parts.items() if part.rank != common}
 
 
 @torch.no_grad()
 def _part(path: str, layer: LoRA, weights: dict[str, float], rank: int | None) -> _Part | None:
-    names = [name for name in weights if name in layer.lora_A]
+    names = [name for name in weights if name in layer.lora_variant]
     if not names:
         return None
     if getattr(layer, "groups", 1) > 1:
@@ -92,10 +108,24 @@ def _part(path: str, layer: LoRA, weights: dict[str, float], rank: int | None) -
         if extra := set(layer.lora_parameters(name)) & {"lora_magnitude_vector", "lora_B_bias"}:
             raise LoraLabError(f"{path!r}: {name!r} has {', '.join(sorted(extra))}; the sum of such updates is no plain adapter: "
                                "merge them, or use them together")  # fmt: skip
+    if isinstance(layer, ParameterLoRA):
+        return _of_parameter(layer, {name: weights[name] for name in names}, rank)
     pairs = [layer.lora_variant[name].pair_for_file(layer, name) for name in names]
     A = torch.cat([pair[0] for pair in pairs])
     B = torch.cat([weights[name] * layer.lora_scaling[name] * pair[1] for name, pair in zip(names, pairs, strict=True)], dim=1)
     return _Part(A, B) if rank is None else _truncated(A, B, rank)
+
+
+def _of_parameter(layer: ParameterLoRA, weights: dict[str, float], rank: int | None) -> _Part:
+    """The same for each matrix of a stack."""
+    pairs = [layer.lora_variant[name].pair(layer, name) for name in weights]
+    A = torch.cat([pair[0] for pair in pairs], dim=-2)
+    B = torch.cat([weight * layer.lora_scaling[name] * pair[1] for (name, weight), pair in zip(weights.items(), pairs, strict=True)], dim=-1)
+    if rank is None:
+        return _Part(A, B, variant=OnParameter())
+    parts = [_truncated(one_A, one_B, rank) for one_A, one_B in zip(as_stack(A), as_stack(B), strict=True)]
+    A, B = (torch.stack([getattr(part, name) for part in parts]).view(*A.shape[:-2], *getattr(parts[0], name).shape) for name in "AB")
+    return _Part(A, B, max(part.lost for part in parts), OnParameter())
 
 
 def _truncated(A: Tensor, B: Tensor, rank: int) -> _Part:

@@ -19,9 +19,10 @@ import memory_math
 from . import data, models
 from .adapters import disabled
 from .analysis import count_parameters
-from .checkpoint import TENSORS, load, save
+from .checkpoint import load, save
 from .errors import LoraLabError
 from .injection import inject, plan
+from .peft_config import TENSORS
 from .training import FitResult, TrainConfig, fastest_precision, fit
 from .training.precision import storage_dtype
 

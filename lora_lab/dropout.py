@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
+
 
 def dropped_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, share: float) -> Tensor:
     """x: [..., in], A: [r, in], B: [out, r], all of one dtype. share: of x's elements that are dropped; the others are divided by 1 - share."""
-    if torch.is_autocast_enabled(x.device.type):
-        x, A, B = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, A, B))
+    if (dtype := autocast_dtype(x)) is not None:
+        x, A, B = (tensor.to(dtype) for tensor in (x, A, B))
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - share)
     result: Tensor = _DroppedUpdate.apply(x, A, B, pack(kept), scaling, 1 / (1 - share))
     return result
@@ -59,9 +61,13 @@ class _DroppedUpdate(torch.autograd.Function):
         (x, A, B, packed), grad = ctx.saved_tensors, grads[0]
         dropped, through_B = _drop(x, packed, ctx.grow), ctx.scaling * (grad @ B)
         grad_x = _drop(through_B @ A, packed, ctx.grow) if ctx.needs_input_grad[0] else None
-        grad_A = through_B.flatten(0, -2).T @ dropped.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        grad_B = ctx.scaling * grad.flatten(0, -2).T @ (dropped @ A.T).flatten(0, -2) if ctx.needs_input_grad[2] else None
+        grad_A = _rows(through_B).T @ _rows(dropped) if ctx.needs_input_grad[1] else None
+        grad_B = ctx.scaling * _rows(grad).T @ _rows(dropped @ A.T) if ctx.needs_input_grad[2] else None
         return grad_x, grad_A, grad_B, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _drop(x: Tensor, packed: Tensor, grow: float) -> Tensor:

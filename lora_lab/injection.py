@@ -16,11 +16,14 @@ from torch import nn
 
 from . import layers as lora_layer
 from .adapters import activate, use
-from .borrowed import Borrowed
+from .borrowed import Borrowed, base_values, injections
 from .errors import LoraLabError
-from .merging import RECORD, merge_report, refuse_merged, unmerge
+from .merging import RECORD, merged_modules, refuse_merged, unmerge
+from .parameters import OnParameter, ParameterLoRA, part_of
+from .parts import variant_for
 from .targets import AdapterConfig, Plan, adapter_names, attention_of, check_adapter_name, is_attention_output, lora_layers, make_plan
-from .variants import variant_of
+from .token_rows import attach_rows, new_rows
+from .wrapping import refuse_sharded, refuse_wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,13 +56,16 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
            exclude_modules: str | Sequence[str] | None = None, layers: Sequence[int] | None = None,
            rank_pattern: dict[str, int] | None = None, alpha_pattern: dict[str, float] | None = None, dropout: float = 0.0,
            variant: str = "lora", rslora: bool = False, init: str = "kaiming", freeze_A: bool = False, bias: str = "none",
-           lora_bias: bool = False, modules_to_save: Sequence[str] | None = None,
+           lora_bias: bool = False, modules_to_save: Sequence[str] | None = None, fused: Any = None,
+           trainable_token_indices: Any = None, target_parameters: Sequence[str] | None = None,
            adapter: str = "default", dtype: torch.dtype | None = None) -> Model:  # fmt: skip
     """Adapt the layers a request names, in place; returns the same model with everything but the new adapter frozen.
 
     rank: r of A [r, in] and B [out, r].  alpha: the scaling is alpha / rank; None means alpha = rank, scaling 1.
     target_modules: "all-linear" (every linear layer but the head), "attention", a list of names matched at dots from the
         right, a regular expression over the whole path, a layer class or several, or a function of path and module.
+        A name may end with a part of a fused layer, "c_attn.q": the part gets a pair of its own, the others none (fused.py).
+    fused: {layer: {part: its number of outputs, or a list of their numbers}} for layers whose layout is not known.
     exclude_modules: names or a regular expression, left out.
     layers: the layer numbers to adapt.  rank_pattern, alpha_pattern: {name or pattern: value} for layers that differ.
     dropout: on the adapter's input, in training.  rslora: scaling alpha / sqrt(rank).
@@ -68,6 +74,10 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
         (does not; for tests).
     bias: "none" | "lora_only" (those of the adapted layers) | "all": biases that train along.  modules_to_save: names of modules that are trained
         whole, such as a new head; the adapter has values of its own for both, and the base's come back when it is off (borrowed.py).
+    trainable_token_indices: ids of words whose rows of the input embedding train, or {name of an embedding: ids}; a list of target_modules may be
+        empty then. An output layer that the configuration ties to the embedding takes the same rows (token_rows.py).
+    target_parameters: names of parameters, such as stacks of experts, that are adapted themselves; a list of target_modules may be empty then.
+        Without dropout, DoRA and lora_bias (parameters.py).
     adapter: its name. A further inject adds an adapter, makes it the only active and trainable one; earlier ones keep their values.
     dtype: of A and B; None is float32 on a 16-bit base, else the base's.
     Raises LoraLabError, the model untouched, for anything that matches nothing or makes no sense.
@@ -78,7 +88,7 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     ['0.lora_A.default', '0.lora_B.default']
     """
     config = AdapterConfig(rank, alpha, target_modules, exclude_modules, layers, rank_pattern or {}, alpha_pattern or {}, dropout, rslora, init,
-                           variant, freeze_A, lora_bias, bias, modules_to_save)  # fmt: skip
+                           variant, freeze_A, lora_bias, bias, modules_to_save, fused, trainable_token_indices, target_parameters)  # fmt: skip
     _check_new_adapter(model, adapter)
     apply_plan(model, make_plan(model, config), adapter, dtype=dtype)
     return model
@@ -88,15 +98,14 @@ def eject(model: Model) -> Model:
     """Remove every adapter: the layers' own classes come back, and every `requires_grad` is what it was before `inject`.
 
     A merge is undone first; one with restorable=False stays in the weights, which are plain weights from then on.
+    Raises LoraLabError, the model untouched, where there is nothing to eject, and after fully_shard.
     """
-    if (report := merge_report(model)) is not None:
-        if report.restorable:
-            unmerge(model)
-        else:
-            delattr(model, RECORD)
-            model.lora_injection.borrowed = Borrowed()  # type: ignore[union-attr]
-    elif not lora_layers(model):
+    refuse_sharded(model, "eject")
+    merged = merged_modules(model)
+    if not merged and not lora_layers(model):
         raise LoraLabError(f"this {type(model).__name__} has no LoRA layers to eject: call inject first")
+    for owner in merged:
+        _end_merge(owner)
     use(model, None)
     for layer in lora_layers(model).values():
         lora_layer.restore(layer)
@@ -106,22 +115,41 @@ def eject(model: Model) -> Model:
     return model
 
 
+def _end_merge(owner: Any) -> None:
+    if owner.lora_merge.restorable:
+        unmerge(owner)
+    else:
+        delattr(owner, RECORD)
+        for _, injection in injections(owner):
+            injection.borrowed = Borrowed()
+
+
 def apply_plan(model: nn.Module, plan: Plan, adapter: str, dtype: torch.dtype | None = None, trainable: bool = True) -> None:
     """Carry out a plan. All memory is allocated before the first change, so that failing leaves the model as it was."""
-    targets = [model.get_submodule(planned.path) for planned in plan.layers]
-    config, variant = plan.config, variant_of(plan.config.variant, plan.config.init, plan.config.freeze_A)
+    targets: list[nn.Module] = [part_of(model, p.path) if p.stack else model.get_submodule(p.path) for p in plan.layers]
+    config = plan.config
+    variants = [
+        OnParameter(config.freeze_A) if planned.stack else variant_for(config.variant, config.init, config.freeze_A, planned.parts)
+        for planned in plan.layers
+    ]
     tensors = [
         lora_layer.new_tensors(layer, p.rank, variant, p.scaling, config.init, dtype, config.lora_bias)
-        for layer, p in zip(targets, plan.layers, strict=True)
+        for layer, p, variant in zip(targets, plan.layers, variants, strict=True)
     ]
+    rows = [new_rows(model, planned, dtype) for planned in plan.tokens]
+    starts = base_values(model, plan.along)
     injection = injection_of(model) or new_injection(model)
     model.requires_grad_(False)
-    for layer, own, planned in zip(targets, tensors, plan.layers, strict=True):
+    for layer, own, planned, variant in zip(targets, tensors, plan.layers, variants, strict=True):
         if is_attention_output(layer):
             lora_layer.adapt(attention_of(model, planned.path))
+        if isinstance(layer, ParameterLoRA):
+            layer.lora_register()
         lora_layer.attach(layer, adapter, own, planned.scaling, config.dropout, variant)
+    for tokens, own_rows in zip(plan.tokens, rows, strict=True):
+        attach_rows(model, adapter, tokens, own_rows)
     injection.adapters[adapter] = config
-    injection.borrowed.add(model, adapter, plan.along)
+    injection.borrowed.add(adapter, starts)
     activate(model, (adapter,), trainable=trainable)
 
 
@@ -147,6 +175,8 @@ def _restore_requires_grad(model: nn.Module, injection: Injection) -> None:
 
 def _check_new_adapter(model: nn.Module, adapter: str) -> None:
     refuse_merged(model, "inject")
+    refuse_wrapped(model, "inject")
+    refuse_sharded(model, "inject")
     check_adapter_name(adapter)
     if adapter in (taken := adapter_names(model)):
         raise LoraLabError(f"adapter={adapter!r} is already in this model (it has {taken}): choose another name, or eject first")

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autocast import autocast_dtype
 from .dropout import dropped_update
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """True for transformers' Conv1D (GPT-2's linear layer, weight stored [in, out]), recognised without importing it."""
-    return any(base.__name__ == "Conv1D" and base.__module__.startswith("transformers") for base in type(module).__mro__)
+    """True for transformers' Conv1D and ours (GPT-2's linear layer, weight stored [in, out]), recognised without importing either."""
+    return any(base.__name__ == "Conv1D" and base.__module__.startswith(("transformers", "lora_lab.models")) for base in type(module).__mro__)
 
 
 def dense(module: Any, name: str = "weight") -> Tensor:
@@ -112,13 +113,18 @@ class EmbeddingKind(LinearKind):
         return delta.T
 
     def dtype(self, module: Any, x: Tensor) -> torch.dtype:
-        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else module.weight.dtype
+        return autocast_dtype(x) or module.weight.dtype
 
     def update(self, module: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
-        low = F.embedding(x, A.T, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq, sparse=module.sparse)
+        low = F.embedding(x, A.T, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
         update = F.linear(scaling * F.dropout(low, dropout, dropout > 0), B)
-        scale = getattr(module, "embed_scale", None)
-        return update if scale is None else update * (scale.to(update.dtype) if isinstance(scale, Tensor) else scale)
+        return embed_scaled(module, update)
+
+
+def embed_scaled(module: Any, vectors: Tensor) -> Tensor:
+    """Multiplied as an embedding multiplies what it looks up: Gemma's and its like by `embed_scale`, others not at all."""
+    scale = getattr(module, "embed_scale", None)
+    return vectors if scale is None else vectors * (scale.to(vectors.dtype) if isinstance(scale, Tensor) else scale)
 
 
 class ConvKind(LinearKind):

@@ -84,7 +84,8 @@ def _never_called(module: nn.Module, inputs: Any) -> None:
 class LoRA:
     """What every LoRA layer has, in front of the class it adapts.
 
-    lora_A[name]: [r, in].  lora_B[name]: [out, r].  lora_scaling[name]: float.  lora_dropout[name]: float.  lora_variant[name]: see variants.py.
+    lora_A[name]: [r, in].  lora_B[name]: [out, r].  lora_scaling[name]: float.  lora_dropout[name]: float.  lora_variant[name]: see variants.py; its
+    keys are the layer's adapters, as not every variant has an A and a B.
     lora_active: the adapters whose updates are added, in order; empty means the layer computes what it did before. lora_kind: see kinds.py.
     A variant may have containers of its own (lora_magnitude_vector, ...), lora_B_bias[name] [out] is there with lora_bias=True.
     """
@@ -104,53 +105,57 @@ class LoRA:
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input: [..., in].  Returns [..., out] in the base layer's dtype."""
-        x = remember_selection(input, self.lora_active) if input.is_floating_point() else input
+        x = remember_selection(input, self.lora_active)
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if isinstance(self.lora_active, RowSelection):
             return self._add_by_row(self.lora_active, x, y)
         result = y
         for adapter in self.lora_active:
-            result = result + self.lora_variant[adapter].update(self, adapter, x, y).to(y.dtype)
+            result = self.lora_variant[adapter].output(self, adapter, x, y, result)
         return result
+
+    def _remembered(self, update: Tensor, x: Tensor) -> Tensor:
+        """The selection goes with the update where the input (of a first layer, of an embedding) has no gradient to go with."""
+        return update if x.requires_grad else remember_selection(update, self.lora_active)
 
     def _add_by_row(self, selected: RowSelection, x: Tensor, y: Tensor) -> Tensor:
         """Each adapter's update for its own rows, added in one piece."""
         updates, places, dim = [], [], selected.dim
         if dim == 0 and self.lora_kind.by_product and all(self._is_plain(adapter) for adapter in selected):
             return self._add_batched(selected, x, y)
+        for variant in map(self.lora_variant.__getitem__, selected):
+            if variant.replaces:
+                return variant.output_by_row(self, selected, x, y)
         for adapter, rows in selected.indices(x).items():
             own_x, own_y = x.index_select(dim, rows), y.index_select(dim, rows)
             updates.append(self.lora_variant[adapter].update(self, adapter, own_x, own_y).to(y.dtype))
             places.append(rows)
-        return y.index_add(dim, torch.cat(places), torch.cat(updates, dim)) if updates else y
+        return y.index_add(dim, torch.cat(places), self._remembered(torch.cat(updates, dim), x)) if updates else y
 
     def _is_plain(self, adapter: str) -> bool:
         """Whether the update is two products and nothing else."""
         dropped = self.training and self.lora_dropout[adapter] > 0
-        return type(self.lora_variant[adapter]) is Variant and not dropped and adapter not in self.lora_extra("lora_B_bias")
+        return self.lora_variant[adapter].is_pair and not dropped and adapter not in self.lora_extra("lora_B_bias")
 
     def _add_batched(self, selected: RowSelection, x: Tensor, y: Tensor) -> Tensor:
         """``y_n + B_n A_n x_n`` for every name n as one batched product; smaller ranks are filled up with zeros, None has A = B = 0."""
         selected.times(x)
-        names, rank = list(selected), max((self.lora_A[name].shape[0] for name in selected), default=0)
+        names = list(selected)
         if not names:
             return y
-        A = torch.stack([F.pad(self.lora_A[name].to(x.dtype), (0, 0, 0, rank - self.lora_A[name].shape[0])) for name in names])
-        B = torch.stack([F.pad(self._scaled_B(name).to(x.dtype), (0, rank - self.lora_B[name].shape[1])) for name in names])
+        pairs = [(A, self.lora_scaling[name] * B) for name in names for A, B in [self.lora_variant[name].pair(self, name)]]
+        rank = max(A.shape[0] for A, _ in pairs)
+        A = torch.stack([F.pad(A.to(x.dtype), (0, 0, 0, rank - A.shape[0])) for A, _ in pairs])
+        B = torch.stack([F.pad(B.to(x.dtype), (0, rank - B.shape[1])) for _, B in pairs])
         which = torch.tensor([names.index(row) if row is not None else len(names) for row in selected.rows], device=x.device)
         A, B = (torch.cat((stack, torch.zeros_like(stack[:1])))[which] for stack in (A, B))
         low = torch.bmm(x.reshape(len(selected.rows), -1, x.shape[-1]), A.mT)
+        low = self._remembered(low, x)
         return torch.baddbmm(y.reshape(len(selected.rows), -1, y.shape[-1]), low, B.mT).view_as(y)
 
-    def _scaled_B(self, adapter: str) -> Tensor:
-        return self.lora_scaling[adapter] * self.lora_B[adapter]
-
     def lora_update(self, adapter: str, x: Tensor) -> Tensor:
-        """``scaling * B A x``: [..., in] -> [..., out]. Casts the small A and B to x's dtype, never x to theirs."""
-        return self.lora_apply(adapter, x, self.lora_A[adapter], self.lora_B[adapter])
-
-    def lora_apply(self, adapter: str, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """``scaling * (B A x + bias)`` for this A and B, with the adapter's dropout in training."""
+        """``scaling * (B A x + bias)``: [..., in] -> [..., out], in training with dropout. Casts the small A and B to x's dtype, not x to theirs."""
+        A, B = self.lora_variant[adapter].pair(self, adapter)
         kind, scaling = self.lora_kind, self.lora_scaling[adapter]
         dtype, dropout = kind.dtype(self, x), self.lora_dropout[adapter] if self.training else 0.0
         update = kind.update(self, x, A.to(dtype), B.to(dtype), scaling, dropout)
@@ -237,11 +242,11 @@ def _new_class(base: type) -> type[nn.Module]:
 
 
 def _mixin(base: type) -> type[LoRA]:
-    if not issubclass(base, nn.MultiheadAttention):
+    if not issubclass(base, (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)):
         return LoRA
-    from .multihead import LoRAMultihead  # which is made of what is in this file
+    from .multihead import mixin_of  # which is made of what is in this file
 
-    return LoRAMultihead
+    return mixin_of(base)
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -265,16 +270,23 @@ def restore(module: Any) -> None:
 
 def detach_adapters(module: Any) -> dict[str, Any]:
     """Make a LoRA layer the plain layer it was; returns what `reattach_adapters` needs to undo that."""
+    if hasattr(module, "lora_unregister"):  # the adapters of a parameter, beside it (parameters.py)
+        return {"owner": module.lora_unregister()}
     containers = {name: module._modules.pop(name) for name in ("lora_A", "lora_B", *EXTRAS) if name in module._modules}
     settings = {name: module.__dict__.pop(name) for name in ("lora_scaling", "lora_dropout", "lora_variant", "lora_active")}
-    module.__class__ = type(module).lora_base_class
-    return {"containers": containers, "settings": settings}
+    own, base = type(module), type(module).lora_base_class
+    module.__class__ = base
+    return {"containers": containers, "settings": settings, "class": None if own is lora_class(base) else own}
 
 
 def reattach_adapters(module: Any, detached: dict[str, Any]) -> None:
-    """The same adapters, the same Parameter objects, back in their places."""
-    module.__class__ = lora_class(type(module))
-    module._modules.update(detached["containers"])
+    """The same adapters, the same Parameter objects, back in their places, on the device where the layer is by now."""
+    device, _ = device_and_dtype(module)
+    if "owner" in detached:
+        module.to(device).lora_register()
+        return
+    module.__class__ = detached["class"] or lora_class(type(module))
+    module._modules.update({name: container.to(device) for name, container in detached["containers"].items()})
     module.__dict__.update(detached["settings"])
 
 
@@ -286,13 +298,14 @@ def new_tensors(
     lora_bias: bool = False,
 ) -> Tensors:  # fmt: skip
     """An adapter's tensors for a layer, on its device: A and B, and what the variant needs; dtype None: see `adapter_dtype`."""
-    kind = kind_of(module)
+    kind = module.lora_kind if isinstance(module, LoRA) else kind_of(module)
     assert kind is not None
     device, stored = device_and_dtype(module)
     dtype = dtype or adapter_dtype(stored)
-    A, B = (torch.empty(shape, device=device, dtype=dtype) for shape in kind.pair_shapes(module, check_rank(rank)))
+    A, B = (torch.empty(shape, device=device, dtype=dtype) for shape in variant.shapes(kind, module, check_rank(rank)))
     with torch.no_grad():
-        INITIALISATIONS[init](A, B)
+        for piece_A, piece_B in variant.pieces(A, B):
+            INITIALISATIONS[init](piece_A, piece_B)
         extras = variant.extras(kind, module, A, B, scaling)
     if lora_bias:
         extras["lora_B_bias"] = nn.Parameter(torch.zeros(B.shape[0], device=device, dtype=dtype))
@@ -343,4 +356,4 @@ def check_numbers(rank: Any, alpha: Any, dropout: Any, init: Any) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise LoraLabError(f"dropout={dropout!r}: expected 0 <= dropout < 1")
     if init not in INITIALISATIONS:
-        raise LoraLabError(f"init={init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(str(init), INITIALISATIONS)}")
+        raise LoraLabError(f"init={init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(init, INITIALISATIONS)}")

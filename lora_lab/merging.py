@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .borrowed import active_borrowers, swap_borrowed
+from .borrowed import Moment, borrowers, restore_borrowed, swap_borrowed
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA, detach_adapters, reattach_adapters
 from .selection import RowSelection
 from .targets import adapter_names, lora_layers
+from .token_rows import followers
+from .wrapping import refuse_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 ELEMENTS_AT_ONCE = 2**22  # of a weight, in float32
@@ -29,12 +31,14 @@ RECORD = "lora_merge"  # the attribute of a merged model
 
 @dataclass
 class _Merged:
-    """What `unmerge` puts back into one layer: its adapters, and the parameters it had with their bits."""
+    """One layer's part of a merge. parameters: those that change, as they were; bits: what `unmerge` writes back into them; own: what the layer
+    has instead of a parameter that it shares; adapters: what was taken off it, once it was."""
 
-    layer: nn.Module
-    adapters: dict[str, Any]
-    parameters: dict[str, nn.Parameter]
-    bits: dict[str, Tensor]
+    layer: Any
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    bits: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, nn.Parameter] = field(default_factory=dict)
+    adapters: dict[str, Any] | None = None
 
 
 @dataclass
@@ -48,7 +52,7 @@ class MergeReport:
     relative_rounding: float
     restorable: bool
     _state: list[_Merged] = field(default_factory=list, repr=False)
-    _active: tuple[str, ...] = ()
+    _borrowers: Moment = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         lost = f"rounded by at most {self.rounding:.3g} ({self.relative_rounding:.2g} of a layer's largest weight)"
@@ -60,24 +64,33 @@ def merge(model: Model, adapter: str | None = None, *, restorable: bool = True, 
 
     adapter: its name; None merges the active adapters, their updates summed. restorable: keep the old weights on the CPU for `unmerge`;
     False keeps neither them nor the adapters. untie: a weight that another module shares is given to the layer as its own first; otherwise
-    such a merge is refused, as it would change the other module, too. While merged, state_dict() has merged weights and no adapters, and
-    training is refused. `merge_report(model)` says how exact it was.
+    such a merge is refused, as it would change the other module, too; not so trained token rows, which both are to have. While merged,
+    state_dict() has merged weights and no adapters, and training is refused. `merge_report(model)` says how exact it was.
     Raises LoraLabError, the model untouched, for a model that is merged already, an unknown adapter, one of several active ones, a
     quantised layer, a grouped convolution, a tied weight, and where the sum is not finite.
     """
-    if merge_report(model) is not None:
-        raise LoraLabError("this model is merged already: call unmerge first")
+    refuse_merged(model, "merge")
+    refuse_sharded(model, "merge")
     names = _to_merge(model, adapter)
-    layers = {path: layer for path, layer in lora_layers(model).items() if any(name in layer.lora_A for name in names)}
-    shared = _shared_parameters(model)
+    layers = {path: layer for path, layer in lora_layers(model).items() if any(name in layer.lora_variant for name in names)}
+    tied = {id(layer): layer.weight for layer in followers(model, names)}
+    layers = {path: layer for path, layer in layers.items() if id(layer) not in tied}
+    shared = _shared_parameters(model) - {id(weight) for weight in tied.values()}
     for path, layer in layers.items():
         _check(path, layer, names, shared, untie)
     errors = [_survey(path, layer, names) for path, layer in layers.items()]
     report = MergeReport(names, len(layers), max(error for error, _ in errors), max(share for _, share in errors), restorable)
-    report._active = active_borrowers(model)
-    swap_borrowed(model, names)
-    for path, layer in lora_layers(model).items():
-        report._state.append(_merge_layer(layer, names if path in layers else (), shared, restorable))
+    report._borrowers = borrowers(model)
+    try:
+        swap_borrowed(model, names)
+        report._state = [_prepare(layer, names if path in layers else (), shared, restorable) for path, layer in lora_layers(model).items()]
+        for merged in report._state:
+            _merge_layer(merged, names)
+        for merged in report._state:  # when all are merged, as one may read another's adapters (token rows)
+            merged.adapters = detach_adapters(merged.layer)
+    except BaseException:
+        _undo(report)
+        raise
     if not restorable:
         report._state.clear()
     setattr(model, RECORD, report)
@@ -94,9 +107,7 @@ def unmerge(model: Model) -> Model:
         raise LoraLabError(f"this {type(model).__name__} is not merged")
     if not report.restorable:
         raise LoraLabError("merged with restorable=False: the old weights were not kept; load the model again")
-    for merged in report._state:
-        _put_back(merged)
-    swap_borrowed(model, report._active)
+    _undo(report)
     delattr(model, RECORD)
     return model
 
@@ -108,9 +119,14 @@ def merge_report(model: nn.Module) -> MergeReport | None:
     return report
 
 
+def merged_modules(model: nn.Module) -> list[nn.Module]:
+    """The model and the modules in it that `merge` was called with."""
+    return [module for module in model.modules() if merge_report(module) is not None]
+
+
 def refuse_merged(model: nn.Module, verb: str) -> None:
     """For the verbs that need the adapters in their places."""
-    if (report := merge_report(model)) is not None:
+    for report in filter(None, map(merge_report, merged_modules(model))):
         way_out = "call unmerge first" if report.restorable else "call eject to go on with the merged weights as plain ones"
         raise LoraLabError(f"{verb}: {' + '.join(report.adapters)} is merged into this model's weights; {way_out}")
 
@@ -148,15 +164,30 @@ def _check(path: str, layer: LoRA, names: tuple[str, ...], shared: set[int], unt
     module: Any = layer
     if hasattr(module, "quantization"):
         raise LoraLabError(f"{path!r} is quantised to {module.quantization}: rounding would take the adapter away again; dequantize(model) first")
-    if layer.lora_kind.weight not in module._parameters:
+    if layer.lora_kind.weight not in _holder(layer)._parameters:
         raise LoraLabError(f"{path!r} computes its weight (a parametrisation or weight_norm), so there is none to merge into: remove that first")
     if getattr(module, "groups", 1) > 1:
         raise LoraLabError(f"{path!r} is a grouped convolution: its update sees all channels and is no grouped kernel; it cannot be merged")
     if any(name in layer.lora_extra("lora_B_bias") for name in names) and module.bias is None:
         raise LoraLabError(f"{path!r} has no bias to merge the adapter's into")
-    if id(getattr(module, layer.lora_kind.weight)) in shared and not untie:
-        raise LoraLabError(f"{path!r} shares its weight with another module (tied embeddings), which would change, too: merge(model, untie=True) "
-                           "gives it a weight of its own first; then say so in the config (tie_word_embeddings=False) before saving")  # fmt: skip
+    for name, parameter in _changed(layer, names).items():
+        if not parameter.is_floating_point() or parameter.is_meta:
+            raise LoraLabError(f"{path!r} has a {name} of {parameter.dtype} on {parameter.device}, to which no update can be added")
+        if id(parameter) in shared and not untie:
+            raise LoraLabError(f"{path!r} shares its {name} with another module (tied embeddings), which would change, too: merge(model, untie=True)"
+                               " gives it one of its own first; then say so in the config (tie_word_embeddings=False) before saving")  # fmt: skip
+
+
+def _changed(layer: Any, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """The parameters that a merge of these adapters changes in a layer."""
+    biased = any(name in layer.lora_extra("lora_B_bias") for name in names)
+    parameters = (layer.lora_kind.weight, *(["bias"] if biased else []))
+    return {name: getattr(_holder(layer), name) for name in parameters} if any(name in layer.lora_variant for name in names) else {}
+
+
+def _holder(layer: Any) -> Any:
+    """The module whose weight an adapter changes: the layer, or the owner of a parameter."""
+    return getattr(layer, "lora_owner", layer)
 
 
 def _survey(path: str, layer: LoRA, names: tuple[str, ...]) -> tuple[float, float]:
@@ -178,39 +209,55 @@ def _sums(layer: LoRA, names: tuple[str, ...]) -> Iterator[tuple[slice, Tensor]]
     dtype, step = torch.promote_types(weight.dtype, torch.float32), max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
-        total = weight[rows].to(dtype)
+        total = frozen = weight[rows].to(dtype)
         for name in names:
-            if name in layer.lora_A:
-                total = total + layer.lora_variant[name].delta(layer, name, rows).to(dtype)
+            if name in layer.lora_variant:
+                total = layer.lora_variant[name].merged(layer, name, rows, frozen, total)
         yield rows, total
 
 
 # The change itself ----------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _merge_layer(layer: Any, names: tuple[str, ...], shared: set[int], restorable: bool) -> _Merged:
-    biased = [adapter for adapter in names if adapter in layer.lora_extra("lora_B_bias")]
-    name = layer.lora_kind.weight
-    parameters = {name: getattr(layer, name), **({"bias": layer.bias} if biased else {})} if names else {}
-    bits = {key: parameter.detach().to("cpu", copy=True) for key, parameter in parameters.items() if restorable and id(parameter) not in shared}
-    if names and id(weight := getattr(layer, name)) in shared:
-        setattr(layer, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
-    matrix = layer.lora_kind.matrix(layer)
-    for rows, total in _sums(layer, names) if names else ():
-        matrix[rows] = total.to(matrix.dtype)
-    if names and matrix.untyped_storage().data_ptr() != (weight := getattr(layer, name)).untyped_storage().data_ptr():
-        weight.copy_(layer.lora_kind.stored(matrix, layer))  # the weight lies otherwise in memory (channels_last), and this was a copy
-    for adapter in biased:
-        layer.bias += (layer.lora_scaling[adapter] * layer.lora_B_bias[adapter]).to(layer.bias.dtype)
-    return _Merged(layer, detach_adapters(layer), parameters, bits)
-
-
-@torch.no_grad()
-def _put_back(merged: _Merged) -> None:
+def _prepare(layer: LoRA, names: tuple[str, ...], shared: set[int], restorable: bool) -> _Merged:
+    """All the memory that merging a layer needs, and nothing changed yet."""
+    merged = _Merged(layer, _changed(layer, names))
     for name, parameter in merged.parameters.items():
-        if name in merged.bits:
-            getattr(merged.layer, name).copy_(merged.bits[name])
-        else:  # it was shared, and the layer had a copy while merged
-            setattr(merged.layer, name, parameter)
-    reattach_adapters(merged.layer, merged.adapters)
+        if id(parameter) in shared:
+            merged.own[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        elif restorable:
+            merged.bits[name] = parameter.detach().to("cpu", copy=True)
+    return merged
+
+
+@torch.no_grad()
+def _merge_layer(merged: _Merged, names: tuple[str, ...]) -> None:
+    layer = merged.layer
+    for name, parameter in merged.own.items():
+        setattr(_holder(layer), name, parameter)
+    if merged.parameters:
+        _add_to_weight(layer, names)
+    for adapter in names if "bias" in merged.parameters else ():
+        if adapter in layer.lora_extra("lora_B_bias"):
+            layer.bias += (layer.lora_scaling[adapter] * layer.lora_B_bias[adapter]).to(layer.bias.dtype)
+
+
+def _add_to_weight(layer: Any, names: tuple[str, ...]) -> None:
+    matrix, weight = layer.lora_kind.matrix(layer), getattr(_holder(layer), layer.lora_kind.weight)
+    for rows, total in _sums(layer, names):
+        matrix[rows] = total.to(matrix.dtype)
+    if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+        weight.copy_(layer.lora_kind.stored(matrix, layer))  # the weight lies otherwise in memory (channels_last), and this was a copy
+
+
+@torch.no_grad()
+def _undo(report: MergeReport) -> None:
+    for merged in report._state:
+        for name, parameter in merged.parameters.items():
+            if name in merged.own:
+                setattr(_holder(merged.layer), name, parameter)
+            elif name in merged.bits:
+                getattr(_holder(merged.layer), name).copy_(merged.bits[name])
+        if merged.adapters is not None:
+            reattach_adapters(merged.layer, merged.adapters)
+    restore_borrowed(report._borrowers)

@@ -28,6 +28,7 @@ from .codes import PARTS, decode, encode
 from .errors import LoraLabError, did_you_mean
 from .kinds import is_conv1d, is_linear
 from .layers import LoRA
+from .parameters import ParameterOwner
 from .targets import ancestors, excluded, is_head, name_matches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +54,7 @@ def quantize(model: Model, kind: str = "nf4", *, exclude_modules: str | Sequence
     (torch.Size([64, 512]), False)
     """
     if kind not in PARTS:
-        raise LoraLabError(f"kind={kind!r}: expected one of {', '.join(PARTS)}{did_you_mean(str(kind), PARTS)}")
+        raise LoraLabError(f"kind={kind!r}: expected one of {', '.join(PARTS)}{did_you_mean(kind, PARTS)}")
     layers = _layers_to_quantize(model, exclude_modules)
     classes = [quantized_class(type(layer)) for layer in layers.values()]
     parts: dict[int, tuple[Tensor, ...]] = {}
@@ -296,7 +297,7 @@ def _stays(model: nn.Module, path: str, layer: nn.Module) -> bool:
 
 
 def _check_weight(path: str, layer: nn.Module) -> None:
-    if isinstance(layer, LoRA):
+    if isinstance(layer, (LoRA, ParameterOwner)):
         raise LoraLabError(f"{path!r} carries LoRA adapters, which would be quantised around: quantize before inject (eject, quantize, inject)")
     if isinstance(layer, Quantized):
         raise LoraLabError(f"{path!r} is already quantised ({layer.quantization}): dequantize first, or leave it out with exclude_modules")

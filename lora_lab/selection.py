@@ -38,6 +38,15 @@ class RowSelection(tuple[str, ...]):
                 found[name] += range(row * times, (row + 1) * times)
         return {name: torch.tensor(rows, device=x.device) for name, rows in found.items()}
 
+    def groups(self, x: Tensor) -> dict[str | None, Tensor]:
+        """The same, and None -> the rows that have no adapter, where there are any."""
+        found = self.indices(x)
+        taken = torch.cat([*found.values(), torch.empty(0, dtype=torch.long, device=x.device)])
+        rest = torch.ones(x.shape[self.dim], dtype=torch.bool, device=x.device).index_fill(0, taken, False).nonzero().flatten()
+        groups: dict[str | None, Tensor] = {None: rest} if len(rest) else {}
+        groups.update(found)
+        return groups
+
     def times(self, x: Tensor) -> int:
         """Rows of x to a name: where x has k times as many rows as there are names, each name stands for k rows in succession."""
         size = x.shape[self.dim] if x.ndim > self.dim else 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
 from .merging import refuse_merged
+from .parameters import OnParameter, parameter_path
 from .singular_values import (
     Amplification,
     IntrinsicRank,
@@ -68,7 +69,7 @@ class SpectraReport:
 
 
 def spectra(model: nn.Module, adapter: str | None = None, *, energy: float = 0.9, own: bool = False) -> SpectraReport:
-    """Singular values, intrinsic rank and amplification of every layer an adapter changes. Changes nothing.
+    """Singular values, intrinsic rank and amplification of every layer an adapter changes; of a stack of experts a line for each. Changes nothing.
 
     adapter: its name; None means the one active adapter.  energy: see `IntrinsicRank`.  own: see `amplification`.
     Of DoRA it is the part ``s B A`` that is looked at, without the magnitudes.
@@ -76,14 +77,16 @@ def spectra(model: nn.Module, adapter: str | None = None, *, energy: float = 0.9
     """
     refuse_merged(model, "spectra")
     adapter = _one_adapter(model, adapter)
-    return SpectraReport(adapter, tuple(_layer_spectrum(path, layer, adapter, energy, own) for path, layer in _layers_with(model, adapter)))
+    if not (layers := list(_layers_with(model, adapter))):
+        raise LoraLabError(f"adapter {adapter!r} has no layer with an A and a B, whose product has singular values (token rows have none)")
+    return SpectraReport(adapter, tuple(spectrum for path, layer in layers for spectrum in _layer_spectra(path, layer, adapter, energy, own)))
 
 
-def _layer_spectrum(path: str, layer: LoRA, adapter: str, energy: float, own: bool) -> LayerSpectrum:
-    A, B = _pair(path, layer, adapter)
-    svd = delta_svd(A, B, layer.lora_scaling[adapter])
-    size = amplification_of(svd, layer.lora_kind.matrix(layer), own)
-    return LayerSpectrum(path, A.shape[0], tuple(svd.values.tolist()), intrinsic_rank(svd.values, energy), size)
+def _layer_spectra(path: str, layer: LoRA, adapter: str, energy: float, own: bool) -> Iterator[LayerSpectrum]:
+    for name, A, B, weight in _matrices(path, layer, adapter):
+        svd = delta_svd(A, B, layer.lora_scaling[adapter])
+        size = amplification_of(svd, weight, own)
+        yield LayerSpectrum(name, A.shape[0], tuple(svd.values.tolist()), intrinsic_rank(svd.values, energy), size)
 
 
 @dataclass(frozen=True)
@@ -119,15 +122,26 @@ def overlaps(model: nn.Module, first: str, second: str, side: str = "A") -> Over
     both = [(path, layer) for path, layer in _layers_with(model, first) if second in layer.lora_A]
     if not both:
         raise LoraLabError(f"adapters {first!r} and {second!r} have no layer in common")
-    return OverlapReport(first, second, side, tuple((path, _overlap(path, layer, first, second, side)) for path, layer in both))
+    return OverlapReport(first, second, side, tuple(grid for path, layer in both for grid in _overlaps(path, layer, first, second, side)))
 
 
-def _overlap(path: str, layer: LoRA, first: str, second: str, side: str) -> OverlapGrid:
-    pairs = [_pair(path, layer, adapter) for adapter in (first, second)]
-    try:
-        return overlap_grid(*(A if side == "A" else B.T for A, B in pairs))
-    except LoraLabError as error:
-        raise LoraLabError(f"{path!r}: {error}") from None
+def _overlaps(path: str, layer: LoRA, first: str, second: str, side: str) -> Iterator[tuple[str, OverlapGrid]]:
+    for pairs in zip(*(_matrices(path, layer, adapter) for adapter in (first, second)), strict=True):
+        try:
+            yield pairs[0][0], overlap_grid(*(A if side == "A" else B.T for _, A, B, _ in pairs))
+        except LoraLabError as error:
+            raise LoraLabError(f"{pairs[0][0]!r}: {error}") from None
+
+
+def _matrices(path: str, layer: LoRA, adapter: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Name, A, B and weight [out, in] of a layer; of a stack of matrices, of each: "experts.down_proj[3]"."""
+    variant = layer.lora_variant[adapter]
+    if not isinstance(variant, OnParameter):
+        yield path, *_pair(path, layer, adapter), layer.lora_kind.matrix(layer)
+        return
+    matrices = list(variant.matrices(layer, adapter))
+    for n, tensors in enumerate(matrices):
+        yield parameter_path(path) + (f"[{n}]" if len(matrices) > 1 else ""), *tensors
 
 
 def _pair(path: str, layer: LoRA, adapter: str) -> tuple[Tensor, Tensor]:
@@ -145,7 +159,7 @@ def _layers_with(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoRA]]:
 def _one_adapter(model: nn.Module, adapter: str | None) -> str:
     known = adapter_names(model)
     if adapter is not None and adapter not in known:
-        raise LoraLabError(f"adapter={adapter!r}: this model has {known or 'no adapters'}{did_you_mean(str(adapter), known)}")
+        raise LoraLabError(f"adapter={adapter!r}: this model has {known or 'no adapters'}{did_you_mean(adapter, known)}")
     active = sorted({name for layer in lora_layers(model).values() for name in layer.lora_active})
     if adapter is None and len(active) != 1:
         raise LoraLabError(f"which adapter? {active or 'none'} of {known} active: name one")

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_files import AdapterFile, Pair, read_adapter
+from .adapter_files import AdapterFile, Pair, Rows, read_adapter
 from .blockwise import Change, MergedTensor, merged_blocks
 from .errors import LoraLabError, did_you_mean
-from .files import json_object, new_folder, saving, write_json
+from .files import json_object, new_folder, saving, weights_sha256, write_json
+from .parameter_merging import place_parameters
+from .peft_config import warn_of_another_base
 from .shards import FLOATS, INDEX, MODEL, NAMES, NewTensor, Shard, StoredTensor, read_checkpoint, write_shard
 
 # Where the weight is stored [in, out] (transformers' Conv1D): the model types, and their layers of that kind.
@@ -88,14 +90,16 @@ def merge_checkpoint(base_folder: str | Path, adapter_folder: str | Path, out_fo
     """Write base + adapter to a new folder that transformers and `lora_lab.models.load` read; returns a `MergeReport`.
 
     base_folder: transformers' layout, safetensors in one file or sharded.  adapter_folder: PEFT's layout: LoRA, rsLoRA and DoRA on
-        linear layers, Conv1D, embeddings and ungrouped convolutions; trained biases and modules_to_save replace the base's.
+        linear layers, Conv1D, embeddings and ungrouped convolutions; LoRA on parameters, such as stacks of experts, which may be by
+        expert in the base; trained biases, token rows and modules_to_save replace the base's.
     out_folder: must not exist, or be empty. The shards keep their names; configuration and tokenizer files are copied.
     dtype: of the floating-point tensors (None keeps each tensor's own).
     untie: where embedding and head are one tensor and the adapter changes one of them, write both and say so in the config.
     progress: a bar over the tensors.
     Memory: blocks of rows and one A and B at a time, whatever the size of the model.
     Raises LoraLabError, nothing written, where a tensor of the adapter has no place in the base or does not fit, a value is not
-    finite, embedding and head are tied, a file is pickled, or a feature is not read here.
+    finite, embedding and head are tied, a file is pickled, or a feature is not read here. Warns where the base's SHA-256 is another than the
+    adapter's (hashing a 7B model takes seconds, and is done for adapters that know theirs).
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; DoRA: Liu et al. 2024 (arXiv:2402.09353), equation 5.
     """
     base_folder, out = Path(base_folder), Path(out_folder)
@@ -104,7 +108,10 @@ def merge_checkpoint(base_folder: str | Path, adapter_folder: str | Path, out_fo
     if dtype is not None and dtype not in NAMES:
         raise LoraLabError(f"dtype={dtype!r}: expected one of {', '.join(map(str, NAMES))}, or None to keep the base's")
     job = Job(read_checkpoint(base_folder), _read_config(base_folder), dtype)
-    plan_merge(job, read_adapter(Path(adapter_folder)), untie)
+    adapter = read_adapter(Path(adapter_folder))
+    plan_merge(job, adapter, untie)
+    if adapter.base_sha256:
+        warn_of_another_base(adapter.base_sha256, weights_sha256(base_folder), Path(adapter_folder))
     with saving("the merged checkpoint", out), new_folder(out) as temporary:
         _write_weights(job, temporary, progress)
         _write_index(job, base_folder, temporary)
@@ -126,6 +133,7 @@ def plan_merge(job: Job, adapter: AdapterFile, untie: bool) -> None:
     base = job.all_tensors()
     tied = tied_head(job.config, base)
     base |= {head: base[embedding] for head, embedding in tied.items() if head not in base}
+    adapter, of_parameters = place_parameters(adapter, base, job.config)
     places = find_places(adapter, set(base))
     for name, tensor in adapter.replaced.items():
         _check_shape(name, tensor, base[places[name]])
@@ -133,9 +141,16 @@ def plan_merge(job: Job, adapter: AdapterFile, untie: bool) -> None:
             job.changes[places[name]] = Change(tensor)
     for path, pair in adapter.pairs.items():
         _plan_pair(job, path, pair, adapter, base, places)
+    for path, rows in adapter.rows.items():
+        _plan_rows(job, path, rows, base, places[f"{path}.weight"])
+    for key, change in of_parameters.items():
+        if key in job.changes:
+            raise LoraLabError(f"{key!r} is changed by the adapter of a layer and by that of a parameter: merge in memory, with the model")
+        job.changes[key] = change
     for key in job.changes:
         if base[key].dtype not in FLOATS:
             raise LoraLabError(f"{key!r} is stored as {base[key].dtype}: an adapter is merged into {', '.join(FLOATS)}; use the 16-bit checkpoint")
+    share_rows(job, tied)
     check_ties(job, tied, base, untie)
 
 
@@ -149,10 +164,23 @@ def _plan_pair(job: Job, path: str, pair: Pair, adapter: AdapterFile, base: dict
         job.changes[bias] = replace(job.changes.get(bias, Change()), bias=pair.bias, scaling=scaling)
 
 
+def _plan_rows(job: Job, path: str, rows: Rows, base: dict[str, StoredTensor], weight: str) -> None:
+    words, *dim = base[weight].shape
+    if rows.tensor.shape != (len(rows.words), *dim) or not all(0 <= word < words for word in rows.words):
+        raise LoraLabError(f"the adapter has rows {list(rows.tensor.shape)} for words up to {max(rows.words)} of {path!r}, the base's is "
+                           f"{list(base[weight].shape)}: another model, or a vocabulary that was not resized")  # fmt: skip
+    change = job.changes.get(weight, Change())
+    if change.pair is not None and change.pair.magnitude is not None:
+        raise LoraLabError(f"{path!r} has token rows and DoRA, whose norm is that of a weight without them: they are not merged together")
+    job.changes[weight] = replace(change, rows=rows)
+
+
 def find_places(adapter: AdapterFile, base: set[str]) -> dict[str, str]:
     """The base's tensor for each name the adapter has. The base may lack, or have, one leading name ("transformer."), for all."""
     biases = [f"{path}.bias" for path, pair in adapter.pairs.items() if pair.bias]
-    wanted = list(dict.fromkeys([*adapter.replaced, *(f"{path}.weight" for path in adapter.pairs), *biases]))
+    wanted = list(dict.fromkeys([*adapter.replaced, *(f"{path}.weight" for path in (*adapter.pairs, *adapter.rows)), *biases]))
+    if not wanted:
+        return {}
     first = {name.partition(".")[0] for name in base}
     renamed = [[name.partition(".")[2] for name in wanted], *([f"{prefix}.{name}" for name in wanted] for prefix in first)]
     for candidates in ([wanted], renamed):
@@ -209,6 +237,15 @@ def tied_head(config: dict[str, Any], base: dict[str, StoredTensor]) -> dict[str
     return {head or ("embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"): embedding}
 
 
+def share_rows(job: Job, tied: dict[str, str]) -> None:
+    """Rows of the embedding are the tied head's, too, unless it has rows of its own; see token_rows.py."""
+    for head, embedding in tied.items():
+        rows = job.changes.get(embedding, Change()).rows
+        own = job.changes.get(head, Change()).rows
+        if rows is not None and (own is None or (own.words == rows.words and same_values(own.tensor, rows.tensor))):
+            job.changes[head] = replace(job.changes.get(head, Change()), rows=rows)
+
+
 def check_ties(job: Job, tied: dict[str, str], base: dict[str, StoredTensor], untie: bool) -> None:
     """Refuse a change to one of two tied tensors that would change the other, or give the head a tensor of its own."""
     inputs = [key for key in job.changes if _layer_name(key) in EMBEDDINGS]
@@ -228,10 +265,12 @@ def check_ties(job: Job, tied: dict[str, str], base: dict[str, StoredTensor], un
 
 
 def _stay_tied(job: Job, head: str, embedding: str) -> bool:
-    """Both replaced by the same values (PEFT's ensure_weight_tying): they are written once, or twice where the base has both."""
-    pair = [job.changes.get(key) for key in (head, embedding)]
-    sources = [change.source for change in pair if change is not None and change.source is not None and not change.computed]
-    if len(sources) < 2 or not same_values(*sources):
+    """Both replaced by the same values (PEFT's ensure_weight_tying), as a whole or in some rows: they are written once, or twice where the base
+    has both."""
+    one, other = (job.changes.get(key, Change()) for key in (head, embedding))
+    if any(change.pair or change.bias for change in (one, other)) or one.rows != other.rows:
+        return False
+    if one.source is not other.source and (one.source is None or other.source is None or not same_values(one.source, other.source)):
         return False
     if not any(head in shard.tensors for shard in job.shards.values()):
         del job.changes[head]

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from .borrowed import borrowed_names, modules_of
+from .borrowed import borrowed_names, modules_of, tensor_of
 from .errors import LoraLabError, did_you_mean
+from .fused import check_parts, parts_of, split_part
 from .kinds import is_linear, kind_of
 from .layers import LoRA, check_alpha, check_numbers, check_rank, is_adaptable, layer_shape
+from .parameter_targets import check_apart, check_request, match_parameters
+from .parameters import as_stack, part_of
+from .parts import Layout
+from .token_targets import PlannedRows, plan_rows
 from .variants import variant_of
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -45,6 +51,9 @@ class AdapterConfig:
     lora_bias: bool = False
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
+    fused: Any = None
+    trainable_token_indices: Any = None
+    target_parameters: Sequence[str] | None = None
 
     def rank_of(self, path: str) -> int:
         return int(first_match(self.rank_pattern, path, self.rank))
@@ -67,7 +76,11 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer that is to be adapted; parameters = rank * (fan_in + fan_out) + more, where more is a magnitude or a bias."""
+    """One layer that is to be adapted; parameters = rank * (fan_in + fan_out) + more, where more is a magnitude or a bias.
+
+    parts: of a fused layer of which parts are adapted; each has a pair of its own, with fan_in inputs and the part's outputs.
+    stack: of a parameter that is adapted itself, the number of matrices in it, each with a pair of its own; 0 for a layer.
+    """
 
     path: str
     fan_in: int
@@ -76,10 +89,29 @@ class PlannedLayer:
     alpha: float
     scaling: float
     more: int = 0
+    parts: Layout | None = None
+    stack: int = 0
+
+    @property
+    def name(self) -> str:
+        """"c_attn", of parts "c_attn.q+v"."""
+        return self.path.rpartition(".")[2] + (f".{'+'.join(self.parts.names)}" if self.parts else "")
+
+    @property
+    def pairs(self) -> int:
+        return len(self.parts.names) if self.parts else 1
 
     @property
     def parameters(self) -> int:
-        return self.rank * (self.fan_in + self.fan_out) + self.more
+        out = sum(self.parts.sizes) if self.parts else self.fan_out
+        return max(self.stack, 1) * self.rank * (self.pairs * self.fan_in + out) + self.more
+
+    @property
+    def formula(self) -> str:
+        fan_in = f"{self.pairs} * {self.fan_in}" if self.pairs > 1 else f"{self.fan_in}"
+        product = f"rank {self.rank} * ({fan_in} in + {sum(self.parts.sizes) if self.parts else self.fan_out} out)"
+        product = f"{self.stack} * {product}" if self.stack > 1 else product
+        return f"({product} {'-' if self.more < 0 else '+'} {abs(self.more)})" if self.more else product
 
 
 @dataclass(frozen=True)
@@ -90,27 +122,19 @@ class Plan:
     layers: tuple[PlannedLayer, ...]
     along: tuple[str, ...] = ()  # parameters of the model itself that train along
     along_numel: int = 0
+    tokens: tuple[PlannedRows, ...] = ()
 
     @property
     def parameters(self) -> int:
-        return sum(layer.parameters for layer in self.layers)
+        return sum(layer.parameters for layer in self.layers) + sum(rows.parameters for rows in self.tokens)
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, int, int, int, int], int] = {}
-        for layer in self.layers:
-            key = layer.path.rpartition(".")[2], layer.rank, layer.fan_in, layer.fan_out, layer.more
-            groups[key] = groups.get(key, 0) + 1
+        parts: list[PlannedLayer | PlannedRows] = [*self.layers, *self.tokens]
+        groups = Counter((part.name, part.formula, part.parameters) for part in parts)
         width = max(len(name) for name, *_ in groups)
-        lines = [_formula(name.ljust(width), count, *numbers) for (name, *numbers), count in groups.items()]
+        lines = [f"{name:<{width}}  {count:>4} x {formula} = {count * each:>12,}" for (name, formula, each), count in groups.items()]
         along = [f"and {len(self.along)} of the model's own tensors train along, {self.along_numel:,} parameters"] if self.along else []
-        return "\n".join([*lines, f"{'total':<{width}}  {len(self.layers):>4} layers, {self.parameters:,} parameters", *along])
-
-
-def _formula(name: str, count: int, rank: int, fan_in: int, fan_out: int, more: int) -> str:
-    total = count * (rank * (fan_in + fan_out) + more)
-    product = f"rank {rank} * ({fan_in} in + {fan_out} out)"
-    product = f"({product} {'-' if more < 0 else '+'} {abs(more)})" if more else product
-    return f"{name}  {count:>4} x {product} = {total:>12,}"
+        return "\n".join([*lines, f"{'total':<{width}}  {len(parts):>4} layers, {self.parameters:,} parameters", *along])
 
 
 def check_attention(path: str, module: Any, config: AdapterConfig) -> None:
@@ -126,21 +150,31 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     """Resolve a request against a model. Changes nothing; raises LoraLabError for anything that matches nothing."""
     check_config(config)
     paths = dict(adaptable_layers(model))
-    named = with_outputs(paths, match_targets(model, paths, config.target_modules))
+    parts = parts_of(model, paths, config.target_modules, config.fused)
+    parameters = match_parameters(model, config.target_parameters)
+    no_layers = (config.trainable_token_indices is not None or bool(parameters)) and config.target_modules in ([], ())
+    named = [] if no_layers else with_outputs(paths, match_targets(model, paths, config.target_modules, parts), parts)
     for path in named:
         if is_attention_output(paths[path]):
             attention_of(model, path)
+    named += parameters
     check_layers(named, config.layers)
-    left_out = excluded(named, config.exclude_modules) | inside(named, modules_of(model, config.modules_to_save))
+    saved = modules_of(model, config.modules_to_save)
+    left_out = excluded(named, config.exclude_modules) | inside(named, saved)
     targets = [path for path in named if path not in left_out and (config.layers is None or layer_number(path) in config.layers)]
-    if not targets:
+    if not targets and (parameters or not no_layers):
         raise LoraLabError(f"exclude_modules={config.exclude_modules!r}, layers={config.layers!r} and modules_to_save={config.modules_to_save!r} "
                            "leave no layer to adapt")  # fmt: skip
     for pattern in (config.rank_pattern, config.alpha_pattern):
         check_patterns(pattern, targets)
     along = borrowed_names(model, targets, config.bias, config.modules_to_save)
-    numel = sum(parameter.numel() for parameter in {id(p): p for p in map(model.get_parameter, along)}.values())
-    return Plan(config, tuple(plan_layer(path, paths[path], config) for path in targets), along, numel)
+    numel = sum(p.numel() for p in {id(p): p for p in (tensor_of(model, name) for name in along)}.values() if isinstance(p, nn.Parameter))
+    tokens = plan_rows(model, config.trainable_token_indices, targets, saved, config.variant)
+    check_apart(model, targets, [rows.path for rows in tokens], parameters)
+    planned = [
+        plan_parameter(model, path, config) if path in parameters else plan_layer(path, paths[path], config, parts.get(path)) for path in targets
+    ]
+    return Plan(config, tuple(planned), along, numel, tokens)
 
 
 def inside(targets: list[str], modules: list[str]) -> set[str]:
@@ -148,18 +182,43 @@ def inside(targets: list[str], modules: list[str]) -> set[str]:
     return {path for path in targets if any(path == module or path.startswith(f"{module}.") for module in modules)}
 
 
-def plan_layer(path: str, module: nn.Module, config: AdapterConfig) -> PlannedLayer:
+def plan_layer(path: str, module: nn.Module, config: AdapterConfig, parts: Layout | None = None) -> PlannedLayer:
+    """parts: of a fused layer, those that are adapted."""
+    config = of_its_attention(path, config) if is_attention_output(module) else config
     (fan_in, fan_out), rank, kind = layer_shape(module), config.rank_of(path), kind_of(module)
     assert kind is not None
     check_layer(path, module, config)
+    if parts is not None:
+        check_parts(path, parts, config)
+        more = sum(parts.sizes) if config.variant == "dora" else 0
+        return PlannedLayer(path, fan_in, fan_out, rank, config.alpha_of(path), config.scaling_of(path), more, parts)
     of_A, of_B = kind.pair_shapes(module, rank)
     vectors = fan_out * ((config.variant == "dora") + config.lora_bias)
     more = math.prod(of_A) + math.prod(of_B) - rank * (fan_in + fan_out) + vectors
     return PlannedLayer(path, fan_in, fan_out, rank, config.alpha_of(path), config.scaling_of(path), more)
 
 
+def plan_parameter(model: nn.Module, path: str, config: AdapterConfig) -> PlannedLayer:
+    """path: of a parameter that is adapted itself."""
+    check_request(path, config)
+    part = part_of(model, path)
+    fan_in, fan_out = part.lora_kind.shape(part)
+    numbers = config.rank_of(path), config.alpha_of(path), config.scaling_of(path)
+    return PlannedLayer(path, fan_in, fan_out, *numbers, stack=len(as_stack(part.weight)))
+
+
+def of_its_attention(path: str, config: AdapterConfig) -> AdapterConfig:
+    """An output projection has its attention's rank and alpha, as in PEFT, where no pattern names it."""
+    owner = path.rpartition(".")[0]
+    rank = first_match(config.rank_pattern, path, first_match(config.rank_pattern, owner, config.rank))
+    alpha = first_match(config.alpha_pattern, path, first_match(config.alpha_pattern, owner, config.alpha))
+    return replace(config, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+
 def check_layer(path: str, module: nn.Module, config: AdapterConfig) -> None:
     """What a layer of this kind cannot have."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        raise LoraLabError(f"{path!r} is a {type(module).__name__} that does not know its shape yet: run the model once before inject")
     groups = getattr(module, "groups", 1)
     if groups > 1 and (config.rank_of(path) % groups or config.variant == "dora" or config.init in ("orthogonal", "pissa")):
         asked = f"rank={config.rank_of(path)}, variant={config.variant!r}, init={config.init!r}"
@@ -181,7 +240,8 @@ def adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any) -> list[str]:
+def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any, parts: Collection[str] = ()) -> list[str]:
+    """The layers that a request names. parts: those of which it names parts."""
     if isinstance(request, str) and request == "all-linear":
         matched = [path for path in paths if is_linear(paths[path]) and not is_head(model, path, paths[path])]
     elif isinstance(request, str) and request == "attention":
@@ -195,7 +255,7 @@ def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any) -
     elif callable(request):
         matched = [path for path in paths if request(path, paths[path])]
     elif isinstance(request, Iterable):
-        return match_names(model, paths, list(request))
+        return match_names(model, paths, list(request), parts)
     else:
         raise LoraLabError(f"target_modules={request!r}: expected 'all-linear', 'attention', a list of names, a regular expression, "
                            "layer classes, or a function of path and module")  # fmt: skip
@@ -206,9 +266,10 @@ def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any) -
     return matched
 
 
-def with_outputs(paths: dict[str, nn.Module], matched: list[str]) -> list[str]:
-    """A request that names an nn.MultiheadAttention means its output projection, too, as in PEFT."""
-    outputs = {f"{path}.out_proj" for path in matched if isinstance(paths[path], nn.MultiheadAttention)}
+def with_outputs(paths: dict[str, nn.Module], matched: list[str], parts: Collection[str] = ()) -> list[str]:
+    """A request that names an nn.MultiheadAttention means its output projection, too, as in PEFT; one that names parts means those."""
+    whole = (path for path in matched if path not in parts)
+    outputs = {f"{path}.out_proj".removeprefix(".") for path in whole if isinstance(paths[path], nn.MultiheadAttention)}
     return [path for path in paths if path in outputs or path in matched]
 
 
@@ -218,13 +279,13 @@ def layer_types(request: Any) -> tuple[type, ...] | None:
     return tuple(several) if several and all(isinstance(item, type) for item in several) else None
 
 
-def match_names(model: nn.Module, paths: dict[str, nn.Module], names: list[str]) -> list[str]:
+def match_names(model: nn.Module, paths: dict[str, nn.Module], names: list[str], parts: Collection[str]) -> list[str]:
     for name in names:
-        if not isinstance(name, str) or not any(name_matches(name, path) for path in paths):
+        if not isinstance(name, str) or not (any(name_matches(name, path) for path in paths) or split_part(name, paths)[1]):
             raise LoraLabError(f"target_modules={names!r}: {name!r} {why_no_match(model, name)}.{layers_here(paths, str(name))}")
     if not names:
         raise LoraLabError(f"target_modules=[] names no layer.{layers_here(paths, '')}")
-    return [path for path in paths if any(name_matches(name, path) for name in names)]
+    return [path for path in paths if path in parts or any(name_matches(name, path) for name in names)]
 
 
 def name_matches(name: str, path: str) -> bool:
@@ -259,6 +320,8 @@ def excluded(targets: list[str], request: str | Sequence[str] | None) -> set[str
         pattern = compile_pattern(request, "exclude_modules")
         groups = {request: {path for path in targets if pattern.fullmatch(path)}}
     else:
+        if not isinstance(request, Sequence) or not all(isinstance(name, str) for name in request):
+            raise LoraLabError(f"exclude_modules={request!r}: expected a list of names, or a regular expression")
         groups = {name: {path for path in targets if any(name_matches(name, part) for part in ancestors(path))} for name in request}
     for name, paths in groups.items():
         if not paths:
@@ -357,4 +420,4 @@ def lora_layers(model: nn.Module) -> dict[str, LoRA]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    return sorted({name for layer in lora_layers(model).values() for name in layer.lora_A})
+    return sorted({name for layer in lora_layers(model).values() for name in layer.lora_variant})

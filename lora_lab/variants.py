@@ -1,18 +1,22 @@
 """What an adapter does with its A and B: LoRA as it is, DoRA, PiSSA. Another variant is another class here, and a line in `variant_of`.
 
-A variant says which tensors it needs beside A and B, what it adds to the layer's output, and which change of the weight that is.
+A variant says which tensors it needs beside A and B, and which pair of plain LoRA its update is: what is added to the layer's output, the
+change of the weight and the tensors of a file follow from that. DoRA, whose update is more than a pair, says all of it itself. Those for parts
+of a fused layer are in parts.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .errors import LoraLabError, did_you_mean
 from .kinds import LinearKind
+from .selection import RowSelection
 
 if TYPE_CHECKING:
     from .layers import LoRA
@@ -28,27 +32,62 @@ class Variant:
     """
 
     freeze_A: bool = False
+    is_pair: ClassVar[bool] = True  # the update is ``scaling * B A x`` of `pair`, and nothing else
+    replaces: ClassVar[bool] = False  # a part of the output is put in the place of the frozen layer's, see token_rows.py
 
     def trains(self, container: str) -> bool:
         """Whether the adapter's tensor in this container is trained."""
         return not container.endswith("_start") and not (self.freeze_A and container == "lora_A")
 
+    def shapes(self, kind: LinearKind, module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of lora_A and lora_B."""
+        return kind.pair_shapes(module, rank)
+
+    def pieces(self, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pairs, each of its rank r, in lora_A and lora_B: views, to be initialised one by one."""
+        yield A, B
+
     def extras(self, kind: LinearKind, module: nn.Module, A: Tensor, B: Tensor, scaling: float) -> dict[str, nn.Parameter]:
         """Tensors beside A and B by the name of their container; A and B may be filled here. Changes nothing of the module."""
         return {}
+
+    def pair(self, layer: LoRA, adapter: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of a plain adapter with the same update."""
+        return layer.lora_A[adapter], layer.lora_B[adapter]
 
     def update(self, layer: LoRA, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """What is added to y, the output of the frozen layer for x."""
         return layer.lora_update(adapter, x)
 
+    def output(self, layer: LoRA, adapter: str, x: Tensor, y: Tensor, so_far: Tensor) -> Tensor:
+        """The layer's output with this adapter. y: of the frozen layer for x; so_far: with the adapters before this one."""
+        return so_far + layer._remembered(self.update(layer, adapter, x, y), x).to(y.dtype)
+
+    def output_by_row(self, layer: LoRA, selected: RowSelection, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output where the rows have different adapters: each one's `output` for its own rows."""
+        result, dim = y, selected.dim
+        for adapter, rows in selected.indices(x).items():
+            own_x, own_y = x.index_select(dim, rows), y.index_select(dim, rows)
+            result = result.index_copy(dim, rows, layer.lora_variant[adapter].output(layer, adapter, own_x, own_y, own_y))
+        return result
+
     def delta(self, layer: LoRA, adapter: str, rows: slice = slice(None)) -> Tensor:
-        """The change of the weight that the update stands for, [out, in], or some of its rows."""
-        A, B = layer.lora_A[adapter], layer.lora_B[adapter]
-        return layer.lora_scaling[adapter] * B[rows].flatten(1) @ A.flatten(1)
+        """The change of the weight that the update stands for, [out, in], or some of its rows; in float32 or wider, whatever A and B are."""
+        A, B = (tensor.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in self.pair(layer, adapter))
+        return layer.lora_scaling[adapter] * B[rows] @ A
+
+    def merged(self, layer: LoRA, adapter: str, rows: slice, weight: Tensor, so_far: Tensor) -> Tensor:
+        """Rows of the weight with this adapter. weight: as they are, [rows, in]; so_far: with the adapters before this one."""
+        return so_far + self.delta(layer, adapter, rows).to(so_far.dtype)
 
     def pair_for_file(self, layer: LoRA, adapter: str) -> tuple[Tensor, Tensor]:
-        """A and B of a plain adapter with the same update, for a file."""
-        return layer.lora_A[adapter].detach(), layer.lora_B[adapter].detach()
+        """The same pair without its history, for a file."""
+        A, B = self.pair(layer, adapter)
+        return A.detach(), B.detach()
+
+    def magnitude_for_file(self, layer: LoRA, adapter: str) -> Tensor:
+        """The magnitude of all outputs, [out], of a variant that has one."""
+        return layer.lora_magnitude_vector[adapter].detach()
 
 
 @dataclass(frozen=True)
@@ -59,6 +98,8 @@ class DoRA(Variant):
     only. Source: Liu et al. 2024 (arXiv:2402.09353), equations 5 and 11.
     """
 
+    is_pair: ClassVar[bool] = False
+
     def extras(self, kind: LinearKind, module: nn.Module, A: Tensor, B: Tensor, scaling: float) -> dict[str, nn.Parameter]:
         """The magnitude starts as the norm, so that nothing has changed yet."""
         if A.shape[0] != B.shape[1]:
@@ -67,9 +108,17 @@ class DoRA(Variant):
 
     def ratio(self, layer: LoRA, adapter: str, rows: slice = slice(None)) -> Tensor:
         """``m / ||W + s B A||`` of these rows, [out]; 0 for a row of zeros, which has no direction."""
-        A, B = layer.lora_A[adapter].detach(), layer.lora_B[adapter].detach()
-        norm = weight_norm(layer.lora_kind.matrix(layer)[rows], A, B[rows], layer.lora_scaling[adapter])
-        return layer.lora_magnitude_vector[adapter][rows] / norm.clamp_min(torch.finfo(A.dtype).tiny).to(A.dtype)
+        norm = self.norm(layer, adapter, rows)
+        return self.magnitude(layer, adapter, norm, rows) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+    def norm(self, layer: LoRA, adapter: str, rows: slice = slice(None)) -> Tensor:
+        """``||W + s B A||`` of these rows, [out], in the adapter's dtype."""
+        A, B = self.pair_for_file(layer, adapter)
+        return weight_norm(layer.lora_kind.matrix(layer)[rows], A, B[rows], layer.lora_scaling[adapter]).to(A.dtype)
+
+    def magnitude(self, layer: LoRA, adapter: str, norm: Tensor, rows: slice = slice(None)) -> Tensor:
+        """m of these rows, [out]; a variant that trains some outputs only has the norm for the others."""
+        return layer.lora_magnitude_vector[adapter][rows]
 
     def update(self, layer: LoRA, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         bias, ratio = getattr(layer, "bias", None), self.ratio(layer, adapter)
@@ -107,21 +156,10 @@ class PiSSA(Variant):
             B.copy_(left[:, :rank] * root)
         return {name: nn.Parameter(start.detach().clone(), requires_grad=False) for name, start in (("lora_A_start", A), ("lora_B_start", B))}
 
-    def _pair(self, layer: LoRA, adapter: str) -> tuple[Tensor, Tensor]:
-        """[A; A0] and [B, -B0]."""
+    def pair(self, layer: LoRA, adapter: str) -> tuple[Tensor, Tensor]:
+        """[A; A0] and [B, -B0], of rank 2r."""
         start_A, start_B = layer.lora_A_start[adapter], layer.lora_B_start[adapter]
         return torch.cat((layer.lora_A[adapter], start_A)), torch.cat((layer.lora_B[adapter], -start_B), dim=1)
-
-    def update(self, layer: LoRA, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        return layer.lora_apply(adapter, x, *self._pair(layer, adapter))
-
-    def delta(self, layer: LoRA, adapter: str, rows: slice = slice(None)) -> Tensor:
-        A, B = self._pair(layer, adapter)
-        return layer.lora_scaling[adapter] * B[rows] @ A
-
-    def pair_for_file(self, layer: LoRA, adapter: str) -> tuple[Tensor, Tensor]:
-        A, B = self._pair(layer, adapter)
-        return A.detach(), B.detach()
 
 
 def weight_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -146,7 +184,7 @@ def _row_squares(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
 
 LORA = Variant()
 VARIANTS: dict[str, type[Variant]] = {"lora": Variant, "dora": DoRA}
-EXTRAS = ("lora_magnitude_vector", "lora_A_start", "lora_B_start", "lora_B_bias")
+EXTRAS = ("lora_magnitude_vector", "lora_A_start", "lora_B_start", "lora_B_bias", "lora_tokens")
 
 
 def variant_of(name: Any, init: str, freeze_A: bool = False) -> Variant:
@@ -156,7 +194,7 @@ def variant_of(name: Any, init: str, freeze_A: bool = False) -> Variant:
     'DoRA'
     """
     if name not in VARIANTS:
-        raise LoraLabError(f"variant={name!r}: expected one of {', '.join(VARIANTS)}{did_you_mean(str(name), VARIANTS)}")
+        raise LoraLabError(f"variant={name!r}: expected one of {', '.join(VARIANTS)}{did_you_mean(name, VARIANTS)}")
     if init == "pissa" and name != "lora":
         raise LoraLabError(f"init='pissa' with variant={name!r}: PiSSA trains the principal part of W itself; use one of the two")
     return (PiSSA if init == "pissa" else VARIANTS[name])(freeze_A)

@@ -151,7 +151,7 @@ def dropped_update(tape: Tape, x: Sized, A: Sized, B: Sized, numel: int) -> Size
 
 
 def remember_selection(model: Model, x: Sized) -> Sized:
-    """Under checkpointing a LoRA layer whose input needs a gradient keeps one int64 that says which adapters its forward had."""
+    """Under checkpointing a LoRA layer keeps one int64 that says which adapters its forward had."""
     if not model.tape.inside_checkpoint:
         return x
     return model.tape.record("selection", [x], lambda: x, keeps_after=lambda _: [model.tape.new(1, 8, "other")], passes=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from small_models import randomise
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lora_lab
 from lora_lab import LoraLabError
@@ -152,6 +154,46 @@ def test_backward_outside_per_sample_fails_under_checkpointing_instead_of_being_
     with lora_lab.per_sample(model, ["a", None, "b"]), pytest.raises(LoraLabError, match="recomputed a layer with other adapters"):
         outside.backward()
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("selections", [("a", "b"), (["a", "b"], ["b", "a"]), (["a", None], [None, "a"])])
+def test_another_selection_in_the_recompute_fails_though_the_input_has_no_gradient(kind: str, selections: Any, dropout: float) -> None:
+    """The first layer of a model reads data, an embedding whole numbers: neither has a gradient to notice it by."""
+    model, x = several(kind), KINDS[kind][1](2)
+    for layer in lora_layers(model).values():
+        layer.lora_dropout = dict.fromkeys(layer.lora_dropout, dropout)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    during, after = (lora_lab.per_sample(model, s) if isinstance(s, list) else _using(model, s) for s in selections)
+    with during:
+        loss = checkpoint(model, x, use_reentrant=False).sum()
+    with after, pytest.raises((LoraLabError, CheckpointError), match="recomputed a layer with other adapters|different metadata|different number"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("needs", [True, False])
+@pytest.mark.parametrize("selections", [("a", "b"), (["a", "b"], ["b", "a"])])
+def test_another_selection_in_the_recompute_of_an_attention_fails(selections: Any, needs: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double(), numbers(2, 3, 8).requires_grad_(needs)
+    for name in ("a", "b"):
+        lora_lab.inject(model, rank=2, adapter=name, target_modules=["self_attn"])
+    randomise(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    during, after = (lora_lab.per_sample(model, s) if isinstance(s, list) else _using(model, s) for s in selections)
+    with during:
+        loss = checkpoint(model, x, use_reentrant=False).sum()
+    with after, pytest.raises(LoraLabError, match="recomputed a layer with other adapters"):
+        loss.backward()
+
+
+@contextlib.contextmanager
+def _using(model: nn.Module, adapter: str) -> Iterator[None]:
+    lora_lab.use(model, adapter)
+    yield
 
 
 def test_a_row_selection_pickles_with_the_model() -> None:

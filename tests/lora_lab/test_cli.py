@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from command_line import CONTEXT, check_refusal, half, run
 from safetensors.torch import load_file
 from tiny_workshop import chat_tokenizer, our_llama, plain_tokenizer, text_rows
 
@@ -23,59 +23,6 @@ from lora_lab.__main__ import main
 from lora_lab.models import loading
 
 ROOT = Path(lora_lab.__file__).parent.parent
-CONTEXT = 128
-
-
-class Shop:
-    """A folder with a model, rows of text, and an adapter from an earlier run."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.model, self.rows, self.adapter = folder / "model", folder / "rows.jsonl", folder / "adapter"
-
-    def finetune(self, **changes):
-        given = {"model": self.model, "data": self.rows, "out": self.adapter, "precision": "fp32", "max-steps": 3, "rank": 2, **changes}
-        return run("finetune", **given)
-
-    def generate(self, **changes):
-        return run("generate", **{"model": self.model, "prompt": "Say one.", "max-new-tokens": 5, "temperature": 0, "precision": "fp32", **changes})
-
-    def inspect(self, **changes):
-        return run("inspect", **{"model": self.model, **changes})
-
-    def file(self, name, content):
-        path = self.folder / name
-        path.write_text(content)
-        return path
-
-    def contents(self):
-        return {str(path): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
-
-
-def run(command, **options):
-    """main() with --name value for each option; a value of None leaves the option out, True is a switch, a list several words."""
-    words = [command]
-    for name, value in options.items():
-        if value is not None:
-            words += [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
-    return main(words)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    torch.manual_seed(0)
-    shop = Shop(tmp_path_factory.mktemp("shop"))
-    loading.save(our_llama(max_position_embeddings=CONTEXT), shop.model, chat_tokenizer())
-    shop.rows.write_text("\n".join(json.dumps(row) for row in text_rows()))
-    assert shop.finetune() == 0
-    return shop
-
-
-@pytest.fixture
-def shop(finished, tmp_path, capsys):
-    shutil.copytree(finished.folder, tmp_path / "shop")
-    capsys.readouterr()
-    return Shop(tmp_path / "shop")
 
 
 # The way through ------------------------------------------------------------------------------------------------------------
@@ -173,16 +120,6 @@ def test_warnings_are_one_line_and_the_callers_own_come_back(shop, capsys):
 # Mistakes -------------------------------------------------------------------------------------------------------------------
 
 
-def check_refusal(code, capsys, message):
-    """Exit code 2 and one "error:" line, perhaps with one indented line below; no traceback."""
-    err = capsys.readouterr().err
-    assert code == 2
-    assert len(re.findall(r"^error: ", err, re.MULTILINE)) == 1 and "Traceback" not in err
-    lines = err[err.index("error: ") :].rstrip("\n").split("\n")
-    assert len(lines) <= 2 and all(line.startswith("  ") for line in lines[1:])
-    assert re.search(message, "\n".join(lines))
-
-
 def rows(text):
     return lambda shop: {"data": shop.file("bad.jsonl", text)}
 
@@ -242,10 +179,11 @@ def test_a_loss_that_is_not_a_number_leaves_the_earlier_adapter(shop, capsys):
 
 
 def untouched(shop, before):
-    """All but the log, which is the failed run's own."""
-    after = shop.contents()
+    """All but the log, which is the failed run's own; the earlier one is kept beside it."""
+    after, log, earlier = shop.contents(), str(shop.adapter / "log.jsonl"), str(shop.adapter / "log.previous.jsonl")
+    assert after.pop(earlier) == before[log]
     assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name]} <= {str(shop.adapter / "log.jsonl")}
+    assert {name for name in after if after[name] != before[name]} <= {log}
 
 
 @pytest.mark.parametrize("place", ["tensors", "rename"])
@@ -253,7 +191,11 @@ def test_a_full_disk_while_saving_leaves_the_earlier_adapter(shop, capsys, monke
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(*((lora_lab.checkpoint, "save_file") if place == "tensors" else (os, "replace")), full)
+    def full_for_adapters(source, target):
+        return full() if Path(target).name.startswith("adapter_") else rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(*((lora_lab.checkpoint, "save_file", full) if place == "tensors" else (os, "replace", full_for_adapters)))
     before = shop.contents()
     check_refusal(shop.finetune(seed=5), capsys, "could not save adapter 'default'.*No space left on device")
     untouched(shop, before)
@@ -265,10 +207,6 @@ def test_a_model_without_a_tokenizer_is_refused(shop, capsys):
     check_refusal(shop.finetune(), capsys, "tokenizer")
     check_refusal(shop.generate(), capsys, "no tokenizer.json")
     assert shop.contents() == before
-
-
-def half(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def test_damaged_files_are_named(shop, capsys):
@@ -349,12 +287,13 @@ def test_interrupting_is_no_traceback(shop, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16-mixed", torch.bfloat16), ("fp16-mixed", torch.float16)])
 def test_precision_says_what_the_base_is_stored_in_whatever_the_file_holds(shop, precision, dtype):
-    from lora_lab.__main__ import _load, parser
+    from lora_lab.__main__ import parser
+    from lora_lab.commands.shared import load_model
 
     model, tokenizer = lora_lab.models.load(shop.model, dtype=torch.bfloat16)
     loading.save(model, shop.model, tokenizer)
     options = parser().parse_args(["generate", "--model", str(shop.model), "--prompt", "x"])
-    assert _load(options, precision)[0].lm_head.weight.dtype == dtype
+    assert load_model(options, precision)[0].lm_head.weight.dtype == dtype
 
 
 def test_a_raw_prompt_begins_as_the_tokenizer_begins_a_text(shop, monkeypatch):

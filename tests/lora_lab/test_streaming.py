@@ -546,7 +546,7 @@ SPOILED_TENSORS = {
     "a wrong width": (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 31)}), r"\[3, 31\].*do not fit.*\[32, 32\]"),
     "no prefix": (lambda t: t.update({"model.norm.weight": torch.ones(32)}), "unexpected tensor 'model.norm.weight'"),
     "an unknown kind": (lambda t: t.update({f"{Q}.lora_C.weight": torch.ones(3, 3)}), "unexpected tensor.*lora_C"),
-    "token rows": (lambda t: t.update({"base_model.model.wte.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}), "unexpected tensor"),
+    "rows of no known words": (lambda t: t.update({"base_model.model.wte.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}), "do not belong"),
     "whole numbers": (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32, dtype=torch.long)}), "unexpected tensor"),
     "a resized vocabulary": (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(70, 32)}), r"\[70, 32\].*\[64, 32\].*vocabulary"),
     "a part the base lacks": (lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 32)}), "score.weight.*not in the base"),
@@ -569,14 +569,14 @@ SPOILED_CONFIGS = {
     "alora": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "raw parameters": ({"target_parameters": ["x"]}, "target_parameters"),
-    "token rows": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "token rows lost": ({"trainable_token_indices": [1]}, "trainable_token_indices.*incomplete"),
     "qalora": ({"use_qalora": True}, "use_qalora"),
     "a feature of tomorrow": ({"use_newlora": True}, "use_newlora=True"),
-    "no alpha": ({"lora_alpha": None}, "lora_alpha=None"),
-    "alpha NaN": ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
-    "rank zero": ({"r": 0}, "r=0"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha is null"),
+    "alpha NaN": ({"lora_alpha": float("nan")}, "alpha=nan"),
+    "rank zero": ({"r": 0}, "rank=0"),
     "a wrong rank": ({"r": 4}, "rank is 4"),
-    "a pattern's rank": ({"rank_pattern": {"q_proj": 1.5}}, "q_proj=1.5"),
+    "a pattern's rank": ({"rank_pattern": {"q_proj": 1.5}}, "rank=1.5"),
     "DoRA without magnitudes": ({"use_dora": True}, "use_dora=True"),
     "modules_to_save lost": ({"modules_to_save": ["lm_head"]}, "modules_to_save.*incomplete"),
 }  # fmt: skip
@@ -654,6 +654,28 @@ def test_an_older_config_beside_newer_tensors_is_not_believed(tmp_path):
     with pytest.warns(UserWarning, match="tensors' own"):
         merge(tmp_path)
     assert_close(outputs(reload(tmp_path), "llama"), outputs(model, "llama"), rtol=0, atol=1e-11)
+
+
+def test_another_base_than_the_adapters_is_warned_about(tmp_path, no_warnings):
+    """As `load` does; a base whose adapter does not know its SHA-256 is not hashed."""
+    model = make("llama")
+    model.save_pretrained(tmp_path / "base")
+    model, _ = lora_lab.models.load(tmp_path / "base")
+    lora_lab.save(lora_lab.inject(model, rank=2, init="random"), tmp_path / "adapter")
+    merge(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    rewrite(tmp_path / "base" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].add_(1))
+    with pytest.warns(UserWarning, match=f"{tmp_path / 'adapter'} was trained on a base with SHA-256.*weights differ"):
+        merge(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    rewrite_metadata(tmp_path / "adapter" / TENSORS, base_sha256=None)
+    merge(tmp_path)
+
+
+def rewrite_metadata(path, **changes):
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | changes
+    save_file(load_file(path), path, {key: value for key, value in metadata.items() if value is not None})
 
 
 # Memory -------------------------------------------------------------------------------------------------------------------------

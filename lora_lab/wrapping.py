@@ -1,0 +1,53 @@
+"""What PyTorch wraps a model in or divides it into: DistributedDataParallel, torch.compile's wrapper, fully_shard.
+
+Adapters go into the model first, the wrapper around it afterwards. The other way round much would still run, and be wrong without a word: new
+adapters whose gradients no process exchanges, files whose names begin with "module.", layers that lose the class fully_shard gave them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import LoraLabError
+
+WRAPPERS = {"DistributedDataParallel": "module", "FullyShardedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+
+
+def refuse_wrapped(model: nn.Module, verb: str) -> None:
+    """For the verbs that go by the names of layers. Raises LoraLabError where a wrapper is among them, at the top or further down.
+
+    `model.compile()` wraps nothing and is welcome at any time; known by name, as importing them costs more than this whole package.
+    """
+    for path, module in model.named_modules():
+        for name in _names(module):
+            if name in WRAPPERS:
+                where = f"layer {path!r} is" if path else "this is"
+                raise LoraLabError(f"{verb}: {where} torch's {name}, whose layers have other names; call {verb} with the model inside "
+                                   f"(.{WRAPPERS[name]}), and for new adapters before it is wrapped (model.compile() wraps nothing)")  # fmt: skip
+
+
+def refuse_sharded(model: nn.Module, verb: str) -> None:
+    """For the verbs that add, remove or write whole parameters. Raises LoraLabError where FSDP (`fully_shard`, or the older one) divided them."""
+    for path, module in model.named_modules():
+        if _names(module) & {"FSDPModule", "FullyShardedDataParallel"}:
+            raise LoraLabError(f"{verb}: {path or type(module).__name__!r} is divided among processes by FSDP: inject and load before that; to "
+                               "merge or eject, save the adapter and load it into a model that is whole")  # fmt: skip
+
+
+def _names(module: nn.Module) -> set[str]:
+    """The names of the classes that PyTorch gave a module."""
+    return {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that fully_shard divided, all of it. That is gathered: every process has to ask.
+
+    Raises LoraLabError for an empty vector, which is what DeepSpeed's ZeRO-3 leaves of a divided tensor.
+    """
+    if tensor.shape == (0,):
+        raise LoraLabError("a tensor of the adapter is empty: if ZeRO-3 has divided the parameters, save within deepspeed.zero.GatheredParameters")
+    divided: Any = tensor
+    gathered: Tensor = divided.full_tensor() if hasattr(divided, "full_tensor") else tensor
+    return gathered
