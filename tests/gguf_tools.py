@@ -6,6 +6,8 @@ import gguf
 import numpy as np
 import torch
 
+from lora_lab.models import Tokenizer
+
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
          "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}  # fmt: skip
@@ -93,10 +95,10 @@ def write(path, model, kind=gguf.GGMLQuantizationType.F32, tokenizer=None, extra
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("a small random Llama")
     add_hyperparameters(writer, model.config)
-    if callable(tokenizer):
-        tokenizer(writer)
-    elif tokenizer is not None:
+    if isinstance(tokenizer, Tokenizer):
         add_byte_level_tokenizer(writer, tokenizer)
+    elif tokenizer is not None:
+        tokenizer(writer)
     with torch.no_grad():
         add_tensors(writer, model, kind)
     if extra is not None:

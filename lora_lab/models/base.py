@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from .blocks import KVCache
+from ..files import weights_sha256
+from .cache import KVCache
+from .recompute import Mode, recompute_mode, set_recompute
 
 
 @dataclass
@@ -26,36 +28,59 @@ class CausalLMOutput:
 
 
 class PretrainedModel(nn.Module):
-    """A model with a `config`, an embedding and a head."""
+    """A model with a `config`, an embedding and, for most, a head. The paths are transformers'."""
 
     config_class: ClassVar[Any]
+    embedding_path: ClassVar[str] = "model.embed_tokens"
+    head_path: ClassVar[str | None] = "lm_head"
+    new_head: ClassVar[tuple[str, ...]] = ()  # modules that begin anew where a checkpoint of another task is loaded
     config: Any
-    model: nn.Module
-    lm_head: nn.Linear
     name_or_path: str = ""
     source_folder: Path | None = None
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens  # type: ignore[return-value]
+        return self.get_submodule(self.embedding_path)  # type: ignore[return-value]
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
+    def get_output_embeddings(self) -> Any:
+        return None if self.head_path is None else self.get_submodule(self.head_path)
 
     def tie_weights(self) -> None:
-        """One Parameter for the embedding and the head, where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.get_input_embeddings().weight
+        """One Parameter under all its names, where the config says so."""
+        for second, first in self.tied.items():
+            owner, _, leaf = second.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, self.get_parameter(first))
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only each block's input in forward and recompute the block in backward (training mode only)."""
-        self.model.gradient_checkpointing = True  # type: ignore[assignment]
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are another one under a second name, which a file need not repeat: {second: first}. For most the head's weight."""
+        if self.head_path is None or not self.config.tie_word_embeddings:
+            return {}
+        return {f"{self.head_path}.weight": f"{self.embedding_path}.weight"}
+
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        """The name here of a tensor in a checkpoint; None for one that is no parameter (masks and frequencies that old files carry)."""
+        return None if name.endswith("rotary_emb.inv_freq") else name
+
+    @classmethod
+    def stored_name(cls, name: str) -> str:
+        """The name in a checkpoint of a tensor here."""
+        return name
+
+    def without(self, missing: set[str]) -> set[str]:
+        """Told which parameters a checkpoint has no tensor for; returns those that the model cannot do without."""
+        return missing
+
+    def gradient_checkpointing_enable(self, mode: Mode = True) -> None:
+        """Keep less in forward and compute it again in backward (training mode only); see recompute.py for the modes."""
+        set_recompute(self, mode)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing = False  # type: ignore[assignment]
+        set_recompute(self, False)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return bool(self.model.gradient_checkpointing)
+        return recompute_mode(self)
 
     @property
     def base_sha256(self) -> str | None:
@@ -63,13 +88,16 @@ class PretrainedModel(nn.Module):
 
         None for a model made by hand, and (with a warning) where the files are no longer there: an adapter can be saved all the same.
         """
-        from .loading import weights_sha256
-
         try:
             return weights_sha256(self.source_folder) if self.source_folder is not None else None
         except (LoraLabError, OSError) as error:
             warnings.warn(f"the base's SHA-256 is not recorded: {error}", stacklevel=3)
             return None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model, ours or transformers', answers what an encoder has read, rather than continues it."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int, also: int = 0) -> None:

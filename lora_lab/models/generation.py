@@ -1,7 +1,8 @@
 """Text generation: batched, cached, greedy or sampled.
 
 Prompts of different lengths are padded on the left, so that every row's next token is at the same place; each row stops on its
-own. Works with any causal model that takes transformers' arguments, ours or transformers'.
+own. Works with any causal model that takes transformers' arguments, ours or transformers'. Of an encoder-decoder the encoder reads
+the prompts, once and padded on the right, and the decoder begins each row with the model's start token.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from .base import in_mode
+from .base import PretrainedModel, in_mode, is_encoder_decoder
+from .causal import CausalLM
 
 OnToken = Callable[[int, int, str], None]
 
@@ -54,24 +56,31 @@ def generate(model: nn.Module, prompts: Sequence[str] | Sequence[Sequence[int]] 
              max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
              seed: int | Sequence[int] | None = None, stop_ids: Sequence[int] | None = None, use_cache: bool = True,
              on_token: OnToken | None = None) -> Generation:  # fmt: skip
-    """Continue each prompt by up to max_new_tokens tokens.
+    """Continue each prompt, or with an encoder-decoder answer it, by up to max_new_tokens tokens.
 
-    prompts: texts (tokenised as they are: apply the chat template first) or lists of ids.
+    prompts: texts or lists of ids. Texts are tokenised as they are (apply the chat template first); for an encoder-decoder with the
+        special tokens its tokenizer adds, T5's end token.
     temperature: 0 takes the likeliest token.  top_k, top_p: sample among the likeliest k / the smallest set with probability top_p.
-    repetition_penalty: divides the logits of tokens seen, prompt included (Keskar et al. 2019, arXiv:1909.05858, section 4.1).
+    repetition_penalty: divides the logits of tokens seen, those of the prompt included where the model continues it (Keskar et al.
+        2019, arXiv:1909.05858, section 4.1).
     seed: row i samples from its own stream seed + i (or seed[i]), so a row's text does not depend on its neighbours.
-    stop_ids: None takes the tokenizer's.  on_token(row, id, text): called for each new token, for streaming.
-    Raises LoraLabError for an empty prompt, a prompt beyond the model's context, or a setting out of range.
+    stop_ids: None takes the tokenizer's, of an encoder-decoder without one the config's.  on_token(row, id, text): called for each new
+        token, for streaming.
+    Raises LoraLabError for an empty prompt, a prompt beyond the model's context, a setting out of range, or a model that only reads.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    rows = _encode(prompts, tokenizer)
-    limits = _limits(model, rows, max_new_tokens)
-    stops = frozenset(stop_ids if stop_ids is not None else getattr(tokenizer, "end_ids", None) or _eos(tokenizer))
+    answers = is_encoder_decoder(model)
+    if isinstance(model, PretrainedModel) and not (answers or isinstance(model, CausalLM)):
+        raise LoraLabError(f"a {type(model).__name__} reads text and writes none: generate needs a causal language model or an encoder-decoder")
+    rows = _encode(prompts, tokenizer, special_tokens=answers)
+    limits = _limits(model, [[0]] * len(rows) if answers else rows, max_new_tokens)  # what the encoder reads takes no room from the answer
+    ends = getattr(tokenizer, "end_ids", None) or _eos(model.config if answers and tokenizer is None else tokenizer)
+    stops = frozenset(stop_ids if stop_ids is not None else ends)
     stream = _Stream(limits, tokenizer, stops, on_token)
     started = time.perf_counter()
     generators, pad = _generators(seed, len(rows), model), getattr(tokenizer, "pad_token_id", 0) or 0
     with in_mode(model, training=False), torch.inference_mode():
-        for tokens in _tokens(model, rows, sampling, generators, use_cache, limits, pad):
+        for tokens in (_answer_tokens if answers else _tokens)(model, rows, sampling, generators, use_cache, limits, pad):
             if stream.add(tokens):
                 break
     texts = ["" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True) for ids in stream.ids]
@@ -93,6 +102,21 @@ def _tokens(model: nn.Module, rows: list[list[int]], sampling: Sampling, generat
         step = token[:, None] if use_cache else ids
         following = (positions[:, -1:] + 1).clamp(max=last)
         positions = following if use_cache else torch.cat((positions, following), 1)
+
+
+def _answer_tokens(model: nn.Module, rows: list[list[int]], sampling: Sampling, generators: list[torch.Generator], use_cache: bool,
+                   limits: list[int], pad: int) -> Iterator[Tensor]:  # fmt: skip
+    """The same of an encoder-decoder. Only its first call reads the prompts; what it made of them goes into the others."""
+    ids, mask = right_pad(rows, pad, next(model.parameters()).device)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    written, cache = ids.new_full((len(rows), 1), decoder_start(model)), None
+    for _ in range(max(limits)):
+        step = written[:, -1:] if cache is not None else written
+        out = model(**inputs, attention_mask=mask, decoder_input_ids=step, past_key_values=cache, use_cache=use_cache)
+        token = choose(out.logits[:, -1].float(), written, torch.ones_like(written), sampling, generators)
+        yield token
+        written = torch.cat((written, token[:, None]), 1)
+        inputs, cache = {"encoder_outputs": (out.encoder_last_hidden_state,)}, out.past_key_values if use_cache else None
 
 
 def choose(logits: Tensor, ids: Tensor, mask: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
@@ -132,6 +156,21 @@ def left_pad(rows: list[list[int]], pad: int, device: Any = None) -> tuple[Tenso
     return ids, mask
 
 
+def right_pad(rows: list[list[int]], pad: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """ids and mask, [B, T] each; text begins at the left edge of every row."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def decoder_start(model: nn.Module) -> int:
+    """The token an encoder-decoder begins with: the config's decoder_start_token_id, else its padding token (T5's)."""
+    config: Any = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    return int(config.pad_token_id if start is None else start)
+
+
 class _Stream:
     """Collects each row's tokens until its stop token or its limit, and hands out text as it becomes whole."""
 
@@ -161,17 +200,17 @@ class _Stream:
         return new
 
 
-def _encode(prompts: Any, tokenizer: Any) -> list[list[int]]:
+def _encode(prompts: Any, tokenizer: Any, special_tokens: bool) -> list[list[int]]:
     if isinstance(prompts, str):
         raise LoraLabError("prompts is one string: expected a list of prompts, [prompt]")
     rows = []
     for index, prompt in enumerate(prompts.tolist() if isinstance(prompts, Tensor) else prompts):
         if isinstance(prompt, str) and tokenizer is None:
             raise LoraLabError("prompts are texts, so a tokenizer is needed: generate(model, prompts, tokenizer)")
-        # a rendered chat template brings its own special tokens
         if not isinstance(prompt, Iterable):
             raise LoraLabError(f"prompt {index} is {prompt!r}: expected a text or a list of token ids; one prompt is [prompt]")
-        ids = tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, str) else [int(i) for i in prompt]
+        # a rendered chat template brings its own special tokens
+        ids = tokenizer.encode(prompt, add_special_tokens=special_tokens) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise LoraLabError(f"prompt {index} is empty: expected at least one token")
         rows.append(ids)
@@ -193,7 +232,7 @@ def _limits(model: nn.Module, rows: list[list[int]], wanted: int) -> list[int]:
 
 def _eos(tokenizer: Any) -> list[int]:
     eos = getattr(tokenizer, "eos_token_id", None)
-    return [] if eos is None else [eos]
+    return list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
 
 
 def _generators(seed: int | Sequence[int] | None, rows: int, model: nn.Module) -> list[torch.Generator]:

