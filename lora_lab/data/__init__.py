@@ -2,8 +2,13 @@
 
 from .batching import Batch, collate, length_buckets, padding_share
 from .formats import Row, Rows, load, read
+from .mixtures import Mixture, mixture
+from .packing import collate_packed
+from .padding import BatchCost, PaddingReport, padding_report
+from .seq2seq import encode_answers, question_of
 from .templates import Example, encode_rows, messages_of, prompt_of
 
 __all__ = [
-    "Batch", "Example", "Row", "Rows", "collate", "encode_rows", "length_buckets", "load", "messages_of", "padding_share", "prompt_of", "read",
+    "Batch", "BatchCost", "Example", "Mixture", "PaddingReport", "Row", "Rows", "collate", "collate_packed", "encode_answers", "encode_rows",
+    "length_buckets", "load", "messages_of", "mixture", "padding_report", "padding_share", "prompt_of", "question_of", "read",
 ]  # fmt: skip

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .templates import IGNORE, Example
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors by the names of the model's arguments; packed, document_lengths, too
 POOL = 16  # micro-batches that are sorted together: enough for like lengths, few enough to stay random
 
 
@@ -35,17 +34,34 @@ def length_buckets(lengths: Sequence[int], size: int, generator: random.Random |
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: Any = None) -> Batch:
-    """input_ids, attention_mask and labels, [B, T] each, padded on the right with pad_id, 0 and -100."""
-    width = max(len(example["input_ids"]) for example in examples)
+    """input_ids, attention_mask and labels, [B, T] each, padded on the right with pad_id, 0 and -100; an encoder-decoder's labels to their own T."""
+    width, labels_width = (max(len(example[name]) for example in examples) for name in ("input_ids", "labels"))
 
-    def padded(values: list[int], fill: int) -> list[int]:
+    def padded(values: list[int], fill: int, width: int = width) -> list[int]:
         return values + [fill] * (width - len(values))
 
     return {
         "input_ids": torch.tensor([padded(e["input_ids"], pad_id) for e in examples], device=device),
         "attention_mask": torch.tensor([padded([1] * len(e["input_ids"]), 0) for e in examples], device=device),
-        "labels": torch.tensor([padded(e["labels"], IGNORE) for e in examples], device=device),
+        "labels": torch.tensor([padded(e["labels"], IGNORE, labels_width) for e in examples], device=device),
     }
+
+
+def collate_classes(examples: Sequence[dict[str, Any]], pad_id: int, device: Any = None) -> Batch:
+    """Of texts with a label: input_ids and attention_mask [B, T], token_type_ids where an example has them, labels [B] or [B, classes]."""
+    width = max(len(example["input_ids"]) for example in examples)
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        return values + [fill] * (width - len(values))
+
+    batch = {
+        "input_ids": torch.tensor([padded(e["input_ids"], pad_id) for e in examples], device=device),
+        "attention_mask": torch.tensor([padded([1] * len(e["input_ids"]), 0) for e in examples], device=device),
+        "labels": torch.tensor([e["label"] for e in examples], device=device),
+    }
+    if any("token_type_ids" in e for e in examples):
+        batch["token_type_ids"] = torch.tensor([padded(e.get("token_type_ids", []), 0) for e in examples], device=device)
+    return batch
 
 
 def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:

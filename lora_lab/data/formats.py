@@ -1,19 +1,21 @@
 """Training rows from JSON and JSONL files, and from what is bundled.
 
-Two formats, the fields' names as everywhere in the field:
+Two formats for language models, one for classifiers, the fields' names as everywhere in the field:
 
     {"instruction": "...", "input": "...", "output": "..."}                                     Alpaca's; input may be missing
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}  chat; any number of turns
+    {"text": "...", "label": 0}                                                                  see classification.py; text_pair may come, too
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import LoraLabError, did_you_mean
 
@@ -22,7 +24,26 @@ ROLES = ("system", "user", "assistant", "tool")
 BUNDLED = {"reviews": ("reviews_train.jsonl", "reviews_held_out.jsonl")}
 
 
-class Rows(list[Row]):
+class Placed:
+    """A sequence of rows that know where they came from."""
+
+    def where(self, index: int) -> str:
+        raise NotImplementedError
+
+    def each(self, encode: Callable[[Row, str], Any]) -> list[Any]:
+        """``encode(row, where)`` of every row."""
+        return [encode(row, self.where(index)) for index, row in enumerate(cast("Iterable[Row]", self))]
+
+
+def each_encoded(rows: Iterable[Row], encode: Callable[[Row, str], Any]) -> list[Any]:
+    """``encode(row, where)`` of every row; where: its place, for errors. Raises LoraLabError for no rows."""
+    examples = rows.each(encode) if isinstance(rows, Placed) else [encode(row, f"row {index}") for index, row in enumerate(rows)]
+    if not examples:
+        raise LoraLabError("the data holds no rows: there is nothing to train on")
+    return examples
+
+
+class Rows(list[Row], Placed):
     """Rows that remember where they stood: `where(i)` is "file, line n"."""
 
     def __init__(self, rows: list[Row], source: str = "row", lines: list[int] | None = None) -> None:
@@ -43,36 +64,47 @@ def load(name_or_path: str | Path) -> tuple[Rows, Rows | None]:
         return train, held_out
     path = Path(name_or_path)
     if not path.is_file():
-        raise LoraLabError(f"no data at {str(path)!r}: expected a .json or .jsonl file, or one of {list(BUNDLED)}{did_you_mean(str(path), BUNDLED)}")
+        raise LoraLabError(f"no data at {str(path)!r}: expected a .json or .jsonl file, or one of {list(BUNDLED)}{did_you_mean(path, BUNDLED)}")
     return read(path), None
 
 
 def read(path: Any) -> Rows:
-    """Rows of one file: a JSON array, or one JSON object a line. Each row is checked."""
-    text, rows, lines = _text(path), [], []
-    for line, row in _array(text, path) if text.lstrip().startswith("[") else _lines(text, path):
-        check_row(row, f"{path}, line {line}")
-        rows.append(row)
+    """Rows of one file: a JSON array, or one JSON object a line. Each row is checked.
+
+    Lines are read one by one, and memory holds no more than their rows; an array is read as a whole first.
+    """
+    rows, lines = Rows([], str(path), []), list[int]()
+    for line, row in _numbered(path):
+        (check_labelled if isinstance(row, dict) and "label" in row else check_row)(row, f"{path}, line {line}")
+        rows.append({sys.intern(name): value for name, value in row.items()})  # else each row keeps its own copy of the fields' names
         lines.append(line)
     if not rows:
         raise LoraLabError(f"{path} holds no rows: expected one JSON object a line, or an array of them")
-    return Rows(rows, str(path), lines)
+    rows.lines = lines
+    return rows
 
 
-def _text(path: Any) -> str:
+def _numbered(path: Any) -> Iterator[tuple[int, Any]]:
+    """The values in a file, each with the line it begins on."""
+    if next((line for line in _lines(path) if line.strip()), "").lstrip().startswith("["):
+        yield from _array("".join(_lines(path)), path)
+        return
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield number, _parsed(line.rstrip("\r\n"), path, number)
+
+
+def _lines(path: Any) -> Iterator[str]:
+    """Split at line feeds only: U+2028 and U+0085 may stand inside a string."""
+    number = 1
     try:
-        return str(path.read_text(encoding="utf-8-sig"))
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise LoraLabError(f"{path}, line {line}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
+        raise LoraLabError(f"{path}, line {number}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
     except OSError as error:
         raise LoraLabError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _lines(text: str, path: Any) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 and U+0085 may stand inside a string
-        if line.strip():
-            yield number, _parsed(line, path, number)
 
 
 def _array(text: str, path: Any) -> Iterator[tuple[int, Any]]:
@@ -109,6 +141,17 @@ def check_row(row: Any, where: str) -> None:
         _check_instruction(row, where)
     else:
         raise LoraLabError(f"{where}: a row has the fields {sorted(row)}, expected instruction, input, output, or messages")
+
+
+def check_labelled(row: Row, where: str) -> None:
+    """The same for a classifier's row; what its label may be, the model decides."""
+    texts = {name: row[name] for name in ("text", "text_pair") if row.get(name) is not None}
+    if "text" not in texts:
+        raise LoraLabError(f"{where}: the row has the fields {sorted(row)}, expected text (and text_pair) and label")
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise LoraLabError(f"{where}: {name!r} is a {type(text).__name__}, expected text")
+        _check_characters(text, name, where)
 
 
 def _check_instruction(row: Row, where: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import LoraLabError
-from .formats import Row, Rows, check_row
+from .formats import Row, check_row, each_encoded
 
 IGNORE = -100  # the label of a token that is not learned: PyTorch's cross-entropy skips it
 Example = dict[str, list[int]]
@@ -51,11 +51,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int | None = No
 
     max_length: tokens a row may have. Raises LoraLabError, naming the row, for one that is longer, empty, or has no labels.
     """
-    where = rows.where if isinstance(rows, Rows) else "row {}".format
-    examples = [_checked(_encode(row, tokenizer, where(i)), max_length, where(i)) for i, row in enumerate(rows)]
-    if not examples:
-        raise LoraLabError("the data holds no rows: there is nothing to train on")
-    return examples
+    return each_encoded(rows, lambda row, where: _checked(_encode(row, tokenizer, where), max_length, where))
 
 
 def _encode(row: Row, tokenizer: Any, where: str) -> Example:
@@ -72,7 +68,7 @@ def _encode(row: Row, tokenizer: Any, where: str) -> Example:
     return example
 
 
-def _ids(values: Any, where: str) -> list[int]:
+def token_ids(values: Any, where: str) -> list[int]:
     try:
         return [int(value) for value in values]
     except (TypeError, ValueError):
@@ -81,8 +77,8 @@ def _ids(values: Any, where: str) -> list[int]:
 
 def _encoded_already(row: Row, where: str) -> Example:
     """Ids and labels as given; positions that the row's own attention_mask calls padding are dropped."""
-    ids, labels = _ids(row["input_ids"], where), _ids(row.get("labels", row["input_ids"]), where)
-    mask = _ids(row.get("attention_mask", [1] * len(ids)), where)
+    ids, labels = token_ids(row["input_ids"], where), token_ids(row.get("labels", row["input_ids"]), where)
+    mask = token_ids(row.get("attention_mask", [1] * len(ids)), where)
     if not len(ids) == len(labels) == len(mask):
         raise LoraLabError(f"{where}: {len(ids)} input_ids but {len(labels)} labels and {len(mask)} attention_mask values: expected one each")
     kept = [index for index, text in enumerate(mask) if text]

@@ -1,19 +1,18 @@
-"""What a run used and wrote: peak memory, the log, saved steps."""
+"""What a run used and wrote: peak memory, the log."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
-from ..files import saving, write_file
+from ..files import saving
 
 
 def reset_peak(device: torch.device) -> None:
@@ -40,14 +39,24 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Log:
-    """log.jsonl in the output folder: one JSON object a line, flushed as it is written; without a folder, nothing."""
+    """log.jsonl in the output folder: one JSON object a line, flushed as it is written; without a folder, nothing.
 
-    def __init__(self, folder: Path | None) -> None:
+    keep_bytes: of the log that is there, the part to go on after (a run that is resumed has written more than its snapshot knows of). Without,
+    the log of an earlier run becomes log.previous.jsonl.
+    """
+
+    def __init__(self, folder: Path | None, keep_bytes: int = 0) -> None:
         self.path = None if folder is None else folder / "log.jsonl"
         if self.path is not None:
             with saving("log", self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text("", encoding="utf-8")
+                if not keep_bytes and self.path.exists() and self.size():
+                    os.replace(self.path, self.path.with_name("log.previous.jsonl"))
+                self.path.touch()
+                os.truncate(self.path, keep_bytes)
+
+    def size(self) -> int:
+        return 0 if self.path is None else self.path.stat().st_size
 
     def write(self, **entry: Any) -> None:
         if self.path is not None:
@@ -58,11 +67,3 @@ class Log:
 def _json_number(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def save_trainable(model: nn.Module, folder: Path, step: int) -> None:
-    """The weights that train, by name, as step-<n>.safetensors."""
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    path = folder / f"step-{step:06d}.safetensors"
-    with saving(f"step {step}", path):
-        write_file(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", "step": str(step)}))

@@ -2,7 +2,7 @@
 
     word          frozen weights   trained weights and their states   adapters   products
     fp32          as they are      as they are                        float32    as stored
-    bf16          bfloat16         bfloat16                           float32    bfloat16
+    bf16          bfloat16         bfloat16, rounded by chance        float32    bfloat16
     bf16-mixed    bfloat16         float32 (masters)                  float32    bfloat16
     fp16-mixed    float16          float32 (masters)                  float32    float16, loss scaled
 
@@ -33,9 +33,11 @@ class Precision:
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype=self.compute) if self.compute else contextlib.nullcontext()
 
-    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
-        """Scales the loss so that float16 gradients do not vanish (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2)."""
-        return torch.amp.GradScaler(device.type, enabled=self.scaled)
+    def scaler(self, device: torch.device, processes: int = 1) -> torch.amp.GradScaler:
+        """Scales the loss so that float16 gradients do not vanish (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
+
+        processes: by so many times less, as each process's loss is so many times its share of the step's (run.py)."""
+        return torch.amp.GradScaler(device.type, init_scale=2.0**16 / processes, enabled=self.scaled)
 
 
 PRECISIONS = {
@@ -71,6 +73,17 @@ def stored_in(precision: Precision, model: nn.Module) -> Iterator[None]:
             parameter.data = back.to(parameter.device, original.dtype)
 
 
+def store_in(precision: Precision, model: nn.Module) -> None:
+    """Store the model's weights as `precision` says, for good."""
+    for parameter, target in _casts(model, precision):
+        parameter.data = parameter.data.to(target)
+
+
+def dtypes_under(precision: Precision, model: nn.Module) -> dict[int, torch.dtype]:
+    """By id, the weights that would be stored in another dtype than they are."""
+    return {id(parameter): target for parameter, target in _casts(model, precision)}
+
+
 def _casts(model: nn.Module, precision: Precision) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
     seen: set[int] = set()
     for module in model.modules():
@@ -79,16 +92,12 @@ def _casts(model: nn.Module, precision: Precision) -> Iterator[tuple[nn.Paramete
                 continue
             seen.add(id(parameter))
             target = precision.trained if parameter.requires_grad else precision.frozen
+            if target == torch.float16 and getattr(module, "float32_instead_of_float16", False):
+                target = torch.float32
             if getattr(module, "always_float32", False):
                 target = torch.float32 if precision.compute or parameter.dtype.itemsize < 4 else None
             if target is not None and parameter.dtype != target:
                 yield parameter, target
-
-
-def learns_in_16_bit(model: nn.Module, precision: Precision) -> bool:
-    """True where weights other than adapters are trained in 16 bit: small updates are rounded away there."""
-    return any(p.requires_grad and not getattr(module, "always_float32", False) and (precision.trained or p.dtype).itemsize < 4
-               for module in model.modules() for p in module._parameters.values() if p is not None)  # fmt: skip
 
 
 def fastest_precision(device: Any = None) -> str:

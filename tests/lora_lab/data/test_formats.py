@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -75,6 +76,23 @@ def test_what_json_writes_is_read_back(tmp_path_factory, outputs, as_array):
     path = tmp_path_factory.mktemp("json") / "rows"
     path.write_bytes(text.encode("utf-8"))
     assert list(data.load(path)[0]) == rows
+
+
+def test_lines_are_read_one_by_one(tmp_path):
+    """Beside the rows themselves no copy of the file is in memory, neither whole nor in parts."""
+    path = written(tmp_path, "".join(json.dumps({"instruction": str(i), "output": "x" * 1_000}) + "\n" for i in range(3_000)))
+    tracemalloc.start()
+    try:
+        rows, _ = data.load(path)
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 3_000 and peak - now < 0.1 * path.stat().st_size < 0.1 * now
+
+
+@pytest.mark.parametrize("second", ["[1]", "[", json.dumps([ROW])])
+def test_an_array_after_rows_is_no_array_of_rows(tmp_path, second):
+    assert "JSON" in (message := refused(written(tmp_path, f"{json.dumps(ROW)}\n{second}\n"), line=2)) or "a row is a list" in message
 
 
 # What is refused ------------------------------------------------------------------------------------------------------------
@@ -172,7 +190,7 @@ def test_a_file_the_system_does_not_hand_out_is_one_clear_error(tmp_path, monkey
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "read_text", denied)
+    monkeypatch.setattr(type(path), "open", denied)
     assert "Permission denied" in refused(path)
 
 

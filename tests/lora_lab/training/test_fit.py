@@ -24,8 +24,9 @@ from tiny_workshop import (
 import lora_lab
 from lora_lab import LoraLabError
 from lora_lab.data import collate
-from lora_lab.training import TrainConfig, evaluate, fit
-from lora_lab.training.loop import label_tokens, step_batches
+from lora_lab.data.tasks import label_tokens
+from lora_lab.training import TrainConfig, evaluate, fit, snapshots
+from lora_lab.training.run import step_batches
 
 
 def summed_loss(model, batch):
@@ -270,8 +271,8 @@ def test_max_length_refuses_rows_the_model_would_take():
         fit(exact_model(), token_rows(1, shortest=12, longest=12), {"max_length": 11, **QUIET})
 
 
-@pytest.mark.parametrize("source", ["loss", "gradient"])
-def test_a_value_that_is_not_a_number_stops_the_run_and_names_the_step(source, tmp_path):
+@pytest.mark.parametrize("source, place", [("loss", "is the loss"), ("gradient", "the gradient of 'model.layers.0.self_attn.q_proj.lora_A")])
+def test_a_value_that_is_not_a_number_stops_the_run_and_names_the_step(source, place, tmp_path):
     model, calls = lora_lab.inject(our_llama(), rank=2, init="random"), []
     trained = next(p for p in model.parameters() if p.requires_grad)
 
@@ -282,11 +283,11 @@ def test_a_value_that_is_not_a_number_stops_the_run_and_names_the_step(source, t
 
     model.register_forward_hook(spoil)
     trained.register_hook(lambda gradient: gradient * float("inf") if len(calls) == 3 and source == "gradient" else None)
-    with pytest.raises(LoraLabError, match=rf"the {source}.* is (nan|inf) at step 3: lower learning_rate \(0.001\)"):
+    with pytest.raises(LoraLabError, match=rf"the {source}.* is (nan|inf) at step 3: in rows \[\d, \d\].*{place}.*learning_rate \(0.001\)"):
         fit(model, token_rows(8), {"max_steps": 5, "micro_batch_size": 2, "learning_rate": 1e-3, "save_every": 1, "output_dir": tmp_path, **QUIET})
-    saved = lora_lab.checkpoint.safe_open(tmp_path / "step-000002.safetensors", "pt")
+    saved = snapshots.newest(tmp_path)
     now = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    assert all(torch.isfinite(p).all() and torch.equal(p, saved.get_tensor(name)) for name, p in now.items())
+    assert saved.step == 2 and all(torch.isfinite(p).all() and torch.equal(p, saved.tensors[f"weights/{name}"]) for name, p in now.items())
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -311,10 +312,11 @@ def test_training_an_adapter_that_is_switched_off_is_an_error():
 
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_models_with_another_task_are_refused_rather_than_trained_on_nonsense(family):
-    """An encoder-decoder would be shown the answer, a classifier's labels are not the next token."""
+    """An encoder-decoder without its head has no answer, a tagger's labels are not the next token."""
     from small_models import build
+    from transformers import BertForTokenClassification, T5Model
 
-    model = build(family, torch.float32)
+    model = {"t5": T5Model, "bert": BertForTokenClassification}[family](build(family, torch.float32).config)
     before = weights(model)
     with pytest.raises(LoraLabError, match="fit trains causal language models.*has another task"):
         fit(model, token_rows(), {"max_steps": 1, **QUIET})

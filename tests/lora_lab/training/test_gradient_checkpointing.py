@@ -52,7 +52,7 @@ def test_the_switch_and_the_hooks_are_the_callers_own_afterwards(make, fails):
         model.register_forward_pre_hook(raise_an_error)
     with pytest.raises(RuntimeError, match="on purpose") if fails else warnings.catch_warnings():
         fit(model, token_rows(2), {"max_steps": 1, "gradient_checkpointing": True, **QUIET})
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert True not in switches(model)
     assert not embedding._forward_hooks  # transformers hangs one there that makes inference build graphs
 
 
@@ -65,11 +65,15 @@ def test_checkpointing_that_was_on_stays_on(make):
     model = lora_lab.inject(make(), rank=2)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
-    flags = [getattr(module, "gradient_checkpointing", None) for module in model.modules()]
+    flags = switches(model)
     for wanted in (False, True):
         fit(model, token_rows(2), {"max_steps": 1, "gradient_checkpointing": wanted, **QUIET})
-        assert [getattr(module, "gradient_checkpointing", None) for module in model.modules()] == flags
+        assert switches(model) == flags
     assert True in flags
+
+
+def switches(model):
+    return [getattr(module, name, None) for module in model.modules() for name in ("gradient_checkpointing", "recompute")]
 
 
 @pytest.mark.parametrize("make", [our_llama, their_llama, their_gpt2])

@@ -38,18 +38,49 @@ def test_no_step_has_a_rate_of_zero_or_above_one(steps, warmup_steps, schedule):
     assert not after or after[0] == 1
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+FIRST_STEP = {  # of weights 2 and -4 with gradients 0.3 and -0.7, at rate 0.1 and decay 0.5
+    "adamw": (2.0 * 0.95 - 0.1, -4.0 * 0.95 + 0.1),  # the first step is the rate, and the decay is decoupled
+    "adam": (2.0 - 0.1, -4.0 + 0.1),  # the decay is part of the gradient, whose sign the first step is
+    "sgd": (2.0 - 0.1 * (0.3 + 1.0), -4.0 - 0.1 * (-0.7 - 2.0)),
+    "momentum": (2.0 - 0.1 * (0.3 + 1.0), -4.0 - 0.1 * (-0.7 - 2.0)),
+    "lion": (2.0 * 0.95 - 0.1, -4.0 * 0.95 + 0.1),
+}
+
+
+def stepped(name, gradients, dtype=torch.float64, rate=0.1, decay=0.5):
+    weight = torch.nn.Parameter(torch.tensor([2.0, -4.0], dtype=dtype))
+    optimizer = OPTIMIZERS[name]([weight], rate, decay)
+    for gradient in gradients:
+        weight.grad = torch.tensor(gradient, dtype=dtype)
+        optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize("name", FIRST_STEP)
 def test_optimizers_move_weights_as_their_definition_says(name):
-    """AdamW: Loshchilov & Hutter 2019, algorithm 2: the first step is the rate, and the decay is decoupled."""
-    weight = torch.nn.Parameter(torch.tensor([2.0, -4.0], dtype=torch.float64))
-    optimizer = OPTIMIZERS[name]([weight], 0.1, 0.5)
-    weight.grad = torch.tensor([0.3, -0.7], dtype=torch.float64)
+    torch.testing.assert_close(stepped(name, [[0.3, -0.7]]), torch.tensor(FIRST_STEP[name], dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+def test_lion_is_algorithm_2_of_its_paper():
+    """Chen et al. 2023: the update is sign(beta1 m + (1 - beta1) g), the mean is kept with beta2."""
+    weight, mean = torch.tensor([2.0, -4.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    gradients = [[0.3, -0.7], [-0.02, 0.9], [-0.5, 0.01]]
+    for gradient in torch.tensor(gradients, dtype=torch.float64):
+        weight = weight - 0.1 * ((0.9 * mean + 0.1 * gradient).sign() + 0.5 * weight)
+        mean = 0.99 * mean + 0.01 * gradient
+    torch.testing.assert_close(stepped("lion", gradients), weight, rtol=0, atol=1e-12)
+
+
+def test_momentum_keeps_nine_tenths_of_the_last_step():
+    torch.testing.assert_close(stepped("momentum", [[1.0, 0.0], [1.0, 0.0]], decay=0.0), torch.tensor([2 - 0.1 - 0.19, -4.0], dtype=torch.float64))
+
+
+def test_adafactor_keeps_rows_and_columns_of_a_matrix():
+    weight = torch.nn.Parameter(torch.ones(30, 20))
+    optimizer = OPTIMIZERS["adafactor"]([weight], 1e-2, 0.0)
+    weight.grad = torch.randn(30, 20)
     optimizer.step()
-    if name == "adamw":
-        expected = torch.tensor([2.0 * 0.95 - 0.1, -4.0 * 0.95 + 0.1], dtype=torch.float64)
-    else:  # plain SGD: the decay is part of the gradient
-        expected = torch.tensor([2.0 - 0.1 * (0.3 + 1.0), -4.0 - 0.1 * (-0.7 - 2.0)], dtype=torch.float64)
-    torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-7)
+    assert sum(value.numel() for value in optimizer.state[weight].values()) == 1 + 30 + 20
 
 
 # Settings -------------------------------------------------------------------------------------------------------------------
@@ -59,7 +90,7 @@ def test_optimizers_move_weights_as_their_definition_says(name):
     ("settings", "message"),
     [
         ({"learning_rat": 1e-3}, r"unknown training setting 'learning_rat' \(did you mean 'learning_rate'"),
-        ({"optimizer": "adam"}, r"optimizer='adam': expected one of adamw, sgd \(did you mean 'adamw'"),
+        ({"optimizer": "adamww"}, r"optimizer='adamww': expected one of adamw, .* \(did you mean 'adamw'"),
         ({"schedule": "cosin"}, r"schedule='cosin': expected one of constant, linear, cosine \(did you mean 'cosine'"),
         ({"precision": "bf16mixed"}, r"precision='bf16mixed': expected one of fp32, bf16, bf16-mixed, fp16-mixed \(did you mean 'bf16-mixed'"),
         ({"precision": None}, "precision=None: expected one of"),

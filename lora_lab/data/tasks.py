@@ -1,0 +1,141 @@
+"""What a row is to each kind of model: how it is encoded, made into batches, and counted.
+
+    CausalTask            {"input_ids", "labels"}, or text rows (formats.py)         the loss is a mean over labelled tokens
+    Seq2SeqTask           {"input_ids", "labels"}, or text rows (seq2seq.py)         the same, of an encoder-decoder
+    ClassificationTask    {"input_ids", "label"}, or {"text", "label"}               the loss is a mean over rows
+    PackedTask            as CausalTask, without padding (packing.py)              the same loss
+
+The training loop asks `task_of(model)` once and knows no more than the methods of a `Task`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import LoraLabError
+from .batching import Batch, collate, collate_classes
+from .classification import encode_labelled
+from .formats import Row
+from .packing import collate_packed
+from .seq2seq import encode_answers
+from .templates import IGNORE, encode_rows
+
+SEQ2SEQ = ("ForConditionalGeneration", "ForSeq2SeqLM", "MTModel")
+OTHERS = ("ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "BertModel", "RobertaModel", "EncoderModel")
+
+
+class Task:
+    """A kind of model: what its rows are."""
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int | None) -> list[Any]:
+        """Each row as token ids and labels. Raises LoraLabError, naming the row, for one that cannot be learned from."""
+        raise NotImplementedError
+
+    def collate(self, examples: Sequence[Any], pad_id: int, device: Any = None) -> Batch:
+        """The arguments of the model for these examples."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> int:
+        """What the model's loss is the mean over: a batch weighs as much in a step, and in an evaluation."""
+        raise NotImplementedError
+
+    def tokens(self, batch: Batch) -> int:
+        """Text in the batch, padding not counted."""
+        return int(batch["attention_mask"].sum())
+
+    def positions(self, batch: Batch) -> int:
+        """What the model computes of the batch, padding counted."""
+        return int(batch["input_ids"].numel())
+
+
+class CausalTask(Task):
+    """Predict the next token."""
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int | None) -> list[Any]:
+        return encode_rows(rows, tokenizer, max_length)
+
+    def collate(self, examples: Sequence[Any], pad_id: int, device: Any = None) -> Batch:
+        return collate(examples, pad_id, device)
+
+    def count(self, batch: Batch) -> int:
+        return label_tokens(batch)
+
+
+class PackedTask(CausalTask):
+    """Predict the next token; the rows of a batch are documents of a single one."""
+
+    def collate(self, examples: Sequence[Any], pad_id: int, device: Any = None) -> Batch:
+        return collate_packed(examples, device)
+
+    def tokens(self, batch: Batch) -> int:
+        return self.positions(batch)
+
+
+class Seq2SeqTask(CausalTask):
+    """Answer what the encoder has read. Labels are the answer itself, and each of them is predicted, the first from the start token."""
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int | None) -> list[Any]:
+        return encode_answers(rows, tokenizer, max_length)
+
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"] != IGNORE).sum())
+
+    def tokens(self, batch: Batch) -> int:
+        """Of both sides."""
+        return super().tokens(batch) + self.count(batch)
+
+    def positions(self, batch: Batch) -> int:
+        return super().positions(batch) + int(batch["labels"].numel())
+
+
+class ClassificationTask(Task):
+    """Name a text's class, its several classes, or a number. labels: outputs of the head.  problem: transformers' problem_type, or None."""
+
+    def __init__(self, labels: int, problem: str | None = None) -> None:
+        self.labels, self.problem = labels, problem
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int | None) -> list[Any]:
+        return encode_labelled(rows, tokenizer, max_length, self.labels, self.problem)
+
+    def collate(self, examples: Sequence[Any], pad_id: int, device: Any = None) -> Batch:
+        return collate_classes(examples, pad_id, device)
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+
+def task_of(model: nn.Module) -> Task:
+    """The task of a model, ours or transformers', by the name of its class.
+
+    Raises LoraLabError for one that `fit` does not train: it would take the labels for something else, without a word.
+    """
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if name.endswith("ForSequenceClassification"):
+        return ClassificationTask(config.num_labels, config.problem_type)  # type: ignore[union-attr]
+    if getattr(config, "is_encoder_decoder", False) and name.endswith(SEQ2SEQ):
+        return Seq2SeqTask()
+    if getattr(config, "is_encoder_decoder", False) or name.endswith(OTHERS):
+        encoder = name.endswith(("BertModel", "RobertaModel"))
+        hint = ": models.load(..., task='sequence-classification') puts a classifier's head on it" if encoder else ""
+        raise LoraLabError(f"fit trains causal language models (next-token prediction), encoder-decoders and sequence classifiers; a {name} has "
+                           f"another task{hint}")  # fmt: skip
+    return CausalTask()
+
+
+def packed_task_of(model: nn.Module) -> Task:
+    """The same with packed batches. Raises LoraLabError for a model that does not take document_lengths: its documents would see each other."""
+    task = task_of(model)
+    if type(task) is CausalTask and "document_lengths" in inspect.signature(model.forward).parameters:
+        return PackedTask()
+    way_out = ", or load the model with lora_lab.models.load: its causal language models do" if type(task) is CausalTask else ""
+    raise LoraLabError(f"packing=True: a {type(model).__name__} does not take document_lengths, so the rows of a batch would see each other: leave "
+                       f"packing out (length buckets, the default, keep padding low){way_out}")  # fmt: skip
+
+
+def label_tokens(batch: Batch) -> int:
+    """Positions with a label, as a causal model counts them: the first has nothing before it to be predicted from."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())

@@ -1,0 +1,37 @@
+"""Perplexity: how many words a model hesitates between, on average, before the right one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ...data.tasks import ClassificationTask, task_of
+from ...errors import LoraLabError
+from ...targets import lora_layers
+from ..config import TrainConfig
+from ..run import evaluate
+from .passes import check_batch_size, context_of
+
+
+def perplexity(model: nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any = None, *, batch_size: int = 8, max_length: int | None = None,
+               precision: str = "fp32", progress: bool = True) -> float:  # fmt: skip
+    """exp(mean loss over labelled tokens): Jelinek et al. 1977. A model that knows nothing has the vocabulary's size, a perfect one 1.
+
+    rows: as `fit` takes them; the prompt's tokens have no label and do not count.  max_length: tokens a row may have (None: the context).
+    Numbers of models with other tokenizers cannot be compared: their tokens are not of one size.
+    Raises LoraLabError for rows that cannot be evaluated, and for a model whose loss is none over tokens.
+    """
+    task = task_of(model)
+    if isinstance(task, ClassificationTask):
+        raise LoraLabError(f"a {type(model).__name__} names classes and has no perplexity: use predict_classes, accuracy and f1")
+    check_batch_size(batch_size)
+    limits = [limit for limit in (max_length, context_of(model)) if limit is not None]
+    examples = task.encode(rows, tokenizer, min(limits, default=None))
+    settings = TrainConfig(micro_batch_size=batch_size, precision=precision, progress=progress)
+    loss = evaluate(model, task, examples, settings, getattr(tokenizer, "pad_token_id", 0) or 0)
+    if math.isnan(loss):
+        raise LoraLabError(f"the loss is not a number: the weights{' or adapters' if lora_layers(model) else ''} hold NaN or infinity")
+    return math.exp(loss) if loss < 709 else math.inf  # beyond, exp leaves float64

@@ -1,0 +1,161 @@
+"""A line chart as SVG text, with the standard library alone: for curves of a run, several runs on one pair of axes.
+
+The same numbers give the same text, without styles, ids or scripts, so that charts on one page cannot disturb each other. The colours are
+Okabe and Ito's, which people with any of the common colour blindnesses tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from xml.sax.saxutils import escape, quoteattr
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#222222")
+INK, FAINT, PAPER = "#222222", "#D9D9D9", "#FFFFFF"
+FONT = 'font-family="system-ui, Helvetica, Arial, sans-serif" font-size="12"'
+WIDTH, HEIGHT = 720, 300
+LEFT, RIGHT, TOP, BOTTOM = 72, WIDTH - 20, 62, HEIGHT - 46
+LETTER = 6.8  # pixels that one letter of this font takes, generously
+MOST_POINTS = 600  # of a line; more cannot be told apart on these pixels
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """points: (x, y) in order of x.  colour: which of the palette.  faint: thin and pale, behind the others.  dots: a dot on each point.
+
+    name: in the legend; "" leaves it out.
+    """
+
+    name: str
+    points: Sequence[Point]
+    colour: int = 0
+    faint: bool = False
+    dots: bool = False
+
+
+def line_chart(title: str, lines: Sequence[Line], x_label: str = "step") -> str:
+    """One SVG document. Values that are no finite numbers are left out; without any, the chart says so.
+
+    >>> line_chart("loss", [Line("run", [(1, 4.0), (2, 3.5)])]).startswith("<svg ")
+    True
+    """
+    lines = [replace(line, points=thinned(finite(line.points))) for line in lines]
+    lines = [line for line in lines if line.points]
+    points = [point for line in lines for point in line.points]
+    if not points:
+        return _document(title, [_text(WIDTH / 2, HEIGHT / 2, "nothing was logged", "middle")])
+    across, upward = (_Axis([point[axis] for point in points], *ends) for axis, ends in ((0, (LEFT, RIGHT)), (1, (BOTTOM, TOP))))
+    drawn = [*_axes(across, upward, x_label), *_legend(lines)]
+    for line in sorted(lines, key=lambda line: not line.faint):
+        drawn += _line(line, [(across.at(x), upward.at(y)) for x, y in line.points])
+    return _document(title, drawn)
+
+
+def column(documents: Sequence[str]) -> str:
+    """Several charts in one document, one below the other."""
+    placed = [document.replace("<svg ", f'<svg y="{HEIGHT * row}" ', 1) for row, document in enumerate(documents)]
+    return _open(HEIGHT * len(documents)) + "\n" + "".join(placed) + "</svg>\n"
+
+
+def finite(points: Sequence[Point]) -> list[Point]:
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points, each the mean of its neighbours.
+
+    >>> thinned([(1, 1.0), (2, 3.0), (3, 5.0), (4, 7.0)], most=2)
+    [(1.5, 2.0), (3.5, 6.0)]
+    """
+    size = -(-len(points) // most) or 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups] if size > 1 else list(points)
+
+
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`.
+
+    >>> ticks(3.4, 4.2)
+    [3.4, 3.6, 3.8, 4.0, 4.2]
+    """
+    rough = max((high - low) or abs(high) or 1.0, abs(high) * 1e-9, 1e-300) / (count - 1)  # finer steps are not told apart
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)]
+
+
+class _Axis:
+    """Where values lie between two pixels; the ticks reach past them on both sides."""
+
+    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
+        low, high = min(values), max(values)
+        self.ticks = ticks(0.0 if 0 < low < high / 3 else low, high)  # close enough to zero to show it
+        self.start, self.end = start, end
+
+    def at(self, value: float) -> float:
+        return self.start + (value - self.ticks[0]) / (self.ticks[-1] - self.ticks[0]) * (self.end - self.start)
+
+
+def _axes(across: _Axis, upward: _Axis, x_label: str) -> list[str]:
+    drawn = []
+    for tick in across.ticks:
+        drawn += [_rule(across.at(tick), BOTTOM, across.at(tick), TOP), _text(across.at(tick), BOTTOM + 16, number_text(tick), "middle")]
+    for tick in upward.ticks:
+        drawn += [_rule(LEFT, upward.at(tick), RIGHT, upward.at(tick)), _text(LEFT - 6, upward.at(tick) + 4, number_text(tick), "end")]
+    return [*drawn, _text((LEFT + RIGHT) / 2, BOTTOM + 36, x_label, "middle")]
+
+
+def _legend(lines: Sequence[Line]) -> list[str]:
+    x, drawn = float(LEFT), []
+    for line in lines:
+        if line.name:
+            drawn += [_rule(x, 44, x + 14, 44, PALETTE[line.colour % len(PALETTE)], 3, line.faint), _text(x + 18, 48, line.name)]
+            x += 18 + LETTER * len(line.name) + 14
+    return drawn
+
+
+def _line(line: Line, places: list[Point]) -> list[str]:
+    colour, (thick, opacity) = PALETTE[line.colour % len(PALETTE)], (1, 0.35) if line.faint else (2, 1)
+    path = " ".join(f"{_pixel(x)},{_pixel(y)}" for x, y in places)
+    drawn = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{thick}" stroke-opacity="{opacity}"/>']
+    if line.dots or len(places) == 1:
+        drawn += [f'<circle cx="{_pixel(x)}" cy="{_pixel(y)}" r="3" fill="{colour}"/>' for x, y in places]
+    return drawn
+
+
+def _rule(x: float, y: float, to_x: float, to_y: float, colour: str = FAINT, thick: int = 1, faint: bool = False) -> str:
+    ends = f'x1="{_pixel(x)}" y1="{_pixel(y)}" x2="{_pixel(to_x)}" y2="{_pixel(to_y)}"'
+    return f'<line {ends} stroke="{colour}" stroke-width="{thick}"{" stroke-opacity=" + quoteattr("0.35") if faint else ""}/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:
+    return f'<text x="{_pixel(x)}" y="{_pixel(y)}" text-anchor="{anchor}" fill="{INK}" font-size="{size}">{escape(text)}</text>'
+
+
+def _document(title: str, drawn: list[str]) -> str:
+    return "\n".join([_open(HEIGHT, title), _text(16, 24, title, size=15), *drawn, "</svg>\n"])
+
+
+def _open(height: int, title: str = "") -> str:
+    name = f" aria-label={quoteattr(title)}" if title else ""
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" role="img"{name} {FONT}>'
+    return f'{start}\n<rect width="100%" height="100%" fill="{PAPER}"/>'
+
+
+def number_text(value: float) -> str:
+    """
+    >>> number_text(12345), number_text(0.25), number_text(0.0005), number_text(2e9)
+    ('12,345', '0.25', '5e-4', '2e9')
+    """
+    if value and not 1e-3 <= abs(value) < 1e6:
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _pixel(value: float) -> str:
+    """At most two decimals, no minus zero: the same text on every machine."""
+    return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")

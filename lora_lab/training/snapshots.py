@@ -1,0 +1,118 @@
+"""A run's whole state in a folder, so that a run that was stopped goes on as if it had not been.
+
+    OUTPUT_DIR/snapshots/step-000120/
+        tensors.safetensors     what trains, the optimizer's states, the generators' states
+        state.json              numbers: step, losses, the scale, where the log ends, the SHA-256 of the tensors
+
+A snapshot appears whole or not at all: it is written beside its place and renamed. One that is damaged all the same is noticed by its
+checksum, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import LoraLabError
+from ..files import json_object, new_folder, saving, sha256, sync, write_json
+
+FOLDER, TENSORS, STATE = "snapshots", "tensors.safetensors", "state.json"
+NAME = re.compile(r"step-(\d{6,})")
+FORMAT = 1  # of these files; a newer one is refused
+
+
+@dataclass
+class Snapshot:
+    """tensors: by name, on the CPU.  state: what JSON holds, "step" among it."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def write(output_dir: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Write a snapshot, then remove all but the newest `keep`. Raises LoraLabError where the disk refuses; earlier ones are untouched."""
+    target = output_dir / FOLDER / f"step-{snapshot.step:06d}"
+    with saving(f"step {snapshot.step}", target):
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was begun anew over this one
+        with new_folder(target) as folder:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}, folder / TENSORS)
+            sync(folder / TENSORS)
+            write_json(folder / STATE, {"format": FORMAT, "tensors_sha256": sha256(folder / TENSORS), **snapshot.state})
+    for older in _folders(output_dir)[keep:]:
+        shutil.rmtree(older, ignore_errors=True)
+    return target
+
+
+def newest(output_dir: Path) -> Snapshot:
+    """The newest snapshot that is whole; a warning names each that is not.
+
+    Raises LoraLabError where there is none.
+    """
+    folders = _folders(output_dir)
+    if not folders:
+        raise LoraLabError(f"nothing to resume: {output_dir / FOLDER} holds no step-... folder; the run has to be started with save_every")
+    for folder in folders:
+        try:
+            return _read(folder)
+        except LoraLabError as error:
+            warnings.warn(f"{error}; going back to the snapshot before", stacklevel=2)
+    raise LoraLabError(f"nothing to resume: all {len(folders)} snapshots in {output_dir / FOLDER} are damaged")
+
+
+def _read(folder: Path) -> Snapshot:
+    try:
+        state = json_object((folder / STATE).read_bytes(), folder / STATE)
+        if state.get("format") != FORMAT:
+            raise LoraLabError(f"{folder} has format {state.get('format')!r}, this version reads {FORMAT}")
+        if state.get("tensors_sha256") != sha256(folder / TENSORS):
+            raise LoraLabError(f"{folder / TENSORS} is damaged (its SHA-256 is not the one written with it)")
+        return Snapshot(load_file(folder / TENSORS), state)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise LoraLabError(f"{folder} is incomplete ({error})") from None
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    """Newest first."""
+    inside = (output_dir / FOLDER).iterdir() if (output_dir / FOLDER).is_dir() else ()
+    steps = {int(match[1]): path for path in inside if (match := NAME.fullmatch(path.name)) and path.is_dir()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def remove_all(output_dir: Path) -> None:
+    """A run that begins anew leaves no snapshot of an earlier one to be resumed by mistake."""
+    shutil.rmtree(output_dir / FOLDER, ignore_errors=True)
+
+
+# Optimizers ------------------------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(states: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, numbers) of each weight's state, {weight: {name: value}}, under names for a file."""
+    flat = {f"optimizer/{weight}/{name}": value for weight, state in states.items() for name, value in state.items()}
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in flat.items() if name not in tensors}
+    json.dumps(numbers)  # nothing else is expected there
+    return tensors, numbers
+
+
+def optimizer_states(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    """The inverse of `optimizer_tensors`."""
+    states: dict[str, dict[str, Any]] = {}
+    for key, value in {**snapshot.tensors, **snapshot.state.get("optimizer", {})}.items():
+        if key.startswith("optimizer/"):
+            _, weight, name = key.split("/")
+            states.setdefault(weight, {})[name] = value
+    return states

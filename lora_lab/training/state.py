@@ -1,0 +1,163 @@
+"""A run as a snapshot and back, so exactly that the run goes on bit for bit; and what must not differ for that."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraLabError
+from . import snapshots
+from .accounting import Log
+from .pieces import divided_like, for_file, joined_like, piece
+from .result import FitResult
+from .snapshots import Snapshot, optimizer_states, optimizer_tensors
+
+if TYPE_CHECKING:
+    from .run import Run
+
+# Settings that do not change what is computed.
+FREE = {"resume", "progress", "output_dir", "save_every", "keep_snapshots", "eval_every", "distributed"}
+
+
+def capture(run: Run, step: int) -> Snapshot:
+    """All that the rest of the run depends on: in process 0, every tensor whole, for all processes."""
+    optimizer, numbers = optimizer_tensors(_states(run))
+    tensors: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in run.trained.items()}
+    tensors |= {f"best/{name}": joined_like(run.trained[name], values) for name, values in run.best.items()}
+    tensors |= {f"buffers/{name}": buffer for name, buffer in _statistics(run.model).items()}
+    tensors = {name: for_file(tensor, run.world.first) for name, tensor in {**tensors, **optimizer}.items()}
+    for rank, states in enumerate(run.world.gather(_random_states(run.device))):
+        tensors |= {f"random/{rank}/{name}": values for name, values in states.items()}
+    state = {"step": step, "steps": run.steps, "finished": step == run.steps or run.result.stopped_early, "result": dataclasses.asdict(run.result),
+             "scaler": run.scaler.state_dict(), "log_bytes": run.log.size(), "optimizer": numbers, **_circumstances(run)}  # fmt: skip
+    return Snapshot(tensors, state)
+
+
+@torch.no_grad()
+def restore(run: Run, snapshot: Snapshot) -> None:
+    """Put a run where a snapshot was taken. Raises LoraLabError, nothing changed, where it was another run."""
+    _check(run, snapshot)
+    for name, parameter in run.trained.items():
+        parameter.copy_(divided_like(parameter, snapshot.tensors[f"weights/{name}"]))
+    best = {name: snapshot.tensors.get(f"best/{name}") for name in run.trained}
+    run.best = {name: piece(divided_like(run.trained[name], values)).cpu() for name, values in best.items() if values is not None}
+    for name, buffer in _statistics(run.model).items():
+        buffer.copy_(snapshot.tensors[f"buffers/{name}"])
+    _put_states(run, optimizer_states(snapshot))
+    if run.precision.scaled:
+        run.scaler.load_state_dict(snapshot.state["scaler"])
+    run.result = FitResult(**snapshot.state["result"])
+    run.log = Log(run.folder if run.world.first else None, keep_bytes=snapshot.state["log_bytes"])
+    if snapshot.state["processes"] == run.world.size:
+        own = f"random/{run.world.rank}/"
+        _set_random_states({name.removeprefix(own): values for name, values in snapshot.tensors.items() if name.startswith(own)})
+    else:
+        torch.manual_seed(run.world.seed(run.config.seed) + snapshot.step)
+
+
+def begin_anew(output_dir: Path) -> None:
+    """Remove the snapshots of a run that is over. Raises LoraLabError where it is not."""
+    refuse_unfinished(output_dir)
+    snapshots.remove_all(output_dir)
+
+
+def refuse_unfinished(output_dir: Path) -> None:
+    """A new run does not throw away one that could go on."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = snapshots.newest(output_dir).state
+    except LoraLabError:
+        return
+    if not state["finished"]:
+        raise LoraLabError(f"{output_dir} holds a run that was stopped after step {state['step']} of {state['steps']}: resume=True goes on with it; "
+                           f"to start anew choose another output_dir, or delete {output_dir / snapshots.FOLDER}")  # fmt: skip
+
+
+# Parts of the state -------------------------------------------------------------------------------------------------------------
+
+
+def _states(run: Run) -> dict[str, dict[str, Any]]:
+    """The optimizer's state of each weight, by its name."""
+    states = {id(p): state for optimizer in run.optimizers for p, state in optimizer.state.items()}
+    return {name: states[id(p)] for name, p in run.trained.items() if id(p) in states}
+
+
+def _put_states(run: Run, states: dict[str, dict[str, Any]]) -> None:
+    owner = {id(p): optimizer for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, state in states.items():
+        parameter = run.trained[name]
+        optimizer = owner[id(parameter)]
+        optimizer.state[parameter] = {key: _like_new(value, parameter, optimizer) for key, value in state.items()}
+
+
+def _like_new(value: Any, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Any:
+    """A part of a state where the optimizer keeps it: as its weight is, but a count on the CPU unless one kernel does the whole step."""
+    if isinstance(value, Tensor) and value.ndim:
+        return divided_like(parameter, value)
+    return value.to(parameter.device) if isinstance(value, Tensor) and optimizer.defaults.get("fused") else value
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that training changes: running means and variances."""
+    norms = {path: module for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
+    return {f"{path}.{name}": buffer for path, norm in norms.items() for name, buffer in norm.named_buffers()}
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"device": torch.get_device_module(device).get_rng_state(device)} if device.type != "cpu" else {})
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "device" in states:
+        torch.get_device_module().set_rng_state(states["device"])
+
+
+# Circumstances ------------------------------------------------------------------------------------------------------------------
+
+
+def _circumstances(run: Run) -> dict[str, Any]:
+    """What the run was started with: the first three have to be the same for it to go on, the last three to go on bit for bit."""
+    settings = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in FREE}
+    settings["grad_accum_steps * processes"] = settings.pop("grad_accum_steps") * run.world.size  # half as many processes may do twice as much each
+    return {"settings": settings, "data": fingerprint(run.examples), "weights": {name: list(p.shape) for name, p in run.trained.items()},
+            "processes": run.world.size, "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+
+
+def given(run: Run) -> dict[str, Any]:
+    """What every process of a run has to be given alike."""
+    settings = {f"the setting {name}": str(value) for name, value in dataclasses.asdict(run.config).items() if name != "progress"}
+    return {**settings, "the SHA-256 of the rows": fingerprint(run.examples), "the SHA-256 of eval_data": fingerprint(run.held_out)}
+
+
+def fingerprint(examples: list[Any]) -> str:
+    """SHA-256 of the encoded rows."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _check(run: Run, snapshot: Snapshot) -> None:
+    now, then = _circumstances(run), snapshot.state
+    for name, value in now["settings"].items():
+        if name in then["settings"] and then["settings"][name] != value:
+            began = then["settings"][name]
+            raise LoraLabError(f"resume=True with {name}={value!r}: the run began with {began!r}; give the same, or start anew in another output_dir")
+    if now["data"] != then["data"]:
+        raise LoraLabError(f"resume=True with other data: these {len(run.examples)} rows are not those the run began with")
+    if now["weights"] != then["weights"]:
+        odd = sorted({*map(str, now["weights"].items())} ^ {*map(str, then["weights"].items())})[0]
+        raise LoraLabError(f"resume=True with another model, or other weights that train: {odd} is on one side only")
+    for name in ("processes", "threads", "torch"):
+        if now[name] != then[name]:
+            warnings.warn(f"the run began with {name} {then[name]}, this is {now[name]}: it goes on, but not bit for bit", stacklevel=5)

@@ -1,0 +1,338 @@
+"""A run that was stopped, by whatever, and resumed is the run that was not: bit for bit in weights, optimizer and log."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_workshop import QUIET, our_llama, same_bits, token_rows, weights
+
+import lora_lab
+from lora_lab import LoraLabError
+from lora_lab.training import Interrupted, fit, snapshots, state
+from lora_lab.training.run import Run
+
+ROWS, HELD_OUT = token_rows(12), token_rows(3, seed=5)
+WALL_CLOCK = ("seconds", "peak_bytes")
+
+
+def adapted() -> Any:
+    torch.manual_seed(1)
+    return lora_lab.inject(our_llama(), rank=2, dropout=0.1, init="random")
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {"max_steps": 7, "micro_batch_size": 2, "grad_accum_steps": 2, "learning_rate": 0.01, "save_every": 2, "eval_every": 3,
+            "output_dir": folder, **QUIET, **changes}  # fmt: skip
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name not in WALL_CLOCK} for entry in entries]
+
+
+class Stop(Exception):
+    pass
+
+
+def run_until(model: Any, step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Train, and let the power fail in the middle of a step."""
+    whole = Run.backward
+
+    def backward(run: Run, *args: Any) -> float:
+        if run.result.steps == step:
+            raise Stop
+        return whole(run, *args)
+
+    monkeypatch.setattr(Run, "backward", backward)
+    with pytest.raises(Stop):
+        fit(model, ROWS, settings(folder, **changes), eval_data=HELD_OUT)
+    monkeypatch.undo()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw": {}, "fp16": {"precision": "fp16-mixed"}, "bf16": {"precision": "bf16-mixed"}, "lora+": {"lora_plus_ratio": 4.0},
+    "lion": {"optimizer": "lion"}, "adafactor": {"optimizer": "adafactor"}, "momentum": {"optimizer": "momentum"}, "best": {"keep_best": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "in backward": {"optimizer_in_backward": True, "max_grad_norm": None, "grad_accum_steps": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_and_resumed_is_never_stopped(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = VARIANTS[variant]
+    whole = adapted()
+    expected = fit(whole, ROWS, settings(tmp_path / "whole", **changes), eval_data=HELD_OUT)
+    run_until(adapted(), 5, tmp_path / "parts", monkeypatch, **changes)
+    resumed = adapted()
+    result = fit(resumed, ROWS, settings(tmp_path / "parts", resume=True, **changes), eval_data=HELD_OUT)
+    assert same_bits(weights(resumed), weights(whole))
+    assert (result.losses, result.eval_losses, result.tokens, result.steps) == (expected.losses, expected.eval_losses, expected.tokens, 7)
+    assert (result.best_step, result.skipped_steps) == (expected.best_step, expected.skipped_steps)
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    ours, theirs = (snapshots.newest(tmp_path / name) for name in ("parts", "whole"))
+    assert same_bits(ours.tensors, theirs.tensors)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_full_fine_tuning_resumes_as_well(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16: the rounding by chance goes on with the same random numbers."""
+    whole, stopped, resumed = our_llama(), our_llama(), our_llama()
+    fit(whole, ROWS, settings(tmp_path / "whole", precision=precision), eval_data=HELD_OUT)
+    run_until(stopped, 5, tmp_path / "parts", monkeypatch, precision=precision)
+    fit(resumed, ROWS, settings(tmp_path / "parts", precision=precision, resume=True), eval_data=HELD_OUT)
+    assert same_bits(weights(resumed), weights(whole))
+
+
+def test_running_statistics_are_part_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def normed() -> Any:
+        model = our_llama()
+        model.model.norm = torch.nn.Sequential(model.model.norm, _OverFeatures(model.config.hidden_size))
+        return model
+
+    torch.manual_seed(0)
+    whole, stopped, resumed = normed(), normed(), normed()
+    fit(whole, ROWS, settings(tmp_path / "whole"), eval_data=HELD_OUT)
+    run_until(stopped, 5, tmp_path / "parts", monkeypatch)
+    fit(resumed, ROWS, settings(tmp_path / "parts", resume=True), eval_data=HELD_OUT)
+    assert same_bits(dict(resumed.named_buffers()), dict(whole.named_buffers())) and [*whole.named_buffers()]
+
+
+class _OverFeatures(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_finished_run_resumes_to_its_end_at_once(tmp_path: Path) -> None:
+    first, again = adapted(), adapted()
+    expected = fit(first, ROWS, settings(tmp_path), eval_data=HELD_OUT)
+    result = fit(again, ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+    assert same_bits(weights(again), weights(first)) and result.losses == expected.losses
+    assert len(log_of(tmp_path)) == 7 + len(result.eval_losses)
+
+
+def test_only_the_newest_snapshots_stay(tmp_path: Path) -> None:
+    fit(adapted(), ROWS, settings(tmp_path, keep_snapshots=2), eval_data=HELD_OUT)
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["step-000006", "step-000007"]
+
+
+# Damage -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no state", "empty state", "half written"])
+def test_a_damaged_snapshot_is_noticed_and_the_one_before_is_used(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = adapted()
+    fit(whole, ROWS, settings(tmp_path / "whole"), eval_data=HELD_OUT)
+    run_until(adapted(), 5, tmp_path / "parts", monkeypatch)
+    newest = tmp_path / "parts" / "snapshots" / "step-000004"
+    content = (newest / "tensors.safetensors").read_bytes()
+    if damage == "truncated":
+        (newest / "tensors.safetensors").write_bytes(content[:-100])
+    elif damage == "flipped":
+        (newest / "tensors.safetensors").write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+    elif damage == "missing":
+        (newest / "tensors.safetensors").unlink()
+    elif damage == "no state":
+        (newest / "state.json").unlink()
+    elif damage == "empty state":
+        (newest / "state.json").write_text("")
+    else:
+        newest.rename(newest.with_name(".step-000004.x7"))
+    resumed = adapted()
+    config = settings(tmp_path / "parts", resume=True)
+    if damage == "half written":
+        fit(resumed, ROWS, config, eval_data=HELD_OUT)
+    else:
+        with pytest.warns(UserWarning, match="step-000004.*going back to the snapshot before"):
+            fit(resumed, ROWS, config, eval_data=HELD_OUT)
+    assert same_bits(weights(resumed), weights(whole)) and log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_where_all_are_damaged_nothing_is_resumed(tmp_path: Path) -> None:
+    fit(adapted(), ROWS, settings(tmp_path), eval_data=HELD_OUT)
+    for path in (tmp_path / "snapshots").glob("*/state.json"):
+        path.write_text("{}")
+    with pytest.warns(UserWarning), pytest.raises(LoraLabError, match="all 2 snapshots .* are damaged"):
+        fit(adapted(), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+
+
+def test_a_full_disk_keeps_the_snapshots_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_until(adapted(), 3, tmp_path, monkeypatch)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(snapshots, "save_file", full)
+    with pytest.raises(LoraLabError, match=r"could not save step 4 .*No space left on device"):
+        fit(adapted(), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-000002"]
+    assert snapshots.newest(tmp_path).step == 2
+
+
+# Another run ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"learning_rate": 0.02}, "learning_rate=0.02: the run began with 0.01"),
+    ({"max_steps": 9}, "max_steps=9: the run began with 7"),
+    ({"precision": "bf16-mixed"}, "precision='bf16-mixed': the run began with 'fp32'"),
+])  # fmt: skip
+def test_other_settings_are_refused_and_nothing_is_touched(changes: dict[str, Any], message: str, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    run_until(adapted(), 3, tmp_path, monkeypatch)
+    model, log = adapted(), (tmp_path / "log.jsonl").read_bytes()
+    before = weights(model)
+    with pytest.raises(LoraLabError, match=message):
+        fit(model, ROWS, settings(tmp_path, resume=True, **changes), eval_data=HELD_OUT)
+    assert same_bits(weights(model), before) and (tmp_path / "log.jsonl").read_bytes() == log
+
+
+def test_other_data_and_another_adapter_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_until(adapted(), 3, tmp_path, monkeypatch)
+    with pytest.raises(LoraLabError, match="with other data"):
+        fit(adapted(), ROWS[1:], settings(tmp_path, resume=True), eval_data=HELD_OUT)
+    with pytest.raises(LoraLabError, match="another model, or other weights that train"):
+        fit(lora_lab.inject(our_llama(), rank=4), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+
+
+def test_other_threads_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_until(adapted(), 3, tmp_path, monkeypatch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    with pytest.warns(UserWarning, match=r"began with threads \d+, this is 99: it goes on, but not bit for bit"):
+        fit(adapted(), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+
+
+def test_a_new_run_does_not_throw_an_unfinished_one_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_until(adapted(), 3, tmp_path, monkeypatch)
+    with pytest.raises(LoraLabError, match="stopped after step 2 of 7: resume=True goes on with it"):
+        fit(adapted(), ROWS, settings(tmp_path), eval_data=HELD_OUT)
+    fit(adapted(), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+    fit(adapted(), ROWS, settings(tmp_path), eval_data=HELD_OUT)  # the first is finished
+
+
+def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LoraLabError, match="nothing to resume: .*snapshots holds no step"):
+        fit(adapted(), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+    with pytest.raises(LoraLabError, match="resume=True needs an output_dir"):
+        fit(adapted(), ROWS, {"resume": True})
+
+
+# Signals --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_the_step_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = adapted()
+    fit(whole, ROWS, settings(tmp_path / "whole"), eval_data=HELD_OUT)
+    backward = Run.backward
+
+    def pressed(run: Run, *args: Any) -> float:
+        if run.result.steps == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return backward(run, *args)
+
+    monkeypatch.setattr(Run, "backward", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="interrupted after step 3 of 7; resume=True"):
+        fit(adapted(), ROWS, settings(tmp_path / "parts", grad_accum_steps=1), eval_data=HELD_OUT)
+    assert signal.getsignal(signal.SIGINT) is before and snapshots.newest(tmp_path / "parts").step == 3
+
+
+def test_without_a_folder_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "backward", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(adapted(), ROWS, {"max_steps": 2, **QUIET})
+    assert not isinstance(caught.value, Interrupted)
+
+
+WORKER = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_resume import ROWS, HELD_OUT, adapted, settings, snapshots
+from lora_lab.training import fit
+from lora_lab import LoraLabError
+folder = Path(sys.argv[1])
+try:
+    snapshots.newest(folder)
+    resume = True
+except LoraLabError:
+    resume = False
+model = adapted()
+print("begun", flush=True)
+fit(model, ROWS, settings(folder, save_every=1, max_steps=12, resume=resume), eval_data=HELD_OUT)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+def test_killed_at_any_moment_and_resumed_is_never_killed(tmp_path: Path) -> None:
+    """Real processes, killed while they train and save; each starts where the one before was killed."""
+    here = Path(__file__)
+    code = WORKER.format(paths=[str(here.parent), str(here.parents[2])])
+    chance, kills = random.Random(0), 0
+    for attempt in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "parts")], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()  # it trains from here on
+        if attempt < 3:
+            time.sleep(chance.uniform(0.02, 0.15))
+            process.kill()
+        code_of_exit = process.wait()
+        kills += code_of_exit == -signal.SIGKILL
+        if code_of_exit == 0:
+            break
+    assert kills, "no process was killed: the run is too short for this test"
+    threads, model = torch.get_num_threads(), adapted()
+    torch.set_num_threads(1)
+    try:
+        fit(model, ROWS, settings(tmp_path / "whole", save_every=1, max_steps=12), eval_data=HELD_OUT)
+    finally:
+        torch.set_num_threads(threads)
+    parts, whole = snapshots.newest(tmp_path / "parts"), snapshots.newest(tmp_path / "whole")
+    assert parts.step == whole.step == 12 and same_bits(parts.tensors, whole.tensors)
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+
+def test_the_fingerprint_of_the_data_sees_every_token() -> None:
+    other = [dict(row) for row in ROWS]
+    other[-1] = {**other[-1], "labels": [*other[-1]["labels"][:-1], 1 + other[-1]["labels"][-1]]}
+    assert state.fingerprint(ROWS) != state.fingerprint(other)
+
+
+# Early stopping and the best weights ------------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_ends_the_run_and_keep_best_the_weights_of_the_best_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.4, 2.3, 1.0])
+    kept: dict[int, Any] = {}
+    model = adapted()
+
+    def evaluated(*_: Any) -> float:
+        kept[len(kept)] = weights(model)
+        return next(losses)
+
+    monkeypatch.setattr("lora_lab.training.run.evaluate", evaluated)
+    config = {**settings(tmp_path), "eval_every": 1, "early_stopping": 3, "keep_best": True}
+    result = fit(model, ROWS, config, eval_data=HELD_OUT)
+    assert result.stopped_early and result.steps == 4 and result.best_step == 1 and result.eval_losses == [3.0, 2.0, 2.5, 2.4, 2.3]
+    assert same_bits(weights(model), kept[1]) and not same_bits(weights(model), kept[4])
+
+
+@pytest.mark.parametrize("name, value", [("early_stopping", 2), ("keep_best", True), ("eval_every", 2)])
+def test_what_needs_held_out_data_is_refused_without(name: str, value: Any) -> None:
+    with pytest.raises(LoraLabError, match=f"{name}={value} needs eval_data"):
+        fit(adapted(), ROWS, {name: value, **QUIET})
