@@ -19,10 +19,10 @@ from .borrowed import borrowed_of, borrowers, restore_borrowed, swap_borrowed
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
 from .merging import refuse_merged
-from .parameters import refuse_rows
+from .parameters.layer import refuse_rows
 from .selection import RowSelection
 from .targets import adapter_names, lora_layers
-from .token_rows import refuse_overlap
+from .token_rows.rows import refuse_overlap
 
 Model = TypeVar("Model", bound=nn.Module)
 Selection = list[tuple[LoRA, tuple[str, ...]]]

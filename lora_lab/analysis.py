@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .parameters import parameter_path
+from .parameters.layer import parameter_path
 from .quantization import quantized_layers
 from .targets import lora_layers
 

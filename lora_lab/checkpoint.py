@@ -24,26 +24,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import activate
-from .attention_files import attentions_for_file, attentions_from_file, with_its_attention
 from .borrowed import borrowed_of, tensor_of
-from .borrowed_files import borrowed_for_file, of_this_model, own_tensors
-from .changed_base import FOUND_AGAIN, on_the_base_itself
 from .errors import LoraLabError, did_you_mean
 from .files import saving, write_file, write_json
-from .fused_files import parts_for_file, parts_from_file
+from .fused.parts import parts_in
 from .injection import apply_plan, injection_of
 from .kinds import kind_of
 from .layers import LoRA, is_adaptable
 from .merging import refuse_merged
-from .parameter_files import check_pair, parameters_for_file, parameters_from_file, parameters_in_metadata
-from .parameter_targets import check_apart
-from .parameters import ParameterLoRA, parameter_path, part_at
-from .parts import parts_in
-from .peft_config import CONFIG, PREFIX, TENSORS, from_peft, initialisation, peft_config, read_config, warn_of_another_base, what_is_missing
-from .shards import NAMES
+from .parameters.layer import ParameterLoRA, parameter_path, part_at
+from .parameters.targets import check_apart
+from .peft_files.attention import attentions_for_file, attentions_from_file, with_its_attention
+from .peft_files.borrowed import borrowed_for_file, of_this_model, own_tensors
+from .peft_files.changed_base import FOUND_AGAIN, on_the_base_itself
+from .peft_files.config import CONFIG, PREFIX, TENSORS, from_peft, initialisation, peft_config, read_config, warn_of_another_base, what_is_missing
+from .peft_files.fused import parts_for_file, parts_from_file
+from .peft_files.parameters import check_pair, parameters_for_file, parameters_from_file, parameters_in_metadata
+from .peft_files.tokens import rows_for_config, rows_for_file, rows_from_file, rows_planned
+from .streaming.shards import NAMES
 from .targets import AdapterConfig, Plan, PlannedLayer, adapter_names, check_adapter_name, lora_layers, plan_layer, plan_parameter
-from .token_files import rows_for_config, rows_for_file, rows_from_file, rows_planned
-from .token_rows import own_rows, words_of
+from .token_rows.rows import own_rows, words_of
 from .wrapping import refuse_sharded, refuse_wrapped, whole
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -19,9 +19,9 @@ from .errors import LoraLabError, did_you_mean
 from .injection import injection_of, new_injection
 from .layers import LoRA, check_rank
 from .merging import refuse_merged
-from .parameters import OnParameter, ParameterLoRA, as_stack, parameter_path
+from .parameters.layer import OnParameter, ParameterLoRA, as_stack, parameter_path
 from .targets import AdapterConfig, adapter_names, check_adapter_name, lora_layers
-from .token_rows import own_rows
+from .token_rows.rows import own_rows
 from .variants import LORA, Variant
 from .wrapping import refuse_sharded, refuse_wrapped
 

@@ -22,7 +22,7 @@ from .analysis import count_parameters
 from .checkpoint import load, save
 from .errors import LoraLabError
 from .injection import inject, plan
-from .peft_config import TENSORS
+from .peft_files.config import TENSORS
 from .training import FitResult, TrainConfig, fastest_precision, fit
 from .training.precision import storage_dtype
 

@@ -18,11 +18,11 @@ from . import layers as lora_layer
 from .adapters import activate, use
 from .borrowed import Borrowed, base_values, injections
 from .errors import LoraLabError
+from .fused.parts import variant_for
 from .merging import RECORD, merged_modules, refuse_merged, unmerge
-from .parameters import OnParameter, ParameterLoRA, part_of
-from .parts import variant_for
+from .parameters.layer import OnParameter, ParameterLoRA, part_of
 from .targets import AdapterConfig, Plan, adapter_names, attention_of, check_adapter_name, is_attention_output, lora_layers, make_plan
-from .token_rows import attach_rows, new_rows
+from .token_rows.rows import attach_rows, new_rows
 from .wrapping import refuse_sharded, refuse_wrapped
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -355,5 +355,5 @@ def check_numbers(rank: Any, alpha: Any, dropout: Any, init: Any) -> None:
     check_alpha(alpha)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
         raise LoraLabError(f"dropout={dropout!r}: expected 0 <= dropout < 1")
-    if init not in INITIALISATIONS:
+    if not isinstance(init, str) or init not in INITIALISATIONS:
         raise LoraLabError(f"init={init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(init, INITIALISATIONS)}")

@@ -21,7 +21,7 @@ from .errors import LoraLabError, did_you_mean
 from .layers import LoRA, detach_adapters, reattach_adapters
 from .selection import RowSelection
 from .targets import adapter_names, lora_layers
-from .token_rows import followers
+from .token_rows.rows import followers
 from .wrapping import refuse_sharded
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .errors import LoraLabError
 from .layers import LoRA
+from .parameters.standing_in import replaceable, standing_in
 from .selection import RowSelection, remember_selection
-from .standing_in import replaceable, standing_in
 
 
 class LoRAOutputProjection(LoRA):

@@ -28,7 +28,7 @@ from .codes import PARTS, decode, encode
 from .errors import LoraLabError, did_you_mean
 from .kinds import is_conv1d, is_linear
 from .layers import LoRA
-from .parameters import ParameterOwner
+from .parameters.layer import ParameterOwner
 from .targets import ancestors, excluded, is_head, name_matches
 
 Model = TypeVar("Model", bound=nn.Module)

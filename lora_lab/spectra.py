@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
 from .merging import refuse_merged
-from .parameters import OnParameter, parameter_path
+from .parameters.layer import OnParameter, parameter_path
 from .singular_values import (
     Amplification,
     IntrinsicRank,

@@ -17,13 +17,13 @@ from torch import nn
 
 from .borrowed import borrowed_names, modules_of, tensor_of
 from .errors import LoraLabError, did_you_mean
-from .fused import check_parts, parts_of, split_part
+from .fused.layouts import check_parts, parts_of, split_part
+from .fused.parts import Layout
 from .kinds import is_linear, kind_of
 from .layers import LoRA, check_alpha, check_numbers, check_rank, is_adaptable, layer_shape
-from .parameter_targets import check_apart, check_request, match_parameters
-from .parameters import as_stack, part_of
-from .parts import Layout
-from .token_targets import PlannedRows, plan_rows
+from .parameters.layer import as_stack, part_of
+from .parameters.targets import check_apart, check_request, match_parameters
+from .token_rows.targets import PlannedRows, plan_rows
 from .variants import variant_of
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

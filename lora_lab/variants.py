@@ -193,7 +193,7 @@ def variant_of(name: Any, init: str, freeze_A: bool = False) -> Variant:
     >>> type(variant_of("dora", "kaiming")).__name__
     'DoRA'
     """
-    if name not in VARIANTS:
+    if not isinstance(name, str) or name not in VARIANTS:
         raise LoraLabError(f"variant={name!r}: expected one of {', '.join(VARIANTS)}{did_you_mean(name, VARIANTS)}")
     if init == "pissa" and name != "lora":
         raise LoraLabError(f"init='pissa' with variant={name!r}: PiSSA trains the principal part of W itself; use one of the two")

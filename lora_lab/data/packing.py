@@ -6,7 +6,7 @@
 
 Attention stays within a document and positions begin anew in each: loss and gradients are those of the padded batch (Krell et al. 2021,
 arXiv:2107.02027, section 3.2). As no length has to fit another, batches are draws at random, where length buckets put the longest rows together:
-the largest batch, which decides on memory, is smaller.
+the largest batch, which decides on memory, is smaller. A model that is compiled in place compiles anew for other lengths.
 """
 
 from __future__ import annotations

@@ -58,13 +58,13 @@ class PaddingReport:
                          f"   {cost.attention_pairs:>15,}")  # fmt: skip
         return "\n".join(lines)
 
-    def sentence(self, packing: bool) -> str:
-        """One line for a run that begins."""
+    def sentence(self, packing: bool, packable: bool = True) -> str:
+        """One line for a run that begins. packing: whether it packs.  packable: whether it could."""
         unsorted, buckets, packed = (self.costs[name] for name in ("unsorted", "length buckets", "packed"))
         if packing:
             return f"padding: none, packed (in length buckets {_percent(buckets)} of the positions would be, unsorted {_percent(unsorted)})"
-        return (f"padding: {_percent(buckets)} of the positions, in length buckets (unsorted {_percent(unsorted)}; packed none, and at most "
-                f"{packed.largest_batch:,} instead of {buckets.largest_batch:,} positions at once)")  # fmt: skip
+        other = f"; packed none, and at most {packed.largest_batch:,} instead of {buckets.largest_batch:,} positions at once" if packable else ""
+        return f"padding: {_percent(buckets)} of the positions, in length buckets (unsorted {_percent(unsorted)}{other})"
 
 
 def padding_report(rows: Sequence[Row], micro_batch_size: int = 8, *, max_tokens: int | None = None, tokenizer: Any = None,
@@ -72,8 +72,10 @@ def padding_report(rows: Sequence[Row], micro_batch_size: int = 8, *, max_tokens
     """Compare the ways to make batches of `rows`: encoded ones, or text rows with a tokenizer. Of an encoder-decoder: what it reads.
 
     micro_batch_size, max_tokens, seed: as in TrainConfig; the first epoch's batches are those of the run.
-    Raises LoraLabError for no rows, and for one longer than max_tokens.
+    Raises LoraLabError for no rows, for one longer than max_tokens, and for a micro_batch_size below 1.
     """
+    if micro_batch_size < 1:
+        raise LoraLabError(f"micro_batch_size={micro_batch_size!r}: expected a whole number of at least 1")
     lengths = _lengths(rows, tokenizer)
     shuffled = random_batches(len(lengths), micro_batch_size, _generator(seed))
     packed = shuffled if max_tokens is None else packs(lengths, max_tokens, _generator(seed))

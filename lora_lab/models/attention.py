@@ -56,7 +56,10 @@ def _product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, lengths: Documents, scale: float | None, dropout: float, window: int | None) -> Tensor:
-    """Each document attends to itself: no work for pairs of positions of different documents."""
+    """Each document attends to itself: no work for pairs of positions of different documents.
+
+    A call for each: putting documents of one length into one call gains nothing on text, where few are of one length.
+    """
     parts = zip(*(tensor.split(list(lengths), dim=2) for tensor in (q, k, v)), strict=True)
     return torch.cat([_within(part[0], part[1], part[2], scale, dropout, window) for part in parts], dim=2)
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..adapters import checkpoint_contexts, under_selection
 from ..layers import LoRALinear
 from ..selection import RowSelection
-from ..token_rows import TokenRows
+from ..token_rows.rows import TokenRows
 from .blocks import IGNORE, compute_dtype
 
 CHUNK_BYTES = 32 * 2**20

@@ -1,10 +1,25 @@
-"""The training loop and its settings."""
+"""The training loop and its settings; evaluation."""
 
 from .config import TrainConfig
+from .evaluation import (
+    accuracy,
+    answers,
+    best_choices,
+    f1,
+    forgetting,
+    perplexity,
+    predict_classes,
+    rouge,
+    samples,
+    score_choices,
+)
 from .loop import evaluate, fit
 from .precision import fastest_precision
 from .result import FitResult
 from .run import Interrupted
 from .sharding import shard
 
-__all__ = ["FitResult", "Interrupted", "TrainConfig", "evaluate", "fastest_precision", "fit", "shard"]
+__all__ = [
+    "FitResult", "Interrupted", "TrainConfig", "accuracy", "answers", "best_choices", "evaluate", "f1", "fastest_precision", "fit", "forgetting",
+    "perplexity", "predict_classes", "rouge", "samples", "score_choices", "shard",
+]  # fmt: skip

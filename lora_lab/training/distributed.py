@@ -107,6 +107,12 @@ class World:
                 if ours != its:
                     raise LoraLabError(f"{what} is {its} in process {rank}, and {ours} in process 0: give every process the same")
 
+    def leave(self) -> None:
+        """End the process group, when all have come here: a process that hangs up earlier takes its neighbours' last messages with it."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What ends one process ends all: one that was left waiting raises what the first to fail said."""
@@ -140,16 +146,19 @@ def world(device: Any = None) -> World:
     device: that the model trains on (None: PyTorch's default).  The first call makes the process group: gloo for a CPU, for a GPU its own
     backend, NCCL for CUDA. It stays; torch.distributed.destroy_process_group() ends it.
     """
-    if not dist.is_available():
+    if not dist.is_available() or not (dist.is_initialized() or _torchrun_started_several()):
         return ALONE
+    place = torch.device(device or torch.get_default_device())
+    if place.type != "cpu" and place.index is not None:
+        torch.get_device_module(place).set_device(place)
     if not dist.is_initialized():
-        if not all(name in os.environ for name in TORCHRUN) or int(os.environ["WORLD_SIZE"]) == 1:
-            return ALONE
-        dist.init_process_group(_backend(torch.device(device or torch.get_default_device()).type))
-    if dist.get_world_size() == 1:
-        return ALONE
-    control = "cpu" if "gloo" in str(dist.get_backend_config()) else torch.device(device or "cpu").type
-    return World(dist.get_rank(), dist.get_world_size(), control)
+        dist.init_process_group(_backend(place.type))
+    control = "cpu" if "gloo" in str(dist.get_backend_config()) else place.type
+    return World(dist.get_rank(), dist.get_world_size(), control) if dist.get_world_size() > 1 else ALONE
+
+
+def _torchrun_started_several() -> bool:
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def _backend(kind: str) -> str:
@@ -160,7 +169,7 @@ def _backend(kind: str) -> str:
 def own_device(name: str | None) -> str | None:
     """A device by name; under torchrun "cuda" is this process's own GPU. Raises LoraLabError where all processes would take the same."""
     processes, local_rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("LOCAL_RANK")
-    if name is None or local_rank is None or processes == 1 or torch.device(name).type == "cpu":
+    if name is None or local_rank is None or processes == 1 or name == "cpu":
         return name
     if ":" in name:
         raise LoraLabError(f"device {name!r} for each of {processes} processes: give {name.partition(':')[0]!r}, and each takes its own")

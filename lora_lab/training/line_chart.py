@@ -109,12 +109,23 @@ def _axes(across: _Axis, upward: _Axis, x_label: str) -> list[str]:
 
 
 def _legend(lines: Sequence[Line]) -> list[str]:
-    x, drawn = float(LEFT), []
-    for line in lines:
-        if line.name:
-            drawn += [_rule(x, 44, x + 14, 44, PALETTE[line.colour % len(PALETTE)], 3, line.faint), _text(x + 18, 48, line.name)]
-            x += 18 + LETTER * len(line.name) + 14
+    x, drawn, named = float(LEFT), list[str](), [line for line in lines if line.name]
+    for line, name in zip(named, shortened([line.name for line in named]), strict=True):
+        drawn += [_rule(x, 44, x + 14, 44, PALETTE[line.colour % len(PALETTE)], 3, line.faint), _text(x + 18, 48, name)]
+        x += 18 + LETTER * len(name) + 14
     return drawn
+
+
+def shortened(names: Sequence[str], letters: float = (RIGHT - LEFT) / LETTER) -> list[str]:
+    """The names so that all fit side by side; of long ones, paths most often, the end stays.
+
+    >>> shortened(["adapters/a-long-name/first", "b"], letters=30)
+    ['…me/first', 'b']
+    """
+    each = int(letters / max(len(names), 1)) - 6  # the line before the name, and a gap
+    if sum(len(name) + 6 for name in names) <= letters:
+        return list(names)
+    return [name if len(name) <= each else f"…{name[-max(each - 1, 1) :]}" for name in names]
 
 
 def _line(line: Line, places: list[Point]) -> list[str]:

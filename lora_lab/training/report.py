@@ -22,7 +22,7 @@ from .line_chart import Line, Point, column, line_chart, number_text
 LOG = "log.jsonl"
 BARS = "▁▂▃▄▅▆▇█"
 GIB = 2**30
-SMOOTHED_OVER = 25  # a curve of training losses is the mean over a 25th of its steps
+SMOOTHED_OVER = 25  # a curve that jumps is drawn as the mean over a 25th of its steps
 
 
 @dataclass(frozen=True)
@@ -83,24 +83,30 @@ def _entry(line: str, where: str) -> dict[str, Any]:
 def charts(runs: Sequence[RunLog]) -> list[str]:
     """One SVG for the loss, and one for each other curve that a run has logged; a colour for each run."""
     losses = [line for colour, run in enumerate(runs) for line in _loss_lines(run, colour, alone=len(runs) == 1)]
-    curves: dict[str, Callable[[RunLog], list[Point]]] = {
-        "learning rate": lambda run: run.points("learning_rate"), "gradient norm, before clipping": lambda run: run.points("grad_norm"),
-        "tokens per second": RunLog.speed, "peak memory so far, GiB": RunLog.memory,
-    }  # fmt: skip
-    drawn = [line_chart("loss", losses)]
-    for title, points_of in curves.items():
-        lines = [Line(run.name if len(runs) > 1 else "", points_of(run), colour) for colour, run in enumerate(runs)]
-        if any(line.points for line in lines):
-            drawn.append(line_chart(title, lines))
+    drawn = [line_chart("loss" if len(runs) == 1 else "loss (with dots: held out)", losses)]
+    for title, points_of, noisy in CURVES:
+        named = [(run.name if len(runs) > 1 else "", points_of(run), colour) for colour, run in enumerate(runs)]
+        if any(points for _, points, _ in named):
+            drawn.append(line_chart(title, [line for each in named for line in (_noisy(*each) if noisy else [Line(*each)])]))
     return drawn
 
 
+# title, points, whether it jumps from step to step
+CURVES: tuple[tuple[str, Callable[[RunLog], list[Point]], bool], ...] = (
+    ("learning rate", lambda run: run.points("learning_rate"), False), ("gradient norm, before clipping", lambda run: run.points("grad_norm"), True),
+    ("tokens per second", RunLog.speed, True), ("peak memory so far, GiB", RunLog.memory, False),
+)  # fmt: skip
+
+
 def _loss_lines(run: RunLog, colour: int, alone: bool) -> list[Line]:
-    """Each step's loss, pale; their moving mean; the held-out losses, dotted and of a lone run in a colour of their own."""
-    steps, held_out = run.points("loss"), run.points("eval_loss")
-    prefix = "" if alone else f"{run.name}, "
-    return [Line("", steps, colour, faint=True), Line(f"{prefix}training", smoothed(steps), colour),
-            Line(f"{prefix}held out", held_out, colour + alone, dots=True)]  # fmt: skip
+    """The training loss, and the held-out losses, with dots and of a lone run in a colour of their own."""
+    held_out = Line("held out" if alone else "", run.points("eval_loss"), colour + alone, dots=True)
+    return [*_noisy("training" if alone else run.name, run.points("loss"), colour), held_out]
+
+
+def _noisy(name: str, points: Sequence[Point], colour: int) -> list[Line]:
+    """Each step, pale, and the moving mean."""
+    return [Line("", points, colour, faint=True), Line(name, smoothed(points), colour)]
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
@@ -129,7 +135,7 @@ def write(runs: Sequence[RunLog], path: str | Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _page(runs: Sequence[RunLog], drawn: list[str]) -> str:

@@ -61,8 +61,6 @@ def _divide(model: nn.Module, precision: Precision, device: torch.device, proces
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if device.type != "cpu" and device.index is not None:
-        torch.get_device_module(device).set_device(device)
     mesh = init_device_mesh(device.type, (processes,))
     for block in [*_blocks(model), model]:
         store_in(precision, block)

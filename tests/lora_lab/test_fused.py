@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from lora_lab.fused.parts import interleaved, parts_in
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import SMALL, randomise
@@ -27,7 +28,6 @@ from torch.testing import assert_close
 import lora_lab
 from lora_lab import LoraLabError
 from lora_lab.layers import LoRA
-from lora_lab.parts import interleaved, parts_in
 from lora_lab.targets import lora_layers
 
 transformers.logging.set_verbosity_error()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import pickle
@@ -20,8 +19,10 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import lora_lab
-from lora_lab import LoraLabError, parameters, weight_sums
-from lora_lab.parameters import ParameterLoRA, ParameterOwner
+from lora_lab import LoraLabError
+from lora_lab.parameters import layer as parameters
+from lora_lab.parameters import weight_sums
+from lora_lab.parameters.layer import ParameterLoRA, ParameterOwner
 
 NAMES = ["up", "down", "flat"]
 
@@ -253,8 +254,13 @@ def test_autocast_does_not_round_the_sum_of_a_16_bit_base() -> None:
     part = adapted().bfloat16()[1].lora_of_up
     part.lora_A.float(), part.lora_B.float()
     wanted = part(part.weight).total
+    weight = torch.randn_like(wanted)
+    gradients = torch.autograd.grad((wanted * weight).sum(), [part.lora_A["default"], part.lora_B["default"]])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(part(part.weight).total, wanted)
+        total = part(part.weight).total
+        assert torch.equal(total, wanted)
+        again = torch.autograd.grad((total * weight).sum(), [part.lora_A["default"], part.lora_B["default"]])
+    assert_close(again, gradients, rtol=0, atol=0)
 
 
 def test_autocast_leaves_the_parameter_its_dtype() -> None:
@@ -301,7 +307,7 @@ def test_copies_have_adapters_and_owners_of_their_own(clone: Any) -> None:
     model, x = adapted(), inputs()
     copied = clone(model)
     assert torch.equal(copied(x), model(x)) and type(copied[1]) is type(model[1])
-    assert copied[1].lora_of_up.lora_parameter is copied[1].up
+    assert copied[1].lora_of_up.weight is copied[1].up
     before = model(x)
     randomise(copied, by=1.0)
     assert torch.equal(model(x), before) and not torch.allclose(copied(x), before)
@@ -563,6 +569,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a vector": ({"target_parameters": ["up", "1.bias"]}, r"'1.bias' has shape \[6\]: expected a matrix"),
     "four dimensions": ({"target_parameters": ["4.weight"]}, r"'4.weight' has shape \[2, 2, 1, 1\]"),
     "whole numbers": ({"target_parameters": ["3.codes"]}, "torch.uint8, a quantised weight"),
+    "eight bits": ({"target_parameters": ["3.eight"]}, "torch.float8_e4m3fn, a quantised weight"),
     "an LSTM": ({"target_parameters": ["5.weight_ih_l0"]}, "LSTM, which computes with a list of its weights"),
     "a list of parameters": ({"target_parameters": ["6.0"]}, "ParameterList, which has no forward"),
     "an attention's output": ({"target_parameters": ["out_proj.weight"]}, "without a call of its own"),
@@ -583,6 +590,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_changed(case: str) ->
     odd = nn.Module()
     odd.register_buffer("table", torch.zeros(2, 2))
     odd.codes = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    odd.eight = nn.Parameter(torch.zeros(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
     more = [nn.Dropout(), odd, nn.Conv2d(2, 2, 1), nn.LSTM(2, 2), nn.ParameterList([torch.randn(2, 2)]), nn.MultiheadAttention(4, 2)]
     model = nn.Sequential(*base(), *more)
     before, classes = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
@@ -608,7 +616,11 @@ def test_one_weight_is_adapted_as_a_layer_or_as_a_parameter() -> None:
         lora_lab.inject(computed, target_modules=[], target_parameters=["0.weight"])
     with pytest.raises(LoraLabError, match="quantised to int8, whose weight is adapted with target_modules"):
         lora_lab.inject(lora_lab.quantize(base().float(), "int8"), target_modules=[], target_parameters=["0.weight"])
+    around = base()
+    around[1].forward = around[1].forward
+    with pytest.raises(LoraLabError, match="forward of its Experts was replaced"):
+        lora_lab.inject(around, target_modules=[], target_parameters=["up"])
     taken = base()
     taken[1].lora_of_up = 3
-    with pytest.raises(LoraLabError, match="has an attribute 'lora_of_up'"), contextlib.nullcontext():
+    with pytest.raises(LoraLabError, match="has an attribute 'lora_of_up'"):
         lora_lab.inject(taken, target_modules=[], target_parameters=["up"])

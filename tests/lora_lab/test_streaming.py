@@ -20,8 +20,10 @@ from small_models import FAMILIES, logits
 from torch.testing import assert_close
 
 import lora_lab
-from lora_lab import LoraLabError, shards, streaming
-from lora_lab.streaming import merge_checkpoint
+from lora_lab import LoraLabError
+from lora_lab.streaming import merge as streaming
+from lora_lab.streaming import shards
+from lora_lab.streaming.merge import merge_checkpoint
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import lora_lab
 from lora_lab import LoraLabError
-from lora_lab.token_rows import places
+from lora_lab.token_rows.rows import places
 
 # One function ---------------------------------------------------------------------------------------------------------------------
 

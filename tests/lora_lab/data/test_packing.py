@@ -149,7 +149,8 @@ def test_the_report_reads_text_rows_with_a_tokenizer_and_prints_a_table():
     lines = str(report).split("\n")
     assert lines[0].startswith("6 rows, ") and [line.split("  ")[0] for line in lines[1:]] == ["unsorted", "length buckets", "packed"]
     assert len({len(line) for line in lines}) == 1
-    assert report.sentence(packing=False).startswith("padding: ") and report.sentence(packing=True).startswith("padding: none, packed")
+    assert report.sentence(packing=True).startswith("padding: none, packed (in length buckets ")
+    assert "packed none, and at most" in report.sentence(packing=False) and "packed" not in report.sentence(packing=False, packable=False)
 
 
 def test_padding_that_a_row_brings_along_is_not_counted_as_text():
@@ -160,3 +161,5 @@ def test_padding_that_a_row_brings_along_is_not_counted_as_text():
 def test_no_rows_no_report():
     with pytest.raises(LoraLabError, match="no rows"):
         data.padding_report([])
+    with pytest.raises(LoraLabError, match="micro_batch_size=0"):
+        data.padding_report(token_rows(2), 0)

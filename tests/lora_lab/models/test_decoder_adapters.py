@@ -14,7 +14,7 @@ from small_models import randomise
 from torch.testing import assert_close
 
 import lora_lab
-from lora_lab.fused import known_layout
+from lora_lab.fused.layouts import known_layout
 from lora_lab.models.recompute import Recomputable
 
 ATTENTION = r".*\.(attn|attention|self_attention)\.(c_attn|c_proj|query_key_value|dense)"

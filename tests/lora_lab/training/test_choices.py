@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from bert_tools import pair as bert_pair
 from small_models import build
 from t5_tools import pair as t5_pair
 from tiny_workshop import BOS, END, chat_tokenizer, exact_model, ids, our_llama, plain_tokenizer
@@ -169,4 +168,3 @@ def test_probabilities_that_are_none_are_refused_not_ranked():
         score_choices(model, ["a"], None, [[1]])
     with pytest.raises(LoraLabError, match="choice 'a' is text"):
         score_choices(model, PROMPTS, None, ["a"])
-    assert bert_pair  # a classifier has predict_classes

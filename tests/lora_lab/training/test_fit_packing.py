@@ -18,6 +18,7 @@ import lora_lab
 from lora_lab import LoraLabError, data, training
 from lora_lab.data.packing import collate_packed
 from lora_lab.training import TrainConfig, fit
+from lora_lab.training.distributed import ALONE
 from lora_lab.training.loop import _request
 from lora_lab.training.run import Run, count_steps, step_batches
 
@@ -142,11 +143,13 @@ def test_the_same_seed_is_the_same_packed_run_bit_for_bit() -> None:
 
 
 def test_nothing_is_padding() -> None:
-    tokens = sum(len(row["input_ids"]) for row in ROWS)
+    """Every token has a label here: the first of a document counts no more than the first of a padded row."""
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
+    tokens = sum(len(row["input_ids"]) for row in rows)
     for settings in ({"micro_batch_size": 5}, {"max_tokens": 30}):
-        result = fit(exact_model(), ROWS, {"epochs": 2, "packing": True, **settings, **QUIET})
+        result = fit(exact_model(), rows, {"epochs": 2, "packing": True, **settings, **QUIET})
         assert (result.tokens, result.computed_tokens, result.padding_share) == (2 * tokens, 2 * tokens, 0.0)
-    padded = fit(exact_model(), ROWS, {"epochs": 2, "micro_batch_size": 5, **QUIET})
+    padded = fit(exact_model(), rows, {"epochs": 2, "micro_batch_size": 5, **QUIET})
     assert padded.tokens == 2 * tokens and padded.label_tokens == result.label_tokens and padded.padding_share > 0.0
 
 
@@ -254,5 +257,5 @@ def test_a_loss_that_is_not_a_number_names_the_packed_rows(tmp_path: Path) -> No
 
 def test_memory_is_predicted_for_the_tokens_of_a_pack() -> None:
     """Rows of the longest length that fit: the attention within them is the most there can be."""
-    request = _request(exact_model(), TrainConfig(packing=True, max_tokens=100), longest=30)
+    request = _request(exact_model(), TrainConfig(packing=True, max_tokens=100), 30, ALONE)
     assert (request["batch_size"], request["sequence_length"]) == (3, 30)

@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import LoraLabError, did_you_mean
-from .kinds import is_linear, kind_of
+from ..errors import LoraLabError, did_you_mean
+from ..kinds import is_linear, kind_of
 from .parts import Layout, consecutive, interleaved, scattered
 
 HOW = "say so with fused={{{name!r}: {{'q': 64, 'k': 16, 'v': 16}}}}: sizes of consecutive outputs that make {out}, or lists of their numbers"

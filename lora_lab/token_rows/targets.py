@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from .errors import LoraLabError, did_you_mean
+from ..errors import LoraLabError, did_you_mean
 
 FALLBACK = "embed_tokens"  # the input embedding of a model that has no get_input_embeddings(), as in PEFT
 

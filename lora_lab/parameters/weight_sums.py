@@ -54,10 +54,9 @@ class _RoundedSum(torch.autograd.Function):
     @staticmethod
     def forward(W: Tensor, left: Tensor, right: Tensor) -> Tensor:
         total, wide = torch.empty_like(W), torch.promote_types(left.dtype, torch.float32)
-        with _without_autocast(W):
-            for some, blocks in _blocks(W):
-                for rows in blocks:
-                    total[some, rows] = W[some, rows].to(wide, copy=True).baddbmm_(left[some, rows].to(wide), right[some].to(wide))
+        for some, blocks in _blocks(W):
+            for rows in blocks:
+                total[some, rows] = W[some, rows].to(wide, copy=True).baddbmm_(left[some, rows].to(wide), right[some].to(wide))
         return total
 
     @staticmethod

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import LoraLabError
-from .kinds import kind_of
-from .layers import LoRA
-from .peft_config import PREFIX
-from .targets import AdapterConfig, PlannedLayer, is_attention_output
+from ..errors import LoraLabError
+from ..kinds import kind_of
+from ..layers import LoRA
+from ..targets import AdapterConfig, PlannedLayer, is_attention_output
+from .config import PREFIX
 
 OUT_PROJ, IN_FILE = ".out_proj.", ".base_layer.out_proj."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"

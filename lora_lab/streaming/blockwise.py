@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter_files import Pair, Rows
-from .errors import LoraLabError
+from ..errors import LoraLabError
+from ..peft_files.folder import Pair, Rows
 from .shards import StoredTensor
 
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from .errors import LoraLabError
-from .files import json_object
-from .layers import LoRA
-from .parameter_targets import match_parameters, own_parameters
-from .parameters import PART, ParameterLoRA, parameter_path, part_at
+from ..errors import LoraLabError
+from ..files import json_object
+from ..layers import LoRA
+from ..parameters.layer import PART, ParameterLoRA, parameter_path, part_at
+from ..parameters.targets import match_parameters, own_parameters
 
 if TYPE_CHECKING:
-    from .targets import PlannedLayer
+    from ..targets import PlannedLayer
 
 WRAPPED = "base_layer."
 DESCRIBED = "lora_lab_parameters"  # in the metadata

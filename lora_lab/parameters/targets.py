@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from .errors import LoraLabError, did_you_mean
-from .layers import AdapterParameters, LoRA
-from .parameters import PART, adapted_names
+from ..errors import LoraLabError, did_you_mean
+from ..layers import AdapterParameters, LoRA
+from .layer import PART, adapted_names
 
 
 def own_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
@@ -68,7 +68,7 @@ def check_parameter(path: str, owner: nn.Module, parameter: nn.Parameter) -> Non
     """What cannot be adapted as a parameter, each with the reason."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise LoraLabError(f"{path!r} does not know its shape yet: run the model once before inject")
-    if not parameter.is_floating_point():
+    if not parameter.is_floating_point() or parameter.element_size() < 2:
         raise LoraLabError(f"{path!r} is {parameter.dtype}, a quantised weight to which no update can be added: adapt its layer with target_modules")
     if parameter.ndim not in (2, 3) or not parameter.numel():
         raise LoraLabError(f"{path!r} has shape {list(parameter.shape)}: expected a matrix [out, in] or a stack of them [n, out, in] "
@@ -76,6 +76,9 @@ def check_parameter(path: str, owner: nn.Module, parameter: nn.Parameter) -> Non
     if type(owner).forward is nn.Module.forward:
         raise LoraLabError(f"{path!r} is in an {type(owner).__name__}, which has no forward for the update to be in: an adapter there would "
                            "do nothing")  # fmt: skip
+    if "forward" in vars(owner):
+        raise LoraLabError(f"{path!r}: the forward of its {type(owner).__name__} was replaced by a function (accelerate's hooks do so), which would "
+                           "go around the adapter: inject first")  # fmt: skip
     if isinstance(owner, nn.RNNBase):
         raise LoraLabError(f"{path!r} is of an {type(owner).__name__}, which computes with a list of its weights: an adapter there would do nothing")
     if _is_output(owner):

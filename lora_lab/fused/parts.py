@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .errors import LoraLabError
-from .kinds import LinearKind
-from .variants import DoRA, Variant, variant_of, weight_norm
-from .wrapping import whole
+from ..errors import LoraLabError
+from ..kinds import LinearKind
+from ..variants import DoRA, Variant, variant_of, weight_norm
+from ..wrapping import whole
 
 if TYPE_CHECKING:
-    from .layers import LoRA
+    from ..layers import LoRA
 
 Runs = tuple[tuple[int, int], ...]  # (start, stop) of rows that lie together
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import LoraLabError
-from .kinds import embed_scaled
-from .layers import AdapterParameters, LoRA, adapter_dtype, attach
-from .token_targets import PlannedRows
-from .variants import Variant
+from ..errors import LoraLabError
+from ..kinds import embed_scaled
+from ..layers import AdapterParameters, LoRA, adapter_dtype, attach
+from ..variants import Variant
+from .targets import PlannedRows
 
 
 class TokenTable(AdapterParameters):

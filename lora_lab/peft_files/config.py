@@ -16,15 +16,15 @@ from typing import Any
 
 from torch import nn
 
-from .borrowed import check_modules_to_save, injections
-from .errors import LoraLabError
-from .files import json_object
-from .injection import injection_of
-from .kinds import is_conv1d
-from .layers import LoRA
-from .parameter_files import short_names
-from .parameters import ParameterLoRA, parameter_path
-from .targets import AdapterConfig, check_config, first_match, name_matches
+from ..borrowed import check_modules_to_save, injections
+from ..errors import LoraLabError
+from ..files import json_object
+from ..injection import injection_of
+from ..kinds import is_conv1d
+from ..layers import LoRA
+from ..parameters.layer import ParameterLoRA, parameter_path
+from ..targets import AdapterConfig, check_config, first_match, name_matches
+from .parameters import short_names
 
 PREFIX = "base_model.model."  # of every tensor's name
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import LoraLabError
-from .files import json_object
-from .layers import LoRA
-from .parts import Layout, parts_in
-from .targets import AdapterConfig, Plan, PlannedLayer
+from ..errors import LoraLabError
+from ..files import json_object
+from ..fused.parts import Layout, parts_in
+from ..layers import LoRA
+from ..targets import AdapterConfig, Plan, PlannedLayer
 
 FUSED = "lora_lab_fused"
 Named = dict[str, Tensor]  # name in a file -> tensor

@@ -20,12 +20,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import LoraLabError
-from .kinds import LinearKind
-from .layers import AdapterParameters, LoRA
-from .selection import remember_selection
+from ..errors import LoraLabError
+from ..kinds import LinearKind
+from ..layers import AdapterParameters, LoRA
+from ..selection import remember_selection
+from ..variants import Variant
 from .standing_in import replaceable, standing_in
-from .variants import Variant
 from .weight_sums import WeightSum, add_product, forgotten, read_one_by_one
 
 PART = "lora_of_"  # before a parameter's name: the module with its adapters
@@ -43,18 +43,18 @@ class ParameterKind(LinearKind):
         return False  # it is named, not found
 
     def shape(self, module: Any) -> tuple[int, int]:
-        rows, columns = module.lora_parameter.shape[-2:]
+        rows, columns = module.weight.shape[-2:]
         return (rows, columns) if module.lora_transposed else (columns, rows)
 
     def pair_shapes(self, module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        (fan_in, fan_out), stack = self.shape(module), module.lora_parameter.shape[:-2]
+        (fan_in, fan_out), stack = self.shape(module), module.weight.shape[:-2]
         return (*stack, rank, fan_in), (*stack, fan_out, rank)
 
     def matrix(self, module: Any) -> Tensor:
-        return cast(Tensor, module.lora_parameter.detach()).flatten(0, -2)
+        return cast(Tensor, module.weight.detach()).flatten(0, -2)
 
     def stored(self, delta: Tensor, module: Any) -> Tensor:
-        return delta.view_as(module.lora_parameter)
+        return delta.view_as(module.weight)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ class OnParameter(Variant):
         inside = [(i, max(start - i * each, 0), min(stop - i * each, each)) for i in range(start // each, -(-stop // each))]
         return torch.cat([scaling * left[i, first:last] @ right[i] for i, first, last in inside])
 
-
     def matrices(self, layer: Any, adapter: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """A [r, in], B [out, r] and the weight [out, in] of each matrix."""
         weight = as_stack(layer.weight.detach())
@@ -98,8 +97,9 @@ def as_stack(tensor: Tensor) -> Tensor:
 
 
 class ParameterLoRA(LoRA, nn.Module):
-    """The adapters of one parameter, beside it in the module that owns it. lora_A[name]: [r, in] or [n, r, in], lora_B[name]: the same with out.
+    """The adapters of one parameter, beside it in the module that owns it.
 
+    lora_A[name]: [r, in], of a stack [n, r, in].  lora_B[name]: [out, r], of a stack [n, out, r].  weight: the parameter itself.
     It belongs to `lora_owner`, whose child it becomes with `lora_register`.
     """
 
@@ -117,17 +117,13 @@ class ParameterLoRA(LoRA, nn.Module):
         return ParameterKind(self.lora_name)
 
     @property
-    def lora_parameter(self) -> nn.Parameter:
+    def weight(self) -> nn.Parameter:
+        """The parameter, as a layer has its weight."""
         return cast(nn.Parameter, self.__dict__["lora_owner"]._parameters[self.lora_name])
 
     @property
-    def weight(self) -> nn.Parameter:
-        """As a layer has one."""
-        return self.lora_parameter
-
-    @property
     def lora_transposed(self) -> bool:
-        return is_transposed(self.__dict__["lora_owner"], self.lora_parameter)
+        return is_transposed(self.__dict__["lora_owner"], self.weight)
 
     def forward(self, weight: Tensor) -> WeightSum:  # type: ignore[override]
         """The weight with the updates of the active adapters, in its own dtype and shape."""
@@ -154,7 +150,7 @@ class ParameterLoRA(LoRA, nn.Module):
         owner.__class__ = owner_class(base, names) if names else base
 
     def extra_repr(self) -> str:
-        return f"{self.lora_name}: {list(self.lora_parameter.shape)}"
+        return f"{self.lora_name}: {list(self.weight.shape)}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Module.__reduce_ex__(self, protocol)

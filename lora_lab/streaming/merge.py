@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_files import AdapterFile, Pair, Rows, read_adapter
+from ..errors import LoraLabError, did_you_mean
+from ..files import json_object, new_folder, saving, weights_sha256, write_json
+from ..parameters.merging import place_parameters
+from ..peft_files.config import warn_of_another_base
+from ..peft_files.folder import AdapterFile, Pair, Rows, read_adapter
 from .blockwise import Change, MergedTensor, merged_blocks
-from .errors import LoraLabError, did_you_mean
-from .files import json_object, new_folder, saving, weights_sha256, write_json
-from .parameter_merging import place_parameters
-from .peft_config import warn_of_another_base
 from .shards import FLOATS, INDEX, MODEL, NAMES, NewTensor, Shard, StoredTensor, read_checkpoint, write_shard
 
 # Where the weight is stored [in, out] (transformers' Conv1D): the model types, and their layers of that kind.

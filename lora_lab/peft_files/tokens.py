@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .errors import LoraLabError, did_you_mean
-from .layers import LoRA
-from .peft_config import PREFIX
-from .targets import AdapterConfig
-from .token_rows import TiedRows, own_rows, words_of
-from .token_targets import Planned, input_embedding, plan_paths
+from ..errors import LoraLabError, did_you_mean
+from ..layers import LoRA
+from ..targets import AdapterConfig
+from ..token_rows.rows import TiedRows, own_rows, words_of
+from ..token_rows.targets import Planned, input_embedding, plan_paths
+from .config import PREFIX
 
 Anything = TypeVar("Anything", bound=Any)
 ROWS = ".token_adapter.trainable_tokens_delta"

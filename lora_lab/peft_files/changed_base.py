@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .borrowed import base_in_place
-from .errors import LoraLabError
-from .kinds import dense, is_conv1d, is_linear
-from .peft_config import compact
-from .targets import AdapterConfig, PlannedLayer, is_attention_output
+from ..borrowed import base_in_place
+from ..errors import LoraLabError
+from ..kinds import dense, is_conv1d, is_linear
+from ..targets import AdapterConfig, PlannedLayer, is_attention_output
+from .config import compact
 
 FOUND_AGAIN = ("pissa", "olora")
 # float32 finds singular values to about 1e-6 of the largest; a gap ten times as wide fixes what is on either side to a few per cent of it

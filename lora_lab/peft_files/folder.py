@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from .errors import LoraLabError
-from .parameter_files import described_in, without_wrappers, wrapped_pairs
-from .peft_config import CONFIG, PREFIX, TENSORS, from_peft, read_config, what_is_missing
-from .shards import FLOATS, StoredTensor, read_shard
-from .targets import AdapterConfig
-from .token_files import check_all_there, rows_from_file, words_in_config
+from ..errors import LoraLabError
+from ..streaming.shards import FLOATS, StoredTensor, read_shard
+from ..targets import AdapterConfig
+from .config import CONFIG, PREFIX, TENSORS, from_peft, read_config, what_is_missing
+from .parameters import described_in, without_wrappers, wrapped_pairs
+from .tokens import check_all_there, rows_from_file, words_in_config
 
 PART = re.compile(r"(?P<path>.+)\.lora_(?P<part>A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector|B\.bias)")
 

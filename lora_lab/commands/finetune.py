@@ -1,0 +1,132 @@
+"""python -m lora_lab finetune: train a LoRA adapter on rows of text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import memory_math
+
+from .shared import load_model, model_options, precision_of, targets_of
+
+# Options that are fields of TrainConfig, which has their defaults
+SETTINGS = (
+    ("max-steps", int, "optimizer steps; default: --epochs"), ("epochs", float, "passes over the data, 1 if not given"),
+    ("micro-batch-size", int, "rows in one forward and backward pass"), ("grad-accum-steps", int, "micro-batches in a step"),
+    ("learning-rate", float, None), ("schedule", str, "linear, cosine or constant"), ("warmup-steps", int, None), ("weight-decay", float, None),
+    ("max-length", int, "tokens a row may have"), ("seed", int, None), ("optimizer", str, "adamw, adam, sgd, momentum, adafactor or lion"),
+    ("lora-plus-ratio", float, "LoRA+: B learns so many times faster than A"),
+    ("save-every", int, "steps between snapshots of the whole run, from which --resume goes on; Ctrl-C takes one, too"),
+    ("eval-every", int, "steps between evaluations; default: before the first and after the last"),
+    ("early-stopping", int, "stop after so many evaluations without a better loss"),
+    ("max-tokens", int, "with --packing: a micro-batch is as many rows as fit into so many tokens"),
+    ("distributed", str, "under torchrun: ddp (the default; each process holds the model) or fsdp (the model is divided among them)"),
+)  # fmt: skip
+SWITCHES = (
+    ("keep-best", "end with the weights of the best evaluation, not the last"), ("resume", "go on from the newest snapshot in --out"),
+    ("packing", "rows one after another instead of padding"),
+)  # fmt: skip
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    model_options(command)
+    command.add_argument("--data", required=True, help="'reviews' (bundled), or a .json/.jsonl file of instruction/input/output or messages rows")
+    command.add_argument("--eval-data", help="held-out rows; the bundled data brings its own")
+    command.add_argument("--out", required=True, type=Path, help="folder for the adapter, log.jsonl and snapshots")
+    command.add_argument("--rank", type=int, default=8)
+    command.add_argument("--alpha", type=float, help="scaling is alpha / rank; default: rank")
+    command.add_argument("--dropout", type=float, default=0.0)
+    command.add_argument("--variant", default="lora", help="lora or dora")
+    command.add_argument("--init", default="kaiming", help="kaiming, gaussian, orthogonal or pissa")
+    command.add_argument("--rslora", action="store_true", help="scaling alpha / sqrt(rank)")
+    command.add_argument("--quantize", metavar="KIND", help="train over a base in nf4, nf4-dq or int8 (QLoRA)")
+    command.add_argument("--target-modules", nargs="+", default=["all-linear"], help="all-linear, attention, names, or one regular expression")
+    for name, kind, says in SETTINGS:
+        command.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=says)
+    for name, says in SWITCHES:
+        command.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=says)
+    command.add_argument("--gradient-checkpointing", nargs="?", const=True, type=_mode, default=argparse.SUPPRESS, metavar="N|attention",
+                         help="compute again in backward instead of keeping: every block, every n-th, or attention only")  # fmt: skip
+
+
+def _mode(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from .. import count_parameters, data, inject, quantization_report, quantize, save
+    from ..data.tasks import task_of
+    from ..files import check_writable
+    from ..training import fit, shard
+    from ..training.distributed import own_device, world
+
+    options.device = own_device(options.device)
+    precision, everyone = precision_of(options), world(options.device)
+    precision, say = everyone.gather(precision)[0], print if everyone.first else _nothing
+    config = _config(options, precision)
+    divided = config.distributed == "fsdp" and everyone.size > 1
+    rows, held_out = data.load(options.data)
+    if options.eval_data:
+        held_out = data.load(options.eval_data)[0]
+    model, tokenizer = load_model(options, precision, "cpu" if divided else options.device)
+    torch.manual_seed(config.seed)  # of the adapter's first values; `fit` starts from the same seed again
+    if options.quantize:
+        say(quantization_report(quantize(model, options.quantize)))
+    inject(model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=targets_of(options.target_modules),
+           variant=options.variant, init=options.init, rslora=options.rslora)  # fmt: skip
+    everyone.first_does(lambda: check_writable(options.out))
+    if divided:
+        shard(model, precision, device=options.device)
+    say(count_parameters(model))
+    examples = data.Rows(task_of(model).encode(rows, tokenizer, config.max_length), rows.source, rows.lines)
+    say(_prediction(model, options, config, max(len(example["input_ids"]) for example in examples), everyone.size))
+    result = fit(model, examples, config, tokenizer=tokenizer, eval_data=held_out)
+    if everyone.first or divided:  # the pieces of a divided adapter are gathered by all processes, which write the same
+        save(model, options.out)
+    say(_story(result))
+    say(f"adapter saved to {options.out}")
+    everyone.leave()
+
+
+def _nothing(*_: Any) -> None:
+    """What processes but the first say."""
+
+
+def _config(options: argparse.Namespace, precision: str) -> Any:
+    from ..training import TrainConfig
+
+    given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__ if hasattr(options, name)}
+    return TrainConfig(**{**given, "precision": precision, "output_dir": options.out})
+
+
+def _story(result: Any) -> str:
+    lines = []
+    if result.eval_losses:
+        lines.append(f"held-out loss {result.eval_losses[0]:.3f} -> {result.eval_losses[-1]:.3f}")
+    if result.best_step is not None:
+        lines.append(f"the weights are those after step {result.best_step}, whose held-out loss was the lowest, {min(result.eval_losses):.3f}")
+    ended = ", stopped early" if result.stopped_early else ""
+    lines.append(f"training loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {result.steps} steps{ended}, {result.tokens:,} tokens "
+                 f"({result.label_tokens:,} with a label), {result.tokens_per_second:.0f} tokens/s, "
+                 f"peak {result.peak_bytes / 2**30:.2f} GiB")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _prediction(model: Any, options: argparse.Namespace, config: Any, longest: int, processes: int) -> str:
+    """The predicted footprint of a step on the longest rows, where this model and these settings are modelled."""
+    method = "dora" if options.variant == "dora" else "qlora" if options.quantize else "lora"
+    try:
+        footprint = memory_math.predict(
+            model, method=method, quantization=options.quantize or "none", precision=config.precision, rank=options.rank,
+            target_modules=targets_of(options.target_modules), dropout=options.dropout, batch_size=config.micro_batch_size, sequence_length=longest,
+            grad_accum_steps=config.grad_accum_steps, gradient_checkpointing=config.gradient_checkpointing, optimizer=config.optimizer,
+            world_size=processes, zero_stage=3 if config.distributed == "fsdp" and processes > 1 else 0,
+            implementation="lora_lab", device="cuda" if next(model.parameters()).is_cuda else "cpu",
+        )  # fmt: skip
+    except memory_math.MemoryMathError as error:
+        return f"memory: no prediction ({error})"
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    return f"memory: a step on the longest rows ({longest} tokens) is predicted to need {footprint.gib():.2f} GiB of tensors{each}"

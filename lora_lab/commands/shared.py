@@ -1,0 +1,90 @@
+"""Options and steps that several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraLabError, did_you_mean
+
+
+def model_options(command: argparse.ArgumentParser, precision: str = "auto") -> None:
+    command.add_argument("--model", required=True, help="our name, a folder, a .gguf file, or a hub id")
+    command.add_argument("--precision", default=precision, help="fp32, bf16, bf16-mixed, fp16-mixed, or auto: the faster of fp32 and bf16 here")
+    command.add_argument("--device", default=None, help="cpu, cuda, mps, ...; default: PyTorch's")
+
+
+def generation_options(command: argparse.ArgumentParser, max_new_tokens: int = 128, temperature: float = 0.7, repetition_penalty: float = 1.1,
+                       seed: int | None = None) -> None:  # fmt: skip
+    command.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    command.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
+    command.add_argument("--top-k", type=int, default=0)
+    command.add_argument("--top-p", type=float, default=0.9)
+    command.add_argument("--repetition-penalty", type=float, default=repetition_penalty)
+    command.add_argument("--seed", type=int, default=seed)
+
+
+def generation_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")}
+
+
+def precision_of(options: argparse.Namespace) -> str:
+    from ..training import fastest_precision
+    from ..training.precision import PRECISIONS
+
+    _check_device(options.device)
+    if options.precision == "auto":
+        return fastest_precision(options.device)
+    if options.precision not in PRECISIONS:
+        raise LoraLabError(f"--precision {options.precision}: expected auto, {', '.join(PRECISIONS)}{did_you_mean(options.precision, PRECISIONS)}")
+    return str(options.precision)
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise LoraLabError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def load_model(options: argparse.Namespace, precision: str, device: str | None = None) -> Any:
+    """(model, tokenizer), the weights stored as the precision stores frozen ones; on --device where no other is given."""
+    from .. import models
+    from ..training.precision import storage_dtype
+
+    return models.load(options.model, dtype=storage_dtype(precision), device=device or options.device)
+
+
+def with_tokenizer(options: argparse.Namespace, tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise LoraLabError(f"{options.model} has no tokenizer.json: text cannot be generated without one")
+    return tokenizer
+
+
+def prompts_of(texts: Sequence[str], raw: bool, model: Any, tokenizer: Any) -> list[list[int]]:
+    """Token ids of each instruction as the model was taught to read it; raw: of the text itself."""
+    from .. import data
+    from ..models.base import is_encoder_decoder
+
+    as_it_is = raw or is_encoder_decoder(model)  # T5 was taught in plain words
+    chat = [] if as_it_is else [data.prompt_of({"instruction": text}, tokenizer) for text in texts]
+    return [tokenizer.encode(text) for text in texts] if as_it_is else [tokenizer.encode(text, add_special_tokens=False) for text in chat]
+
+
+def targets_of(names: list[str]) -> str | list[str]:
+    """One word may be a keyword or a regular expression; plain names are a list."""
+    single = len(names) == 1 and (names[0] in ("all-linear", "attention") or not names[0].replace("_", "").replace(".", "").isalnum())
+    return names[0] if single else names
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise LoraLabError where something would be written over, or nothing could be."""
+    from ..files import check_writable
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LoraLabError(f"--out {folder} is there and not empty: choose a new folder (nothing is overwritten)")
+    check_writable(folder)

@@ -1,0 +1,1 @@
+"""Rows of an embedding that train, for single words of the vocabulary."""
