@@ -41,8 +41,9 @@ from .peft_files.config import CONFIG, PREFIX, TENSORS, from_peft, initialisatio
 from .peft_files.fused import parts_for_file, parts_from_file
 from .peft_files.parameters import check_pair, parameters_for_file, parameters_from_file, parameters_in_metadata
 from .peft_files.tokens import rows_for_config, rows_for_file, rows_from_file, rows_planned
+from .plans import AdapterConfig, Plan, PlannedLayer
 from .streaming.shards import NAMES
-from .targets import AdapterConfig, Plan, PlannedLayer, adapter_names, check_adapter_name, lora_layers, plan_layer, plan_parameter
+from .targets import adapter_names, check_adapter_name, lora_layers, plan_layer, plan_parameter
 from .token_rows.rows import own_rows, words_of
 from .wrapping import refuse_sharded, refuse_wrapped, whole
 

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from . import layers as lora_layer
 from .adapters import activate, weights_of
+from .checks import check_rank
 from .errors import LoraLabError, did_you_mean
 from .injection import injection_of, new_injection
-from .layers import LoRA, check_rank
+from .layers import LoRA
 from .merging import refuse_merged
 from .parameters.layer import OnParameter, ParameterLoRA, as_stack, parameter_path
-from .targets import AdapterConfig, adapter_names, check_adapter_name, lora_layers
+from .plans import AdapterConfig
+from .targets import adapter_names, check_adapter_name, lora_layers
 from .token_rows.rows import own_rows
 from .variants import LORA, Variant
 from .wrapping import refuse_sharded, refuse_wrapped

@@ -21,7 +21,8 @@ from .errors import LoraLabError
 from .fused.parts import variant_for
 from .merging import RECORD, merged_modules, refuse_merged, unmerge
 from .parameters.layer import OnParameter, ParameterLoRA, part_of
-from .targets import AdapterConfig, Plan, adapter_names, attention_of, check_adapter_name, is_attention_output, lora_layers, make_plan
+from .plans import AdapterConfig, Plan
+from .targets import adapter_names, attention_of, check_adapter_name, is_attention_output, lora_layers, make_plan
 from .token_rows.rows import attach_rows, new_rows
 from .wrapping import refuse_sharded, refuse_wrapped
 

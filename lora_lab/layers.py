@@ -10,7 +10,6 @@ the same mixin as an ordinary class, to construct and to read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -18,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import LoraLabError, did_you_mean
+from .checks import check_numbers, check_rank
+from .errors import LoraLabError
 from .initialization import INITIALISATIONS
 from .kinds import LinearKind, kind_of
 from .selection import RowSelection, remember_selection
@@ -336,24 +336,3 @@ def attach(module: nn.Module, adapter: str, tensors: Tensors, scaling: float, dr
 def adapter_dtype(base: torch.dtype) -> torch.dtype:
     """float32 on a 16-bit or quantised base (small updates vanish in 16 bit), else the base's own."""
     return base if base in (torch.float32, torch.float64) else torch.float32
-
-
-def check_rank(rank: Any) -> int:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise LoraLabError(f"rank={rank!r}: expected a whole number of at least 1 (8 is a good start)")
-    return rank
-
-
-def check_alpha(alpha: Any, name: str = "alpha") -> None:
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha)):
-        raise LoraLabError(f"{name}={alpha!r}: expected a finite number (alpha = rank gives a scaling of 1)")
-
-
-def check_numbers(rank: Any, alpha: Any, dropout: Any, init: Any) -> None:
-    """Raise LoraLabError for the first of an adapter's numbers that makes no sense."""
-    check_rank(rank)
-    check_alpha(alpha)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
-        raise LoraLabError(f"dropout={dropout!r}: expected 0 <= dropout < 1")
-    if not isinstance(init, str) or init not in INITIALISATIONS:
-        raise LoraLabError(f"init={init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(init, INITIALISATIONS)}")

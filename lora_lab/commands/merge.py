@@ -42,11 +42,12 @@ def _in_memory(options: argparse.Namespace, dtype: Any) -> None:
     load(model, options.adapter)
     merge(model, restorable=False, untie=options.untie)
     report = merge_report(model)
+    _config_of_an_untied_head(model)
     models.save(eject(model), options.out, tokenizer)
     print(f"{report}; written to {options.out}")
 
 
-def _say_untied(model: Any) -> None:
+def _config_of_an_untied_head(model: Any) -> None:
     """A head that has got a weight of its own must be in the file, and in its config."""
     apart = [second for second, first in model.tied.items() if model.get_parameter(second) is not model.get_parameter(first)]
     if not apart:

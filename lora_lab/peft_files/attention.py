@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..errors import LoraLabError
 from ..kinds import kind_of
 from ..layers import LoRA
-from ..targets import AdapterConfig, PlannedLayer, is_attention_output
+from ..plans import AdapterConfig, PlannedLayer
+from ..targets import is_attention_output
 from .config import PREFIX
 
 OUT_PROJ, IN_FILE = ".out_proj.", ".base_layer.out_proj."

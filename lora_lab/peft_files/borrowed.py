@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..borrowed import BIASES, Borrowed, base_in_place, biases_of, borrowed_names, of_an_adapter, saved_names, tensor_of
 from ..errors import LoraLabError
-from ..targets import AdapterConfig
+from ..plans import AdapterConfig
 from .config import PREFIX
 
 OF_THE_ADAPTER = re.compile(r"\.lora_[A-Za-z_]+(\.weight|\.bias)?$")

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..borrowed import base_in_place
 from ..errors import LoraLabError
 from ..kinds import dense, is_conv1d, is_linear
-from ..targets import AdapterConfig, PlannedLayer, is_attention_output
+from ..plans import AdapterConfig, PlannedLayer
+from ..targets import is_attention_output
 from .config import compact
 
 FOUND_AGAIN = ("pissa", "olora")

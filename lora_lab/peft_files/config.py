@@ -23,7 +23,8 @@ from ..injection import injection_of
 from ..kinds import is_conv1d
 from ..layers import LoRA
 from ..parameters.layer import ParameterLoRA, parameter_path
-from ..targets import AdapterConfig, check_config, first_match, name_matches
+from ..plans import AdapterConfig, first_match
+from ..targets import check_config, name_matches
 from .parameters import short_names
 
 PREFIX = "base_model.model."  # of every tensor's name

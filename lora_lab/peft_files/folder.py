@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from ..errors import LoraLabError
+from ..plans import AdapterConfig
 from ..streaming.shards import FLOATS, StoredTensor, read_shard
-from ..targets import AdapterConfig
 from .config import CONFIG, PREFIX, TENSORS, from_peft, read_config, what_is_missing
 from .parameters import described_in, without_wrappers, wrapped_pairs
 from .tokens import check_all_there, rows_from_file, words_in_config

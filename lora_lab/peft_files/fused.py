@@ -21,7 +21,7 @@ from ..errors import LoraLabError
 from ..files import json_object
 from ..fused.parts import Layout, parts_in
 from ..layers import LoRA
-from ..targets import AdapterConfig, Plan, PlannedLayer
+from ..plans import AdapterConfig, Plan, PlannedLayer
 
 FUSED = "lora_lab_fused"
 Named = dict[str, Tensor]  # name in a file -> tensor

@@ -25,7 +25,7 @@ from ..parameters.layer import PART, ParameterLoRA, parameter_path, part_at
 from ..parameters.targets import match_parameters, own_parameters
 
 if TYPE_CHECKING:
-    from ..targets import PlannedLayer
+    from ..plans import PlannedLayer
 
 WRAPPED = "base_layer."
 DESCRIBED = "lora_lab_parameters"  # in the metadata

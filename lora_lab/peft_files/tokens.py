@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import LoraLabError, did_you_mean
 from ..layers import LoRA
-from ..targets import AdapterConfig
+from ..plans import AdapterConfig
 from ..token_rows.rows import TiedRows, own_rows, words_of
 from ..token_rows.targets import Planned, input_embedding, plan_paths
 from .config import PREFIX

@@ -105,9 +105,18 @@ class Run:
             return self.result.steps
         if self.saves:
             self.world.first_does(lambda: state.begin_anew(self.output_dir))
-        self.log = Log(self.folder if self.world.first else None)
+        self.open_log()
         self.evaluate(step=0)
         return 0
+
+    def open_log(self, keep_bytes: int = 0) -> None:
+        """Process 0's; the others write nothing."""
+
+        def opened() -> None:
+            self.log = Log(self.folder, keep_bytes)
+
+        self.log = Log(None)
+        self.world.first_does(opened)
 
     def after(self, step: int) -> None:
         """What is due after a step: evaluation, then a snapshot that knows of it."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..errors import LoraLabError
 from . import snapshots
-from .accounting import Log
 from .pieces import divided_like, for_file, joined_like, piece
 from .result import FitResult
 from .snapshots import Snapshot, optimizer_states, optimizer_tensors
@@ -54,7 +53,7 @@ def restore(run: Run, snapshot: Snapshot) -> None:
     if run.precision.scaled:
         run.scaler.load_state_dict(snapshot.state["scaler"])
     run.result = FitResult(**snapshot.state["result"])
-    run.log = Log(run.folder if run.world.first else None, keep_bytes=snapshot.state["log_bytes"])
+    run.open_log(keep_bytes=snapshot.state["log_bytes"])
     if snapshot.state["processes"] == run.world.size:
         own = f"random/{run.world.rank}/"
         _set_random_states({name.removeprefix(own): values for name, values in snapshot.tensors.items() if name.startswith(own)})

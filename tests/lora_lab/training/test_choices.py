@@ -74,7 +74,10 @@ def test_the_adapter_takes_part_and_the_model_stays_what_it_was():
     with lora_lab.disabled(model):
         base = score_choices(model, PROMPTS, None, CHOICES, **QUIET)
     assert not torch.allclose(base, score_choices(model, PROMPTS, None, CHOICES, **QUIET))
-    assert model.training and all(p.grad is None for p in model.parameters())
+    dropping = lora_lab.inject(our_llama(torch.float64), rank=3, dropout=0.5, init="random").train()
+    first, second = (score_choices(dropping, PROMPTS, None, CHOICES, **QUIET) for _ in range(2))
+    assert torch.equal(first, second)
+    assert model.training and dropping.training and all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(base, score_choices(our_llama(torch.float64), PROMPTS, None, CHOICES, **QUIET), rtol=0, atol=1e-12)
 
 

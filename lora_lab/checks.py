@@ -1,0 +1,30 @@
+"""The numbers of an adapter, checked before anything is made of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .errors import LoraLabError, did_you_mean
+from .initialization import INITIALISATIONS
+
+
+def check_rank(rank: Any) -> int:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise LoraLabError(f"rank={rank!r}: expected a whole number of at least 1 (8 is a good start)")
+    return rank
+
+
+def check_alpha(alpha: Any, name: str = "alpha") -> None:
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha)):
+        raise LoraLabError(f"{name}={alpha!r}: expected a finite number (alpha = rank gives a scaling of 1)")
+
+
+def check_numbers(rank: Any, alpha: Any, dropout: Any, init: Any) -> None:
+    """Raise LoraLabError for the first of an adapter's numbers that makes no sense."""
+    check_rank(rank)
+    check_alpha(alpha)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise LoraLabError(f"dropout={dropout!r}: expected 0 <= dropout < 1")
+    if not isinstance(init, str) or init not in INITIALISATIONS:
+        raise LoraLabError(f"init={init!r}: expected one of {', '.join(INITIALISATIONS)}{did_you_mean(init, INITIALISATIONS)}")
