@@ -47,6 +47,11 @@ class Borrowed:
         """Put the right values into every borrowed parameter. Raises LoraLabError, nothing changed, where two active adapters want one."""
         wanted = {name: self.owner(name, active) for name in self.in_place}
         changed = {name: tensor_of(model, name) for name, owner in wanted.items() if self.in_place[name] != owner}
+        for name, parameter in changed.items():
+            if parameter.shape != (values := self.aside[wanted[name], name]).shape:
+                owner = wanted[name] or "the base"
+                raise LoraLabError(f"{name!r} is {list(parameter.shape)} now, its values kept for {owner} are {list(values.shape)}: it was resized "
+                                   "after inject; resize it back, eject, and resize before inject")  # fmt: skip
         kept = {name: parameter.detach().clone() for name, parameter in changed.items()}
         for name, parameter in changed.items():
             self.aside[self.in_place[name], name] = kept[name]

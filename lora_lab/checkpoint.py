@@ -45,7 +45,7 @@ from .plans import AdapterConfig, Plan, PlannedLayer
 from .streaming.shards import NAMES
 from .targets import adapter_names, check_adapter_name, lora_layers, plan_layer, plan_parameter
 from .token_rows.rows import own_rows, words_of
-from .wrapping import refuse_sharded, refuse_wrapped, whole
+from .wrapping import refuse_replaced, refuse_sharded, refuse_wrapped, whole
 
 Model = TypeVar("Model", bound=nn.Module)
 KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.(?P<which>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|lora_B\.bias)")
@@ -67,6 +67,7 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
     earlier files are untouched then.
     """
     refuse_merged(model, "save")
+    refuse_replaced(model, "save")
     refuse_wrapped(model, "save")
     if dtype is not None and dtype not in NAMES:
         raise LoraLabError(f"dtype={dtype!r}: expected one of {', '.join(map(str, NAMES))}, or None to keep the adapter's")

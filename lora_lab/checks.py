@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from .errors import LoraLabError, did_you_mean
 from .initialization import INITIALISATIONS
 
 
-def check_rank(rank: Any) -> int:
+def check_rank(rank: Any, name: str = "rank") -> int:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise LoraLabError(f"rank={rank!r}: expected a whole number of at least 1 (8 is a good start)")
+        raise LoraLabError(f"{name}={rank!r}: expected a whole number of at least 1 (8 is a good start)")
     return rank
 
 
 def check_alpha(alpha: Any, name: str = "alpha") -> None:
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha)):
         raise LoraLabError(f"{name}={alpha!r}: expected a finite number (alpha = rank gives a scaling of 1)")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Of an adapter: None, or one that can be trained in."""
+    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise LoraLabError(f"dtype={dtype!r}: expected None, torch.float32, torch.float64, torch.bfloat16 or torch.float16")
 
 
 def check_numbers(rank: Any, alpha: Any, dropout: Any, init: Any) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from . import layers as lora_layer
 from .adapters import activate, use
 from .borrowed import Borrowed, base_values, injections
+from .checks import check_dtype
 from .errors import LoraLabError
 from .fused.parts import variant_for
 from .merging import RECORD, merged_modules, refuse_merged, unmerge
@@ -37,6 +38,7 @@ class Injection:
     adapters: dict[str, AdapterConfig] = field(default_factory=dict)
     borrowed: Borrowed = field(default_factory=Borrowed)
     lost: dict[str, float] = field(default_factory=dict)  # of adapters made by combine: what their rank could not hold
+    places: dict[str, tuple[str, ...]] = field(default_factory=dict)  # adapter -> paths of its layers
 
 
 def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
@@ -47,7 +49,7 @@ def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
     total     1 layers, 4,608 parameters
     """
     adapter = request.pop("adapter", "default")
-    request.pop("dtype", None)
+    check_dtype(request.pop("dtype", None))
     _check_new_adapter(model, adapter)
     patterns = {name: request.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     return make_plan(model, AdapterConfig(**{"rank": rank, **request, **patterns}))
@@ -90,6 +92,7 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     """
     config = AdapterConfig(rank, alpha, target_modules, exclude_modules, layers, rank_pattern or {}, alpha_pattern or {}, dropout, rslora, init,
                            variant, freeze_A, lora_bias, bias, modules_to_save, fused, trainable_token_indices, target_parameters)  # fmt: skip
+    check_dtype(dtype)
     _check_new_adapter(model, adapter)
     apply_plan(model, make_plan(model, config), adapter, dtype=dtype)
     return model
@@ -150,6 +153,7 @@ def apply_plan(model: nn.Module, plan: Plan, adapter: str, dtype: torch.dtype | 
     for tokens, own_rows in zip(plan.tokens, rows, strict=True):
         attach_rows(model, adapter, tokens, own_rows)
     injection.adapters[adapter] = config
+    injection.places[adapter] = tuple(path for path, layer in lora_layers(model).items() if adapter in layer.lora_variant)
     injection.borrowed.add(adapter, starts)
     activate(model, (adapter,), trainable=trainable)
 

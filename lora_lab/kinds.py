@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .autocast import autocast_dtype
 from .dropout import dropped_update
+from .errors import LoraLabError
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -116,6 +117,9 @@ class EmbeddingKind(LinearKind):
         return autocast_dtype(x) or module.weight.dtype
 
     def update(self, module: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
+        if A.shape[1] != module.num_embeddings:
+            raise LoraLabError(f"the embedding has {module.num_embeddings} words, the adapter {A.shape[1]}: it was resized after inject; eject, "
+                               "resize, inject")  # fmt: skip
         low = F.embedding(x, A.T, module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
         update = F.linear(scaling * F.dropout(low, dropout, dropout > 0), B)
         return embed_scaled(module, update)

@@ -22,7 +22,7 @@ from .layers import LoRA, detach_adapters, reattach_adapters
 from .selection import RowSelection
 from .targets import adapter_names, lora_layers
 from .token_rows.rows import followers
-from .wrapping import refuse_sharded
+from .wrapping import refuse_replaced, refuse_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 ELEMENTS_AT_ONCE = 2**22  # of a weight, in float32
@@ -70,6 +70,7 @@ def merge(model: Model, adapter: str | None = None, *, restorable: bool = True, 
     quantised layer, a grouped convolution, a tied weight, and where the sum is not finite.
     """
     refuse_merged(model, "merge")
+    refuse_replaced(model, "merge")
     refuse_sharded(model, "merge")
     names = _to_merge(model, adapter)
     layers = {path: layer for path, layer in lora_layers(model).items() if any(name in layer.lora_variant for name in names)}

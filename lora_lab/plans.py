@@ -114,7 +114,8 @@ class Plan:
         width = max(len(name) for name, *_ in groups)
         lines = [f"{name:<{width}}  {count:>4} x {formula} = {count * each:>12,}" for (name, formula, each), count in groups.items()]
         along = [f"and {len(self.along)} of the model's own tensors train along, {self.along_numel:,} parameters"] if self.along else []
-        return "\n".join([*lines, f"{'total':<{width}}  {len(parts):>4} layers, {self.parameters:,} parameters", *along])
+        frozen = ", of which A stays frozen" if self.config.freeze_A else ""
+        return "\n".join([*lines, f"{'total':<{width}}  {len(parts):>4} layers, {self.parameters:,} parameters{frozen}", *along])
 
 
 def first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:

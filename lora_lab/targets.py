@@ -6,6 +6,7 @@ right ("q_proj", "mlp.down_proj"), a string is a regular expression over the who
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -61,8 +62,8 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
     if not targets and (parameters or not no_layers):
         raise LoraLabError(f"exclude_modules={config.exclude_modules!r}, layers={config.layers!r} and modules_to_save={config.modules_to_save!r} "
                            "leave no layer to adapt")  # fmt: skip
-    for pattern in (config.rank_pattern, config.alpha_pattern):
-        check_patterns(pattern, targets)
+    for name in ("rank_pattern", "alpha_pattern"):
+        check_patterns(name, getattr(config, name), targets)
     along = borrowed_names(model, targets, config.bias, config.modules_to_save)
     numel = sum(p.numel() for p in {id(p): p for p in (tensor_of(model, name) for name in along)}.values() if isinstance(p, nn.Parameter))
     tokens = plan_rows(model, config.trainable_token_indices, targets, saved, config.variant)
@@ -149,6 +150,7 @@ def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any, p
     elif (types := layer_types(request)) is not None:
         matched = [path for path in paths if isinstance(paths[path], types)]
     elif callable(request):
+        check_takes_two(request)
         matched = [path for path in paths if request(path, paths[path])]
     elif isinstance(request, Iterable):
         return match_names(model, paths, list(request), parts)
@@ -160,6 +162,13 @@ def match_targets(model: nn.Module, paths: dict[str, nn.Module], request: Any, p
         hint = f" (a string is a regular expression over the whole path: for a name write [{request!r}])" if regular else ""
         raise LoraLabError(f"target_modules={request!r} matches no layer{hint}.{layers_here(paths, str(request))}")
     return matched
+
+
+def check_takes_two(request: Any) -> None:
+    try:
+        inspect.signature(request).bind("path", None)
+    except (TypeError, ValueError) as error:
+        raise LoraLabError(f"target_modules={request!r}: expected a function of path and module ({error})") from None
 
 
 def with_outputs(paths: dict[str, nn.Module], matched: list[str], parts: Collection[str] = ()) -> list[str]:
@@ -268,15 +277,15 @@ def check_config(config: AdapterConfig) -> None:
             raise LoraLabError(f"{name}={pattern!r}: expected a dict of name or pattern -> value")
         for key, value in pattern.items():
             compile_pattern(key, name)
-            check(value)
-    if config.layers is not None and not (isinstance(config.layers, Iterable) and all(isinstance(layer, int) for layer in config.layers)):
+            check(value, f"{name}[{key!r}]")
+    if config.layers is not None and not (isinstance(config.layers, Iterable) and all(type(number) is int for number in config.layers)):
         raise LoraLabError(f"layers={config.layers!r}: expected a list of layer numbers")
 
 
-def check_patterns(pattern: dict[str, Any], targets: list[str]) -> None:
+def check_patterns(name: str, pattern: dict[str, Any], targets: list[str]) -> None:
     for key in pattern:
         if not any(first_match({key: True}, path, False) for path in targets):
-            raise LoraLabError(f"pattern {key!r} matches none of the {len(targets)} adapted layers.{layers_here(targets, key)}")
+            raise LoraLabError(f"{name}: pattern {key!r} matches none of the {len(targets)} adapted layers.{layers_here(targets, key)}")
 
 
 def check_adapter_name(name: str) -> str:

@@ -36,6 +36,16 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
                                "merge or eject, save the adapter and load it into a model that is whole")  # fmt: skip
 
 
+def refuse_replaced(model: nn.Module, verb: str) -> None:
+    """Raise LoraLabError where a layer that carried an adapter is gone: resize_token_embeddings puts new, plain ones in its place."""
+    injection = vars(model).get("lora_injection")
+    for adapter, paths in (() if injection is None else injection.places.items()):
+        present = {path: module for path, module in model.named_modules() if adapter in getattr(module, "lora_variant", ())}
+        if missing := [path for path in paths if path not in present]:
+            raise LoraLabError(f"{verb}: {missing[0]!r} carried the adapter {adapter!r} and was replaced since (by resize_token_embeddings?): "
+                               "eject, and inject once the model has its final layers")  # fmt: skip
+
+
 def _names(module: nn.Module) -> set[str]:
     """The names of the classes that PyTorch gave a module."""
     return {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.")}

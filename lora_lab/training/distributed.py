@@ -12,6 +12,7 @@ loss curve is the same. Sources: Li et al. 2020 (arXiv:2006.15704) for DDP, Zhao
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import json
 import math
@@ -195,9 +196,9 @@ def agree_on_weights(model: nn.Module, everyone: World) -> None:
 
 
 def _described(parameter: Tensor, values: bool) -> str:
-    shape = f"{list(parameter.shape)} {parameter.dtype}"
-    flat = parameter.detach().reshape(-1)
-    return f"{shape} {flat[:: max(1, len(flat) // 8)][:9].tolist()}" if values else shape
+    flat, shape = parameter.detach().reshape(-1), f"{list(parameter.shape)} {parameter.dtype}"
+    numbers = flat[:: max(1, len(flat) // 64)].tolist() if values else []
+    return f"{shape} with numbers like {hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]}" if values else shape
 
 
 @contextlib.contextmanager

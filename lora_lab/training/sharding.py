@@ -68,10 +68,14 @@ def _divide(model: nn.Module, precision: Precision, device: torch.device, proces
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time; those inside others first, as fully_shard wants them."""
+    """What is gathered at a time; those inside others first, as fully_shard wants them.
+
+    An embedding inside a block is one of its own: T5's table of distances lies in the first block, and is read before that runs.
+    """
     names = getattr(model, "_no_split_modules", None) or ()
-    found = [module for module in model.modules() if isinstance(module, Recomputable) or type(module).__name__ in names]
-    return [module for module in reversed(found) if module is not model]
+    blocks = [module for module in model.modules() if isinstance(module, Recomputable) or type(module).__name__ in names]
+    tables = [module for block in blocks for module in block.modules() if isinstance(module, nn.Embedding)]
+    return [module for module in [*dict.fromkeys(tables), *reversed(blocks)] if module is not model]
 
 
 def _check_dtypes(model: nn.Module, precision: Precision) -> None:

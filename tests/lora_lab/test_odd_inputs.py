@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from small_models import randomise
 from torch import nn
 from torch.testing import assert_close
@@ -97,3 +98,54 @@ def test_codes_that_two_layers_share_are_counted_once() -> None:
 def test_a_wrong_type_gets_an_error_that_names_it(call: Any) -> None:
     with pytest.raises(LoraLabError, match=r"5|\[\]|\[4\]|'1'|'0'"):
         call(adapted(nn.Linear(6, 4)))
+
+
+# Resized after inject -----------------------------------------------------------------------------------------------------------
+
+
+def resizable() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=67, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_head_that_was_resized_keeps_the_bases_values_and_says_what_to_do() -> None:
+    model = lora_lab.inject(resizable(), rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model.resize_token_embeddings(80)
+    for verb in (lambda: lora_lab.use(model, None), lambda: lora_lab.eject(model)):
+        with pytest.raises(LoraLabError, match=r"'lm_head.weight' is \[80, 16\] now, its values kept for the base are \[67, 16\]: it was resized"):
+            verb()
+    model.resize_token_embeddings(67)
+    assert not any("lora" in name for name in lora_lab.eject(model).state_dict())
+
+
+@pytest.mark.parametrize("verb", [lora_lab.merge, lambda model: lora_lab.save(model, "nowhere")])
+def test_an_adapter_that_was_replaced_with_its_layer_is_not_lost_without_a_word(verb: Any) -> None:
+    model = lora_lab.inject(resizable(), rank=2, target_modules=["q_proj", "lm_head"])
+    model.resize_token_embeddings(80)
+    with pytest.raises(LoraLabError, match=r"'lm_head' carried the adapter 'default' and was replaced since \(by resize_token_embeddings\?\)"):
+        verb(model)
+    assert not any("lora" in name for name in lora_lab.eject(model).state_dict())
+
+
+def test_an_embedding_that_grew_says_so_instead_of_indexing_beyond_its_adapter() -> None:
+    model = lora_lab.inject(resizable(), rank=2, target_modules=["embed_tokens"])
+    model.resize_token_embeddings(80)
+    with pytest.raises(LoraLabError, match="has 80 words, the adapter 67: it was resized after inject"):
+        model(input_ids=torch.tensor([[75, 3]]))
+
+
+@pytest.mark.parametrize("request_, message", [
+    ({"dtype": "float32"}, "dtype='float32': expected None, torch.float32"), ({"dtype": torch.int8}, "dtype=torch.int8"),
+    ({"target_modules": lambda module: True}, "expected a function of path and module"),
+    ({"rank_pattern": {"0": 0}}, r"rank_pattern\['0'\]=0"), ({"alpha_pattern": {"nope": 3}}, "alpha_pattern: pattern 'nope' matches none"),
+    ({"layers": [True]}, r"layers=\[True\]: expected a list of layer numbers"),
+])  # fmt: skip
+def test_errors_name_the_argument(request_: dict[str, Any], message: str) -> None:
+    for verb in (lora_lab.plan, lora_lab.inject):
+        with pytest.raises(LoraLabError, match=message):
+            verb(nn.Sequential(nn.Linear(4, 4)), 2, **request_)
+
+
+def test_a_plan_says_that_A_stays_frozen() -> None:
+    assert str(lora_lab.plan(nn.Sequential(nn.Linear(4, 4)), 2, freeze_A=True)).endswith("16 parameters, of which A stays frozen")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,10 +21,12 @@ from tiny_workshop import QUIET, chat_tokenizer, our_llama, same_bits, text_rows
 
 import lora_lab
 from lora_lab import LoraLabError
+from lora_lab.__main__ import main
 from lora_lab.models import loading
 from lora_lab.training import Interrupted, TrainConfig, evaluate, fit, shard, snapshots
 from lora_lab.training.distributed import World, own_device, world
 from lora_lab.training.pieces import whole
+from lora_lab.training.precision import PRECISIONS, store_in
 from lora_lab.training.run import Run, count_steps, step_batches
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_available(), reason="needs torch.distributed with gloo")
@@ -110,13 +113,10 @@ def curves(rank: int, port: int, folder: Path) -> None:
     found: dict[str, Any] = {}
     for name, (kind, make, changes) in RUNS.items():
         model = make()
-        if not rank and "random" not in name:  # process 1 begins with other adapters, and has to take process 0's
-            found[name] = outcome(model, fit(model, ROWS, settings(distributed=kind, **changes), eval_data=HELD_OUT))
-        else:
-            with torch.no_grad():
-                for parameter in (p for n, p in model.named_parameters() if "lora_" in n):
-                    parameter.add_(1.0)
-            found[name] = outcome(model, fit(model, ROWS, settings(distributed=kind, **changes), eval_data=HELD_OUT))
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(rank)  # process 1 begins with other values, and has to take process 0's
+        found[name] = outcome(model, fit(model, ROWS, settings(distributed=kind, **changes), eval_data=HELD_OUT))
     for kind in ("ddp", "fsdp"):
         model = our_llama()
         found[f"{kind}, bf16"] = outcome(model, fit(model, ROWS, settings(distributed=kind, precision="bf16"), eval_data=HELD_OUT))
@@ -194,7 +194,8 @@ def stops(rank: int, port: int, folder: Path) -> None:
         "rate": asks(learning_rate=0.01 + rank), "rows": asks(rows=ROWS[rank:]), "base": asks(make=other_base),
         "base, fsdp": asks(make=other_base, distributed="fsdp"), "few rows": asks(rows=ROWS[:1]),
         "in backward": asks(optimizer_in_backward=True, max_grad_norm=None), "adafactor": asks(optimizer="adafactor", distributed="fsdp"),
-        "offload": asks(activation_offload=True, distributed="fsdp"), "wrapped": asks(make=lambda: torch.nn.parallel.DistributedDataParallel(adapted())),
+        "offload": asks(activation_offload=True, distributed="fsdp"),
+        "wrapped": asks(make=lambda: torch.nn.parallel.DistributedDataParallel(adapted())),
         "two dtypes": asks(make=lambda: adapted(modules_to_save=["norm"]), precision="bf16", distributed="fsdp"),
         "divided twice": refused(lambda: shard(shard(adapted()))), "ddp of pieces": asks(make=lambda: shard(adapted()), distributed="ddp"),
         "other precision": asks(make=lambda: shard(adapted()), precision="bf16-mixed"),
@@ -215,7 +216,7 @@ def breaks(rank: int, port: int, folder: Path, kind: str) -> None:
         return whole_step(run, *args)
 
     Run.backward = backward  # type: ignore[method-assign]
-    (folder / f"{kind}-{rank}").write_text(refused(lambda: fit(adapted(), ROWS, settings(distributed=kind))))
+    (folder / f"{kind}-{rank}").write_text(refused(lambda: fit(adapted(), ROWS, settings(distributed=kind, eval_every=None))))
 
 
 def told(story: Callable[..., None], folder: Path) -> list[dict[str, Any]]:
@@ -252,10 +253,10 @@ def check_same(one: dict[str, Any], two: dict[str, Any], loss: float = 1e-4, wei
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_have_the_loss_curve_of_one(curve: list[dict[str, Any]], name: str) -> None:
-    """The same rows in each step, and each row's share of the step's labelled tokens. Process 1 was given adapters of its own, which must not count."""
+    """The same rows in each step, and each row's share of the step's labelled tokens. What process 1 began with must not count."""
     _, make, changes = RUNS[name]
     one = alone(make, **changes)
-    assert one["eval_losses"][-1] != pytest.approx(one["eval_losses"][0], rel=1e-2)  # it learns something
+    assert one["eval_losses"][-1] != pytest.approx(one["eval_losses"][0], rel=5e-4)  # it learns something
     for two in curve:
         check_same(one, two[name])
     assert same_bits(curve[0][name]["weights"], curve[1][name]["weights"])
@@ -287,7 +288,8 @@ def test_a_model_that_was_divided_before_is_trained_as_it_is_and_saved_whole(cur
     assert found["evaluated"] == pytest.approx(found["asked for nothing"]["eval_losses"][-1], rel=1e-4)
     files = [(found["folder"] / f"adapter-{rank}" / "adapter_model.safetensors").read_bytes() for rank in (0, 1)]
     assert files[0] == files[1]
-    model = lora_lab.load(their_llama(torch.bfloat16), found["folder"] / "adapter-0")
+    model = lora_lab.load(their_llama(), found["folder"] / "adapter-0")
+    store_in(PRECISIONS["bf16-mixed"], model)
     torch.testing.assert_close(model(input_ids=torch.arange(6)[None]).logits.detach(), found["logits"])
     assert not torch.allclose(found["logits"], lora_lab.eject(model)(input_ids=torch.arange(6)[None]).logits, rtol=0.1)
 
@@ -358,9 +360,6 @@ MESSAGES = {
 @pytest.mark.parametrize("name", MESSAGES)
 def test_what_cannot_work_is_said_by_every_process(stop: list[dict[str, Any]], name: str) -> None:
     for found in stop:
-        assert pytest.raises(LoraLabError, match=MESSAGES[name]).__class__  # a pattern
-        import re
-
         assert re.search(MESSAGES[name], found["messages"][name]), found["messages"][name]
 
 
@@ -390,8 +389,6 @@ def test_torchrun_finetunes_and_writes_one_adapter_that_loads(tmp_path: Path, ki
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("adapter saved to") == done.stdout.count("training loss") == 1
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "log.jsonl"]
-    from lora_lab.__main__ import main
-
     assert main([str(word) for word in [*given, "--out", tmp_path / "one", "--grad-accum-steps", 2]]) == 0
     logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
     one, two = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
@@ -410,7 +407,7 @@ def test_alone_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     assert world() == World() and not dist.is_initialized()  # torchrun --nproc-per-node 1
-    assert len(fit(adapted(), ROWS, settings(max_steps=1, distributed="fsdp")).losses) == 1
+    assert len(fit(adapted(), ROWS, settings(max_steps=1, distributed="fsdp", eval_every=None)).losses) == 1
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
