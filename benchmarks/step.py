@@ -35,7 +35,7 @@ def theirs(dtype: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")).train()
 
 
-def worker(side: str, precision: str, rounds_of: int) -> None:
+def worker(side: str, precision: str, rounds_of: int, compiled: bool) -> None:
     import torch
 
     from lora_lab.training.accounting import peak_bytes
@@ -43,6 +43,7 @@ def worker(side: str, precision: str, rounds_of: int) -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     model = ours(dtype) if side == "ours" else theirs(dtype)
+    model = torch.compile(model) if compiled else model
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=side == "PEFT, autocast")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
     ids = torch.randint(0, 49_152, (ROWS, LENGTH))
@@ -66,18 +67,19 @@ def worker(side: str, precision: str, rounds_of: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", nargs=3, metavar=("SIDE", "PRECISION", "STEPS"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=4, metavar=("SIDE", "PRECISION", "STEPS", "COMPILED"), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1, help="steps in a round")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
     arguments = parser.parse_args()
     if arguments.worker:
-        side, precision, steps = arguments.worker
-        worker(side, precision, int(steps))
+        side, precision, steps, compiled = arguments.worker
+        worker(side, precision, int(steps), compiled == "True")
         return
     result: dict[str, Any] = {"benchmark": "step", **setting()}
     print(f"{'':22} {'tokens/s':>9} {'peak MiB':>9}   ours, against the faster")
     for precision, sides in CONTESTS.items():
-        workers = [Worker(__file__, side, precision, str(arguments.steps)) for side in sides]
+        workers = [Worker(__file__, side, precision, str(arguments.steps), str(arguments.compile)) for side in sides]
         take_turns(workers, arguments.rounds)
         figures = {side: worker.summary() for side, worker in zip(sides, workers, strict=True)}
         best = max((figures[side] for side in sides[1:]), key=lambda figure: figure["tokens_per_second"])

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_lab.streaming.shards import BLOCK_NUMBERS, INDEX, NAMES, NewTensor, write_shard
 from lora_lab.streaming.merge import merge_checkpoint
+from lora_lab.streaming.shards import BLOCK_NUMBERS, INDEX, NAMES, NewTensor, write_shard
 
 HIDDEN, FEED_FORWARD, VOCABULARY = 4096, 11008, 32000
 LINEAR = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (HIDDEN, HIDDEN),
