@@ -23,7 +23,9 @@ FEATURES = {  # line of the table -> the tests that hold what it says of ours
     "`nn.MultiheadAttention`": ["lora_lab/test_multihead.py::test_the_attention_computes_with_the_dense_update_in_training_and_on_the_fast_path",
                                 "lora_lab/test_multihead.py::test_out_proj_alone_trains"],
     "fused qkv, a pair for each": ["lora_lab/test_fused.py::test_it_is_the_function_of_separate_projections_with_the_same_gradients"],
-    "raw parameters, stacks of experts": ["lora_lab/test_parameters.py::test_forward_and_gradients_are_those_of_the_parameters_replaced_by_W_plus_delta"],
+    "raw parameters, stacks of experts": [
+        "lora_lab/test_parameters.py::test_forward_and_gradients_are_those_of_the_parameters_replaced_by_W_plus_delta"
+    ],
     "rows for new tokens": ["lora_lab/test_token_rows.py::test_output_and_gradients_are_those_of_a_whole_embedding_with_these_rows"],
     "rsLoRA": ["lora_lab/test_injection.py::test_scaling_is_alpha_over_rank_or_over_its_root_with_rslora"],
     "DoRA": ["lora_lab/test_kinds.py::test_an_adapted_layer_is_the_layer_with_the_dense_update",

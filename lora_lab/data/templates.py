@@ -6,6 +6,7 @@ prompt also comes without the answer.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,8 +71,8 @@ def _encode(row: Row, tokenizer: Any, where: str) -> Example:
 
 def token_ids(values: Any, where: str) -> list[int]:
     try:
-        return [int(value) for value in values]
-    except (TypeError, ValueError):
+        return [operator.index(value) for value in values]
+    except TypeError:
         raise LoraLabError(f"{where}: input_ids and labels are {values!r:.60}, expected lists of whole numbers") from None
 
 

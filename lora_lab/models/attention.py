@@ -126,13 +126,13 @@ class Attention(RecomputableCore):
 
     x: [B, T, H].  rotary: (cos, sin), each [B or 1, T, 1, D/2].  mask: see `Mask`.
     bias: of q, k and v.  out_bias: of o.  qk_norm: the epsilon of an RMSNorm over each head of q and k (Qwen3); None for none.
-    window: see `attention_mask`, which the caller has made the mask with.
+    window: see `attention_mask`, which the caller has made the mask with.  dropout: on the attention weights, in training.
     """
 
     def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, *, out_bias: bool | None = None,
-                 qk_norm: float | None = None, window: int | None = None, **factory: Any) -> None:  # fmt: skip
+                 qk_norm: float | None = None, window: int | None = None, dropout: float = 0.0, **factory: Any) -> None:  # fmt: skip
         super().__init__()
-        self.head_dim, self.window = head_dim, window
+        self.head_dim, self.window, self.dropout = head_dim, window, dropout
         self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias, **factory)
         self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias, **factory)
         self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias, **factory)
@@ -146,7 +146,7 @@ class Attention(RecomputableCore):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (angle.to(q.dtype) for angle in rotary)
         q, k, v = (heads.transpose(1, 2) for heads in (rotate(q, cos, sin), rotate(k, cos, sin), v))  # [B, N, T, D], nothing moved
-        causal = layer_cache is None or layer_cache.length == 0  # else it is one token, which may look at all
+        causal = layer_cache is None or layer_cache.length == 0  # else there is a mask, or one token that may look at all
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)
-        return self.o_proj(attend(self, q, k, v, mask, causal=causal, window=self.window))
+        return self.o_proj(attend(self, q, k, v, mask, causal=causal, window=self.window, dropout=self.dropout))

@@ -178,7 +178,7 @@ class FalconAttention(RecomputableCore):
             cos, sin = (angle.to(q.dtype)[:, :, None] for angle in rotary)
             q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), v.contiguous()  # a view of v would keep q and k alive, too
         q, k, v = (heads.flatten(2, 3).transpose(1, 2) for heads in (q, k, v))  # [B, N or fewer, T, D]
-        causal = layer_cache is None or layer_cache.length == 0  # else it is one token, which may look at all
+        causal = layer_cache is None or layer_cache.length == 0  # else there is a mask, or one token that may look at all
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)
         y = attend(self, q, k, v, mask, causal=causal) if bias is None else self.attend_with_alibi(q, k, v, bias, mask, causal)

@@ -7,6 +7,7 @@ the prompts, once and padded on the right, and the decoder begins each row with 
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,11 +46,15 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        checks = {"temperature": self.temperature >= 0, "top_k": self.top_k >= 0, "top_p": 0 < self.top_p <= 1,
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
+                raise LoraLabError(f"{name}={value!r}: expected {'a whole number' if name == 'top_k' else 'a number'}")
+        checks = {"temperature": self.temperature == 0 or self.temperature >= 1e-5, "top_k": self.top_k >= 0, "top_p": 0 < self.top_p <= 1,
                   "repetition_penalty": self.repetition_penalty > 0}  # fmt: skip
         for name, right in checks.items():
             if not right:
-                raise LoraLabError(f"{name}={getattr(self, name)!r}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
+                raise LoraLabError(f"{name}={getattr(self, name)!r}: expected temperature 0 or >= 1e-5, top_k >= 0, 0 < top_p <= 1, "
+                                   "repetition_penalty > 0")  # fmt: skip
 
 
 def generate(model: nn.Module, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor, tokenizer: Any = None, *,
@@ -75,7 +80,8 @@ def generate(model: nn.Module, prompts: Sequence[str] | Sequence[Sequence[int]] 
     rows = _encode(prompts, tokenizer, special_tokens=answers)
     limits = _limits(model, [[0]] * len(rows) if answers else rows, max_new_tokens)  # what the encoder reads takes no room from the answer
     ends = getattr(tokenizer, "end_ids", None) or _eos(model.config if answers and tokenizer is None else tokenizer)
-    stops = frozenset(stop_ids if stop_ids is not None else ends)
+    given = stop_ids if isinstance(stop_ids, Iterable) or stop_ids is None else [stop_ids]
+    stops = frozenset(_whole_numbers(given, "stop_ids") if given is not None else ends)
     stream = _Stream(limits, tokenizer, stops, on_token)
     started = time.perf_counter()
     generators, pad = _generators(seed, len(rows), model), getattr(tokenizer, "pad_token_id", 0) or 0
@@ -210,7 +216,7 @@ def _encode(prompts: Any, tokenizer: Any, special_tokens: bool) -> list[list[int
         if not isinstance(prompt, Iterable):
             raise LoraLabError(f"prompt {index} is {prompt!r}: expected a text or a list of token ids; one prompt is [prompt]")
         # a rendered chat template brings its own special tokens
-        ids = tokenizer.encode(prompt, add_special_tokens=special_tokens) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = tokenizer.encode(prompt, add_special_tokens=special_tokens) if isinstance(prompt, str) else _whole_numbers(prompt, f"prompt {index}")
         if not ids:
             raise LoraLabError(f"prompt {index} is empty: expected at least one token")
         rows.append(ids)
@@ -219,10 +225,17 @@ def _encode(prompts: Any, tokenizer: Any, special_tokens: bool) -> list[list[int
     return rows
 
 
+def _whole_numbers(values: Iterable[Any], what: str) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise LoraLabError(f"{what} is {values!r:.60}: expected whole numbers, token ids") from None
+
+
 def _limits(model: nn.Module, rows: list[list[int]], wanted: int) -> list[int]:
     """How many tokens each row may get: as many as it would alone."""
-    if wanted < 1:
-        raise LoraLabError(f"max_new_tokens={wanted}: expected at least 1")
+    if not isinstance(wanted, int) or wanted < 1:
+        raise LoraLabError(f"max_new_tokens={wanted!r}: expected a whole number of at least 1")
     context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max(map(len, rows))
     if context is not None and longest >= context:
@@ -239,7 +252,7 @@ def _generators(seed: int | Sequence[int] | None, rows: int, model: nn.Module) -
     device = next(model.parameters()).device
     if seed is None:
         seed = int(torch.randint(2**31, ()).item())
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else _whole_numbers(seed if isinstance(seed, Iterable) else [seed], "seed")
     if len(seeds) != rows:
         raise LoraLabError(f"seed has {len(seeds)} values for {rows} prompts: give one number, or one per prompt")
     return [torch.Generator(device).manual_seed(each) for each in seeds]

@@ -55,7 +55,8 @@ class GPT2Config:
     @classmethod
     def from_dict(cls, source: dict[str, Any]) -> GPT2Config:
         """Read a Hugging Face config, of transformers 4 or 5. Raises LoraLabError for a missing or unsupported field."""
-        check_config(source, "GPT-2", ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"), ("n_inner",), "layer_norm_epsilon")
+        source = {"n_positions": 1024, **source}
+        check_config(source, "GPT-2", ("vocab_size", "n_embd", "n_layer", "n_head"), ("n_positions", "n_inner"), "layer_norm_epsilon")
         check_heads(source["n_embd"], source["n_head"])
         if source.get("add_cross_attention"):
             raise LoraLabError("add_cross_attention=true: a GPT-2 that looks at an encoder, too, is not modelled here")
@@ -104,7 +105,7 @@ class GPT2Attention(RecomputableCore):
 
     def forward(self, x: Tensor, mask: Mask, layer_cache: LayerCache | None) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))  # [B, N, T, D]
-        causal = layer_cache is None or layer_cache.length == 0  # else it is one token, which may look at all
+        causal = layer_cache is None or layer_cache.length == 0  # else there is a mask, or one token that may look at all
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)
         return self.resid_dropout(self.c_proj(attend(self, q, k, v, mask, causal=causal, scale=self.scale, dropout=self.dropout)))

@@ -21,7 +21,7 @@ from .attention import Attention, Documents, Mask, attention_mask
 from .blocks import GatedMLP, RMSNorm
 from .cache import KVCache, LayerCache
 from .causal import CausalLM, Decoder
-from .config import check_config
+from .config import check_config, flags, shares
 from .recompute import Recomputable
 from .rotary import Rope
 
@@ -43,6 +43,7 @@ class LlamaConfig:
     attention_bias: bool
     mlp_bias: bool
     rope: Rope
+    attention_dropout: float = 0.0
     windows: tuple[int | None, ...] = ()
     source: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -60,6 +61,7 @@ class LlamaConfig:
         if (activation := source.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise LoraLabError(f"hidden_act={activation!r}: expected 'silu', the gate of every released {cls.family}")
         given = {**cls.defaults, **source}
+        given |= flags(given, {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}) | shares(given, {"attention_dropout": 0.0})
         heads = source["num_attention_heads"]
         head_dim = given.get("head_dim") or source["hidden_size"] // heads
         kv_heads = given.get("num_key_value_heads") or heads
@@ -68,8 +70,9 @@ class LlamaConfig:
         shape = {name: source[name] for name in needed}
         return cls(**shape, num_key_value_heads=kv_heads, head_dim=head_dim,
                    rms_norm_eps=given.get("rms_norm_eps", 1e-6), max_position_embeddings=given.get("max_position_embeddings", 2048),
-                   tie_word_embeddings=given.get("tie_word_embeddings", False), attention_bias=given.get("attention_bias", False),
-                   mlp_bias=given.get("mlp_bias", False), rope=Rope.from_config(given, head_dim), windows=cls.windows_of(given),
+                   tie_word_embeddings=given["tie_word_embeddings"], attention_bias=given["attention_bias"],
+                   mlp_bias=given["mlp_bias"], attention_dropout=given["attention_dropout"],
+                   rope=Rope.from_config(given, head_dim), windows=cls.windows_of(given),
                    source=source)  # fmt: skip
 
     @classmethod
@@ -91,6 +94,8 @@ def layer_windows(given: dict[str, Any], window: int | None) -> tuple[int | None
     if kinds is None:
         first = given.get("max_window_layers", 0)
         return tuple(window if layer >= first else None for layer in range(count))
+    if not isinstance(kinds, list) or len(kinds) != count or not {*kinds} <= {"sliding_attention", "full_attention"}:
+        raise LoraLabError(f"layer_types={kinds!r} in config.json: expected 'full_attention' or 'sliding_attention' for each of {count} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -135,7 +140,7 @@ class LlamaDecoderLayer(Recomputable):
     def __init__(self, c: LlamaConfig, window: int | None, **factory: Any) -> None:
         super().__init__()
         self.self_attn = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.attention_bias, out_bias=c.out_bias,
-                                   qk_norm=c.rms_norm_eps if c.qk_norm else None, window=window, **factory)  # fmt: skip
+                                   qk_norm=c.rms_norm_eps if c.qk_norm else None, window=window, dropout=c.attention_dropout, **factory)  # fmt: skip
         self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.mlp_bias, **factory)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, **factory)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, **factory)

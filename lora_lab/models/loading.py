@@ -37,7 +37,9 @@ FAMILIES |= {family.__name__: family for family in (GPT2LMHeadModel, GPTNeoXForC
 FAMILIES |= {family.__name__: family for family in (T5ForConditionalGeneration, MT5ForConditionalGeneration, T5EncoderModel)}
 FAMILIES |= {family.__name__: family for family in (BertModel, BertForSequenceClassification, BertForMaskedLM)}
 FAMILIES |= {family.__name__: family for family in (RobertaModel, RobertaForSequenceClassification, RobertaForMaskedLM)}
-FAMILIES["RWForCausalLM"] = FalconForCausalLM  # its name in the first files
+FAMILIES |= {"RWForCausalLM": FalconForCausalLM, "LLaMAForCausalLM": LlamaForCausalLM, "T5WithLMHeadModel": T5ForConditionalGeneration,
+             "BertForPreTraining": BertForMaskedLM}  # names in older files; the last has a head for next sentences, too, which is left out
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "model*.safetensors*", *LAYOUT]
 NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -56,6 +58,8 @@ def load(name_or_path: str | Path, dtype: torch.dtype | None = None, device: Any
     """
     from .catalogue import CATALOGUE, HUB_NAMES, fetch
 
+    if dtype is not None and dtype not in FLOATS:
+        raise LoraLabError(f"dtype={dtype!r}: expected None (the file's own), torch.float32, torch.bfloat16, torch.float16 or torch.float64")
     head, name, path = Head(task, num_labels, problem_type), str(name_or_path), Path(name_or_path).expanduser()
     if name in CATALOGUE and not path.is_dir():
         return _load_folder(fetch(name), name, dtype, device, head)
@@ -75,6 +79,10 @@ def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None
     """Write config.json, model.safetensors and the tokenizer's files. Raises LoraLabError for a model with adapters in it."""
     if any(isinstance(module, LoRA) for module in model.modules()):
         raise LoraLabError("this model has LoRA layers: save the adapter with lora_lab.save, or eject it before saving the model")
+    for name, first in model.tied.items():
+        if model.get_parameter(name) is not model.get_parameter(first):
+            raise LoraLabError(f"{name} is not {first} any more (merge(untie=True)?), but the config ties them, so that the file would lose it: "
+                               "model.config = dataclasses.replace(model.config, tie_word_embeddings=False)")  # fmt: skip
     folder, dtype = Path(folder), str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     config = {name: value for name, value in model.config.to_dict().items() if name != "torch_dtype"}  # transformers 4's name for dtype
     config["architectures"] = [next((each.__name__ for each in type(model).__mro__ if each.__name__ in FAMILIES), type(model).__name__)]
@@ -181,6 +189,8 @@ def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None
     if expected is None or expected.shape != tensor.shape:
         wanted = "no such parameter" if expected is None else f"expected {list(expected.shape)} by config.json"
         raise LoraLabError(f"tensor {name!r} is {list(tensor.shape)}, {wanted}")
+    if tensor.dtype not in FLOATS:
+        raise LoraLabError(f"tensor {name!r} is {tensor.dtype}: quantised weights are not read here; load the original model")
     if getattr(owner, "float32_instead_of_float16", False) and (dtype or tensor.dtype) == torch.float16:
         dtype = torch.float32
     owner._parameters[leaf] = nn.Parameter(tensor.to(device, dtype))

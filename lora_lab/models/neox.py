@@ -96,7 +96,7 @@ class GPTNeoXAttention(RecomputableCore):
         cos, sin = (angle.to(q.dtype) for angle in rotary)
         q, k, v = rotate_part(q, cos, sin), rotate_part(k, cos, sin), v.contiguous()  # a view of v would keep q and k alive, too
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [B, N, T, D]
-        causal = layer_cache is None or layer_cache.length == 0  # else it is one token, which may look at all
+        causal = layer_cache is None or layer_cache.length == 0  # else there is a mask, or one token that may look at all
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)
         return self.dense(attend(self, q, k, v, mask, causal=causal, dropout=self.dropout))

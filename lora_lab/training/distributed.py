@@ -18,7 +18,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,6 +83,14 @@ class World:
         if self.size > 1:
             dist.all_gather_object(everyone, value)
         return everyone
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Put process 0's values into everyone's tensors."""
+        for tensor in tensors if self.size > 1 else ():
+            values = tensor.detach().contiguous()
+            dist.broadcast(values, src=0)
+            with torch.no_grad():
+                tensor.copy_(values)
 
     def first_does(self, work: Callable[[], object]) -> None:
         """Process 0 does it while the others wait; where it fails, it has failed for all."""
@@ -180,23 +188,19 @@ def own_device(name: str | None) -> str | None:
 # One weight, one value ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def agree_on_weights(model: nn.Module, everyone: World) -> None:
-    """What trains, and adapters, become process 0's in every process; frozen weights have to be the same already: some numbers of each are compared.
+    """What trains, and adapters, become process 0's in every process; all else has to be the same already: some numbers of each are compared.
 
     Raises LoraLabError in every process where they are not.
     """
-    drawn = {name for name, p in model.named_parameters() if p.requires_grad or of_an_adapter(name)}
-    everyone.check_alike({f"the weight {name!r}": _described(p, values=name not in drawn) for name, p in model.named_parameters()})
-    for name, parameter in model.named_parameters():
-        if name in drawn:
-            values = parameter.detach().contiguous()
-            dist.broadcast(values, src=0)
-            parameter.copy_(values)
+    drawn = {name: p for name, p in model.named_parameters() if p.requires_grad or of_an_adapter(name)}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    everyone.check_alike({f"the weight {name!r}": _described(tensor, values=name not in drawn) for name, tensor in tensors.items()})
+    everyone.share(drawn.values())
 
 
-def _described(parameter: Tensor, values: bool) -> str:
-    flat, shape = parameter.detach().reshape(-1), f"{list(parameter.shape)} {parameter.dtype}"
+def _described(tensor: Tensor, values: bool) -> str:
+    flat, shape = tensor.detach().reshape(-1), f"{list(tensor.shape)} {tensor.dtype}"
     numbers = flat[:: max(1, len(flat) // 64)].tolist() if values else []
     return f"{shape} with numbers like {hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]}" if values else shape
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.formats import Placed
 from ..data.packing import check_fits
 from ..data.tasks import Task, packed_task_of, task_of
+from ..data.templates import IGNORE
 from ..errors import LoraLabError
 from ..merging import refuse_merged
 from ..models.base import in_mode
@@ -60,14 +61,15 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     examples = task.encode(data, tokenizer, max_length)
     held_out = task.encode(eval_data, tokenizer, max_length) if eval_data else []
     _check_settings(config, held_out)
+    _check_model(model, [*examples, *held_out])
     _check_packs(config, data, examples)
     longest = max(len(example["input_ids"]) for example in examples)
     _check_shares(examples, config, everyone)
     with everyone.together():
         if everyone.size > 1 and config.distributed == "fsdp" and not is_sharded(model):
             shard(model, config.precision)
-        with _borrowed(model, config), out_of_memory_explained(model, _request(model, config, longest, everyone), longest):
-            return Run(model, task, config, examples, held_out, getattr(tokenizer, "pad_token_id", 0) or 0, everyone).train()
+        with _borrowed(model, config) as learning, out_of_memory_explained(model, _request(model, config, longest, everyone), longest):
+            return Run(model, task, config, examples, held_out, getattr(tokenizer, "pad_token_id", 0) or 0, everyone, learning).train()
 
 
 def evaluate(model: nn.Module, examples: Examples, config: TrainConfig, pad_id: int = 0) -> float:
@@ -76,13 +78,16 @@ def evaluate(model: nn.Module, examples: Examples, config: TrainConfig, pad_id: 
 
 
 @contextlib.contextmanager
-def _borrowed(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """Random numbers, gradients, dtypes, mode and checkpointing are the run's inside, and the caller's own again afterwards."""
+def _borrowed(model: nn.Module, config: TrainConfig) -> Iterator[Callable[[], None]]:
+    """Random numbers, gradients, dtypes, mode and checkpointing are the run's inside, and the caller's own again afterwards.
+
+    The block gets what it has to call before the first step: see `stored_in`.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    with (torch.random.fork_rng(_gpus(trained[0])), own_gradients(trained), stored_in(PRECISIONS[config.precision], model),
+    with (torch.random.fork_rng(_gpus(trained[0])), own_gradients(trained), stored_in(PRECISIONS[config.precision], model) as learning,
           in_mode(model, training=True), checkpointing(model, config.gradient_checkpointing)):  # fmt: skip
         try:
-            yield
+            yield learning
         finally:
             let_go(model)
 
@@ -142,6 +147,26 @@ def _check_packs(config: TrainConfig, data: Any, examples: Examples) -> None:
     for index, example in enumerate(examples if config.max_tokens is not None else ()):
         assert config.max_tokens is not None
         check_fits(len(example["input_ids"]), config.max_tokens, data.where(index) if isinstance(data, Placed) else f"row {index}")
+
+
+def _check_model(model: nn.Module, examples: Examples) -> None:
+    """Raise LoraLabError for weights that hold no numbers, and for an id that is no word: on a GPU it would end the process, at its turn."""
+    if meta := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+        raise LoraLabError(f"{meta[0]!r} is on the meta device, which holds shapes and no numbers: load the weights first")
+    embedding = _input_embedding(model)
+    for row, example in enumerate(examples if embedding is not None else ()):
+        ids = [*example["input_ids"], *(example.get("labels") or ())]
+        if outside := [each for each in (min(ids), max(ids)) if each >= embedding.num_embeddings or (each < 0 and each != IGNORE)]:
+            raise LoraLabError(f"row {row} has the id {outside[0]}, the model's vocabulary ends at {embedding.num_embeddings - 1}: is this the "
+                               "model's tokenizer?")  # fmt: skip
+
+
+def _input_embedding(model: nn.Module) -> Any:
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding if isinstance(embedding, nn.Embedding) else None
 
 
 def _check_settings(config: TrainConfig, held_out: Examples) -> None:

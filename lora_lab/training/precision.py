@@ -13,7 +13,7 @@ and keep the cast for backward. The caller's own dtypes come back when training 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +54,23 @@ def storage_dtype(precision: str) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def stored_in(precision: Precision, model: nn.Module) -> Iterator[None]:
+def stored_in(precision: Precision, model: nn.Module) -> Iterator[Callable[[], None]]:
     """Inside the block the model's weights are stored as `precision` says; afterwards in their own dtypes again.
 
-    Frozen weights come back bit for bit (a copy waits on the CPU), trained ones with what they learned. Adapters stay float32.
+    Frozen weights come back bit for bit (a copy waits on the CPU), trained ones with what they learned: from the moment on at which the block
+    calls the function that it gets, before its first step. Adapters stay float32.
     """
     originals: list[tuple[nn.Parameter, Tensor]] = []
+
+    def learning() -> None:
+        """Trained weights need only their dtypes back from here on."""
+        originals[:] = [(parameter, bits.new_empty(0) if parameter.requires_grad else bits) for parameter, bits in originals]
+
     try:
         for parameter, target in _casts(model, precision):
-            # a frozen weight's own bits wait on the CPU; a trained one only needs its dtype back
-            keep = parameter.data.new_empty(0) if parameter.requires_grad else parameter.data.cpu()
-            originals.append((parameter, keep))
+            originals.append((parameter, parameter.data.cpu()))
             parameter.data = parameter.data.to(target)
-        yield
+        yield learning
     finally:
         for parameter, original in originals:
             back = parameter.data if original.numel() != parameter.numel() else original

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import random
@@ -47,9 +48,9 @@ class Run:
     """One call of `fit`: the state its methods share."""
 
     def __init__(self, model: nn.Module, task: Task, config: TrainConfig, examples: Examples, held_out: Examples, pad_id: int,
-                 world: World = ALONE) -> None:  # fmt: skip
+                 world: World = ALONE, learning: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         torch.manual_seed(world.seed(config.seed))
-        self.world = world
+        self.world, self.learning = world, learning
         self.model, self.task, self.config, self.pad_id = model, task, config, pad_id
         self.examples, self.held_out = examples, held_out
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -83,7 +84,8 @@ class Run:
         self.meet()
         done = self.begin()
         result, shown = self.result, config.progress and self.world.first
-        batches = itertools.islice(step_batches(self.examples, config, self.world.size), done, self.steps)
+        last = done if result.stopped_early else self.steps
+        batches = itertools.islice(step_batches(self.examples, config, self.world.size), done, last)
         with self.stepping(), interruptible(self.saves) as interrupted, _progress(done, self.steps, shown) as bar:
             for step, indices in enumerate(batches, start=done + 1):
                 loss = self.step(indices, step)
@@ -100,14 +102,20 @@ class Run:
 
     def begin(self) -> int:
         """Steps that are done already: none, or with resume=True those of the newest snapshot."""
-        if self.config.resume:
+        if self.config.resume and snapshots.any_in(self.output_dir):
             state.restore(self, snapshots.newest(self.output_dir))
             return self.result.steps
+        if self.config.resume:
+            warnings.warn(f"nothing to resume in {self.output_dir}: this is the first step", stacklevel=5)
         if self.saves:
             self.world.first_does(lambda: state.begin_anew(self.output_dir))
         self.open_log()
         self.evaluate(step=0)
         return 0
+
+    @functools.cached_property
+    def circumstances(self) -> dict[str, Any]:
+        return state.circumstances(self)
 
     def open_log(self, keep_bytes: int = 0) -> None:
         """Process 0's; the others write nothing."""
@@ -187,6 +195,7 @@ class Run:
         if isinstance(watch, WhichLayersRan):
             watch.check(list(self.trained.values()))
         norm, skipped = self.update(step, micro_batches, batches)
+        self.world.share(state.statistics(self.model).values() if self.world.size > 1 else ())
         self.count(loss, [batch for batch, (_, counts) in zip(batches, own, strict=True) if counts], int(total), skipped)
         self.result.seconds += time.perf_counter() - started
         self.log.write(step=step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=self.result.tokens,
@@ -209,6 +218,9 @@ class Run:
         loss = loss * share
         if not loss.requires_grad:
             raise LoraLabError(NOTHING_LEARNS)
+        if self.in_backward is not None:  # the weights step in the next line
+            self.check_finite("loss", float(loss.detach()), self.result.steps + 1, [[]], [batch])
+            self.learning()
         self.scaler.scale(loss).backward()
         return float(loss.detach())
 
@@ -221,6 +233,7 @@ class Run:
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm or math.inf)))
         self.check_finite("gradient's norm", norm, step, micro_batches, batches)
         scale = self.scaler.get_scale()
+        self.learning()
         with self.rounding(step):
             self.scaler.step(optimizer)
         self.scaler.update()

@@ -56,6 +56,11 @@ def write(output_dir: Path, snapshot: Snapshot, keep: int) -> Path:
     return target
 
 
+def any_in(output_dir: Path) -> bool:
+    """Whether there are snapshots, whole or damaged."""
+    return bool(_folders(output_dir))
+
+
 def newest(output_dir: Path) -> Snapshot:
     """The newest snapshot that is whole; a warning names each that is not.
 

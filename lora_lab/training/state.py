@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
+from ..targets import lora_layers
 from . import snapshots
 from .pieces import divided_like, for_file, joined_like, piece
 from .result import FitResult
+from .sharding import is_sharded
 from .snapshots import Snapshot, optimizer_states, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -30,12 +32,12 @@ def capture(run: Run, step: int) -> Snapshot:
     optimizer, numbers = optimizer_tensors(_states(run))
     tensors: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in run.trained.items()}
     tensors |= {f"best/{name}": joined_like(run.trained[name], values) for name, values in run.best.items()}
-    tensors |= {f"buffers/{name}": buffer for name, buffer in _statistics(run.model).items()}
+    tensors |= {f"buffers/{name}": buffer for name, buffer in statistics(run.model).items()}
     tensors = {name: for_file(tensor, run.world.first) for name, tensor in {**tensors, **optimizer}.items()}
     for rank, states in enumerate(run.world.gather(_random_states(run.device))):
         tensors |= {f"random/{rank}/{name}": values for name, values in states.items()}
     state = {"step": step, "steps": run.steps, "finished": step == run.steps or run.result.stopped_early, "result": dataclasses.asdict(run.result),
-             "scaler": run.scaler.state_dict(), "log_bytes": run.log.size(), "optimizer": numbers, **_circumstances(run)}  # fmt: skip
+             "scaler": run.scaler.state_dict(), "log_bytes": run.log.size(), "optimizer": numbers, **run.circumstances}  # fmt: skip
     return Snapshot(tensors, state)
 
 
@@ -43,11 +45,12 @@ def capture(run: Run, step: int) -> Snapshot:
 def restore(run: Run, snapshot: Snapshot) -> None:
     """Put a run where a snapshot was taken. Raises LoraLabError, nothing changed, where it was another run."""
     _check(run, snapshot)
+    run.learning()
     for name, parameter in run.trained.items():
         parameter.copy_(divided_like(parameter, snapshot.tensors[f"weights/{name}"]))
     best = {name: snapshot.tensors.get(f"best/{name}") for name in run.trained}
     run.best = {name: piece(divided_like(run.trained[name], values)).cpu() for name, values in best.items() if values is not None}
-    for name, buffer in _statistics(run.model).items():
+    for name, buffer in statistics(run.model).items():
         buffer.copy_(snapshot.tensors[f"buffers/{name}"])
     _put_states(run, optimizer_states(snapshot))
     if run.precision.scaled:
@@ -104,7 +107,7 @@ def _like_new(value: Any, parameter: nn.Parameter, optimizer: torch.optim.Optimi
     return value.to(parameter.device) if isinstance(value, Tensor) and optimizer.defaults.get("fused") else value
 
 
-def _statistics(model: nn.Module) -> dict[str, Tensor]:
+def statistics(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that training changes: running means and variances."""
     norms = {path: module for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
     return {f"{path}.{name}": buffer for path, norm in norms.items() for name, buffer in norm.named_buffers()}
@@ -124,12 +127,35 @@ def _set_random_states(states: dict[str, Tensor]) -> None:
 # Circumstances ------------------------------------------------------------------------------------------------------------------
 
 
-def _circumstances(run: Run) -> dict[str, Any]:
+def circumstances(run: Run) -> dict[str, Any]:
     """What the run was started with: the first three have to be the same for it to go on, the last three to go on bit for bit."""
     settings = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in FREE}
     settings["grad_accum_steps * processes"] = settings.pop("grad_accum_steps") * run.world.size  # half as many processes may do twice as much each
-    return {"settings": settings, "data": fingerprint(run.examples), "weights": {name: list(p.shape) for name, p in run.trained.items()},
+    return {"settings": settings, "data": fingerprint(run.examples), "eval_data": fingerprint(run.held_out), "frozen": _frozen(run),
+            "adapters": _adapters(run.model), "weights": {name: list(p.shape) for name, p in run.trained.items()},
             "processes": run.world.size, "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+
+
+SAMPLES = 64  # numbers of each frozen tensor that its fingerprint is made of
+
+
+def _frozen(run: Run) -> str | None:
+    """SHA-256 over some numbers of every tensor that does not train; None where processes hold pieces of them."""
+    if is_sharded(run.model):
+        return None
+    digest, changing = hashlib.sha256(), {*run.trained, *statistics(run.model)}
+    for name, tensor in (*run.model.named_parameters(), *run.model.named_buffers()):
+        if name not in changing and tensor.numel():
+            flat = tensor.detach().flatten()
+            some = flat[:: max(1, len(flat) // SAMPLES)].cpu()
+            digest.update(name.encode() + (some.float() if some.is_floating_point() else some).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _adapters(model: nn.Module) -> dict[str, list[str]]:
+    """What each adapted layer does with its tensors: scaling, dropout, variant."""
+    return {path: [f"{name}: {layer.lora_scaling.get(name)}, {layer.lora_dropout.get(name)}, {type(layer.lora_variant[name]).__name__}"
+                   for name in layer.lora_active] for path, layer in lora_layers(model).items()}  # fmt: skip
 
 
 def given(run: Run) -> dict[str, Any]:
@@ -146,14 +172,25 @@ def fingerprint(examples: list[Any]) -> str:
     return digest.hexdigest()
 
 
+def _first_difference(now: Any, then: Any) -> str:
+    """Of two dicts the first entry that differs, in words."""
+    if not isinstance(now, dict) or not isinstance(then, dict):
+        return ""
+    name = next(name for name in (*now, *then) if now.get(name) != then.get(name))
+    return f": {name!r} is {now.get(name)}, it was {then.get(name)}"
+
+
 def _check(run: Run, snapshot: Snapshot) -> None:
-    now, then = _circumstances(run), snapshot.state
+    now, then = run.circumstances, snapshot.state
     for name, value in now["settings"].items():
         if name in then["settings"] and then["settings"][name] != value:
             began = then["settings"][name]
             raise LoraLabError(f"resume=True with {name}={value!r}: the run began with {began!r}; give the same, or start anew in another output_dir")
     if now["data"] != then["data"]:
         raise LoraLabError(f"resume=True with other data: these {len(run.examples)} rows are not those the run began with")
+    for name, what in (("eval_data", "other eval_data"), ("frozen", "another base: its frozen weights differ"), ("adapters", "other adapters")):
+        if now[name] != then.get(name) and None not in (now[name], then.get(name)):
+            raise LoraLabError(f"resume=True with {what} than the run began with{_first_difference(now[name], then[name])}")
     if now["weights"] != then["weights"]:
         odd = sorted({*map(str, now["weights"].items())} ^ {*map(str, then["weights"].items())})[0]
         raise LoraLabError(f"resume=True with another model, or other weights that train: {odd} is on one side only")

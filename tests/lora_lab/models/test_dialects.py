@@ -11,6 +11,7 @@ from llama_tools import assert_same, config, ids, logits_of
 from torch.testing import assert_close
 
 import lora_lab
+import memory_math
 from lora_lab import LoraLabError, models
 from lora_lab.models.loading import FAMILIES, build
 from lora_lab.models.recompute import Recomputable
@@ -102,6 +103,46 @@ def test_cached_steps_equal_one_pass_beyond_the_window(dialect: str) -> None:
         steps.append(out.logits[:, -1])
         out = mine(input_ids=tokens[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
     assert_close(torch.stack([*steps, out.logits[:, -1]], 1), whole[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+KINDS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@pytest.mark.parametrize("name", [name for name, fields in memory_math.presets.PRESETS.items() if fields["model_type"] in KINDS])
+def test_every_preset_has_memory_maths_count(name: str) -> None:
+    fields = memory_math.presets.PRESETS[name]
+    with torch.device("meta"):
+        family = FAMILIES[KINDS[fields["model_type"]]]
+        model = family(family.config_class.from_dict(fields))
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    assert counted == memory_math.count_parameters(name).total == fields.parameters
+
+
+@pytest.mark.parametrize("dialect", ["mistral", "qwen2", "qwen3"])
+def test_dropout_on_the_attention_weights_is_transformers(dialect: str) -> None:
+    """The same random numbers, so the same loss; without it two passes would be equal."""
+    reference = theirs(dialect)
+    reference.config.attention_dropout = 0.4
+    for layer in reference.model.layers:
+        layer.self_attn.attention_dropout = 0.4
+    mine, tokens = ours(reference).train(), ids(2)
+    losses = []
+    for model in (mine, mine, reference.train()):
+        torch.manual_seed(7)
+        losses.append(model(input_ids=tokens, labels=tokens).loss.detach())
+    torch.manual_seed(8)
+    assert_close(losses[0], losses[2], rtol=1e-4, atol=1e-4)
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], mine(input_ids=tokens, labels=tokens).loss)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'.*expected true or false"),
+    ({"attention_dropout": "x"}, "attention_dropout='x'.*expected a probability"),
+    ({"layer_types": ["sliding_attention"], "use_sliding_window": True}, "expected 'full_attention' or 'sliding_attention' for each of 2 layers"),
+])  # fmt: skip
+def test_a_field_that_makes_no_sense_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoraLabError, match=message):
+        FAMILIES["Qwen2ForCausalLM"].config_class.from_dict(config(**change))
 
 
 # Packed rows ------------------------------------------------------------------------------------------------------------------

@@ -283,3 +283,16 @@ def test_an_empty_text_is_an_error_too():
 
 def test_a_prompt_of_the_whole_context_but_one_gets_one_token():
     assert len(generate(LlamaForCausalLM(LlamaConfig.from_dict(config())), [[1] * 63], max_new_tokens=50).ids[0]) == 1
+
+
+@pytest.mark.parametrize("options", [{"top_k": 2.5}, {"temperature": "1"}, {"temperature": 1e-40}, {"seed": 1.5}, {"max_new_tokens": 2.5},
+                                     {"stop_ids": [2.5]}, {"top_p": True}])  # fmt: skip
+def test_a_setting_of_the_wrong_kind_is_named(options):
+    name = next(iter(options))
+    with pytest.raises(LoraLabError, match=name):
+        generate(pair()[0], [[1, 2]], **options)
+
+
+def test_a_prompt_of_fractions_is_refused():
+    with pytest.raises(LoraLabError, match=r"prompt 0 is \[1.5\]: expected whole numbers"):
+        generate(pair()[0], [[1.5]])

@@ -342,3 +342,21 @@ def test_the_callers_random_numbers_go_on_as_if_there_had_been_no_training():
 def test_an_iterator_without_rows_is_an_error_and_not_an_endless_epoch():
     with pytest.raises(LoraLabError, match="no rows"):
         fit(our_llama(), iter([]), QUIET)
+
+
+def test_an_id_that_is_no_word_is_found_before_the_first_step():
+    """On a GPU it would be an assertion inside a kernel, after some steps."""
+    rows = token_rows(8)
+    rows[5] = {"input_ids": [5, 6, 600], "labels": [5, 6, 7]}
+    model = lora_lab.inject(our_llama(), rank=2)
+    before = weights(model)
+    with pytest.raises(LoraLabError, match=r"row 5 has the id 600, the model's vocabulary ends at 259"):
+        fit(model, rows, QUIET)
+    assert same_bits(weights(model), before)
+
+
+def test_weights_without_numbers_cannot_be_trained():
+    with torch.device("meta"):
+        model = our_llama()
+    with pytest.raises(LoraLabError, match="is on the meta device, which holds shapes and no numbers"):
+        fit(model, token_rows(2), QUIET)

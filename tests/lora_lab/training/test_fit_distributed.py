@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import t5_tools
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_workshop import QUIET, chat_tokenizer, our_llama, same_bits, text_rows, their_llama, token_rows, weights
+from safetensors.torch import load_file
+from tiny_workshop import QUIET, VOCABULARY, chat_tokenizer, our_llama, same_bits, text_rows, their_llama, token_rows, weights
 
 import lora_lab
 from lora_lab import LoraLabError
@@ -25,7 +27,7 @@ from lora_lab.__main__ import main
 from lora_lab.models import loading
 from lora_lab.training import Interrupted, TrainConfig, evaluate, fit, shard, snapshots
 from lora_lab.training.distributed import World, own_device, world
-from lora_lab.training.pieces import whole
+from lora_lab.training.pieces import piece, whole
 from lora_lab.training.precision import PRECISIONS, store_in
 from lora_lab.training.run import Run, count_steps, step_batches
 
@@ -60,16 +62,22 @@ def tied() -> Any:
     return our_llama(tie_word_embeddings=True)
 
 
+def encoder_decoder() -> Any:
+    """In float64: with these weights T5 makes a rounding in the first step a difference of 1e-3 in the eighth."""
+    return adapted(lambda: t5_tools.pair("1.1", vocab_size=VOCABULARY)[0].double())
+
+
 def settings(**changes: Any) -> dict[str, Any]:
     return {"epochs": 2, "micro_batch_size": 2, "learning_rate": 0.01, "eval_every": 3, **QUIET, **changes}
 
 
+PLAIN = {"optimizer": "sgd", "max_grad_norm": None, "learning_rate": 0.1}  # AdamW and clipping would hide a gradient that is too large
 # (kind, model, settings): runs in which two processes compute what one does
 RUNS: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
     "ddp": ("ddp", adapted, {}),
     "fsdp": ("fsdp", adapted, {}),
-    "ddp, accumulating, checkpointing": ("ddp", adapted, {"grad_accum_steps": 2, "gradient_checkpointing": True}),
-    "fsdp, accumulating, checkpointing": ("fsdp", adapted, {"grad_accum_steps": 2, "gradient_checkpointing": True}),
+    "ddp, accumulating, checkpointing": ("ddp", adapted, {"grad_accum_steps": 2, "gradient_checkpointing": True, **PLAIN}),
+    "fsdp, accumulating, checkpointing": ("fsdp", adapted, {"grad_accum_steps": 2, "gradient_checkpointing": True, **PLAIN}),
     "ddp, transformers, checkpointing": ("ddp", lambda: adapted(their_llama), {"gradient_checkpointing": True}),
     "fsdp, transformers, checkpointing": ("fsdp", lambda: adapted(their_llama), {"gradient_checkpointing": True}),
     "ddp, bf16-mixed": ("ddp", adapted, {"precision": "bf16-mixed"}),
@@ -81,8 +89,10 @@ RUNS: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
     "ddp, nf4": ("ddp", quantised, {"precision": "bf16-mixed"}),
     "ddp, packed": ("ddp", adapted, {"packing": True, "max_tokens": 40}),
     "ddp, an unused weight": ("ddp", with_a_weight_nobody_asks, {}),
+    "fsdp, an unused weight": ("fsdp", with_a_weight_nobody_asks, {}),
+    "fsdp, an encoder-decoder": ("fsdp", encoder_decoder, {"gradient_checkpointing": True}),
     "fsdp, less rows than processes": ("fsdp", lambda: adapted(rank=1, variant="dora"), {"lora_plus_ratio": 4.0}),
-    "fsdp, best weights": ("fsdp", adapted, {"keep_best": True, "eval_every": 1, "learning_rate": 0.3}),
+    "fsdp, best weights": ("fsdp", tied, {"keep_best": True, "eval_every": 1, "learning_rate": 0.05}),
 }  # fmt: skip
 
 
@@ -105,6 +115,17 @@ def start(rank: int, port: int) -> None:
     torch.set_num_threads(1)
 
 
+class OverFeatures(torch.nn.Module):
+    """Running statistics, as convolutional models have them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
 # Stories: what two processes do, and what they have found --------------------------------------------------------------------------
 
 
@@ -120,8 +141,12 @@ def curves(rank: int, port: int, folder: Path) -> None:
     for kind in ("ddp", "fsdp"):
         model = our_llama()
         found[f"{kind}, bf16"] = outcome(model, fit(model, ROWS, settings(distributed=kind, precision="bf16"), eval_data=HELD_OUT))
-    before = model = adapted(their_llama)
-    found["the same object"] = shard(model, "bf16-mixed") is before
+    model: Any = our_llama()
+    model.model.norm = torch.nn.Sequential(model.model.norm, OverFeatures(model.config.hidden_size))
+    found["statistics"] = outcome(model, fit(model, ROWS, settings(distributed="ddp"), eval_data=HELD_OUT)), dict(model.named_buffers())
+    model = adapted(their_llama)
+    found["the same object"] = shard(model, "bf16-mixed") is model
+    found["held"] = sum(piece(p).numel() for p in model.parameters()), sum(p.numel() for p in model.parameters())
     found["asked for nothing"] = outcome(model, fit(model, ROWS, settings(precision="bf16-mixed"), eval_data=HELD_OUT))
     found["evaluated"] = evaluate(model, HELD_OUT, TrainConfig(precision="bf16-mixed", micro_batch_size=2, progress=False))
     lora_lab.save(model, folder / f"adapter-{rank}")
@@ -256,7 +281,7 @@ def test_two_processes_have_the_loss_curve_of_one(curve: list[dict[str, Any]], n
     """The same rows in each step, and each row's share of the step's labelled tokens. What process 1 began with must not count."""
     _, make, changes = RUNS[name]
     one = alone(make, **changes)
-    assert one["eval_losses"][-1] != pytest.approx(one["eval_losses"][0], rel=5e-4)  # it learns something
+    assert one["eval_losses"][-1] != pytest.approx(one["eval_losses"][0], rel=3e-4)  # it learns something
     for two in curve:
         check_same(one, two[name])
     assert same_bits(curve[0][name]["weights"], curve[1][name]["weights"])
@@ -280,14 +305,22 @@ def test_weights_of_16_bit_are_rounded_alike_in_all_processes(curve: list[dict[s
     assert same_bits(two["weights"], curve[1][f"{kind}, bf16"]["weights"])
 
 
+def test_running_statistics_are_the_first_process_s_everywhere(curve: list[dict[str, Any]]) -> None:
+    """Each process sees other rows; evaluated by all of them, the model has to be one model."""
+    (first, buffers), (second, others) = (found["statistics"] for found in curve)
+    assert same_bits(buffers, others) and first["eval_losses"] == second["eval_losses"]
+    assert not torch.equal(buffers["model.norm.1.norm.running_mean"], torch.zeros(16))
+
+
 def test_a_model_that_was_divided_before_is_trained_as_it_is_and_saved_whole(curve: list[dict[str, Any]]) -> None:
     """`shard`, `fit`, `evaluate`, `save`: the adapter loads into a model that is whole, and computes the same."""
     found = curve[0]
     assert found["the same object"]
+    for held, of in (each["held"] for each in curve):
+        assert held == pytest.approx(of / 2, rel=0.02)
     check_same(alone(lambda: adapted(their_llama), precision="bf16-mixed"), found["asked for nothing"])
     assert found["evaluated"] == pytest.approx(found["asked for nothing"]["eval_losses"][-1], rel=1e-4)
-    files = [(found["folder"] / f"adapter-{rank}" / "adapter_model.safetensors").read_bytes() for rank in (0, 1)]
-    assert files[0] == files[1]
+    assert same_bits(*(load_file(found["folder"] / f"adapter-{rank}" / "adapter_model.safetensors") for rank in (0, 1)))
     model = lora_lab.load(their_llama(), found["folder"] / "adapter-0")
     store_in(PRECISIONS["bf16-mixed"], model)
     torch.testing.assert_close(model(input_ids=torch.arange(6)[None]).logits.detach(), found["logits"])
@@ -363,7 +396,7 @@ def test_what_cannot_work_is_said_by_every_process(stop: list[dict[str, Any]], n
         assert re.search(MESSAGES[name], found["messages"][name]), found["messages"][name]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_an_error_in_one_process_ends_the_others_with_its_message(tmp_path: Path, kind: str) -> None:
     """Not after the half hour that PyTorch waits for a neighbour."""
     mp.spawn(breaks, args=(free_port(), tmp_path, kind), nprocs=2)
@@ -379,7 +412,7 @@ def torchrun(*words: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_torchrun_finetunes_and_writes_one_adapter_that_loads(tmp_path: Path, kind: str) -> None:
     loading.save(our_llama(max_position_embeddings=128), tmp_path / "model", chat_tokenizer())
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in text_rows()))

@@ -173,7 +173,7 @@ def test_full_fine_tuning_with_float32_masters_does_not_warn(precision, no_warni
 
 
 def scaled_from(monkeypatch, scale):
-    monkeypatch.setattr(Precision, "scaler", lambda self, device: torch.amp.GradScaler(device.type, init_scale=scale, enabled=self.scaled))
+    monkeypatch.setattr(Precision, "scaler", lambda self, device, _: torch.amp.GradScaler(device.type, init_scale=scale, enabled=self.scaled))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -205,7 +205,7 @@ def test_other_data_and_another_adapter_are_refused(tmp_path: Path, monkeypatch:
     run_until(adapted(), 3, tmp_path, monkeypatch)
     with pytest.raises(LoraLabError, match="with other data"):
         fit(adapted(), ROWS[1:], settings(tmp_path, resume=True), eval_data=HELD_OUT)
-    with pytest.raises(LoraLabError, match="another model, or other weights that train"):
+    with pytest.raises(LoraLabError, match="other adapters than the run began with|another model, or other weights that train"):
         fit(lora_lab.inject(our_llama(), rank=4), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
 
 
@@ -224,11 +224,62 @@ def test_a_new_run_does_not_throw_an_unfinished_one_away(tmp_path: Path, monkeyp
     fit(adapted(), ROWS, settings(tmp_path), eval_data=HELD_OUT)  # the first is finished
 
 
-def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
-    with pytest.raises(LoraLabError, match="nothing to resume: .*snapshots holds no step"):
-        fit(adapted(), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+def test_where_there_is_nothing_to_resume_the_run_begins_and_says_so(tmp_path: Path) -> None:
+    """A launcher gives the same command every time, the first time included."""
+    with pytest.warns(UserWarning, match="nothing to resume in .*: this is the first step"):
+        result = fit(adapted(), ROWS, settings(tmp_path, resume=True), eval_data=HELD_OUT)
+    assert result.steps == 7
     with pytest.raises(LoraLabError, match="resume=True needs an output_dir"):
         fit(adapted(), ROWS, {"resume": True})
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
+    config = settings(tmp_path, eval_every=1, early_stopping=1, learning_rate=5.0, schedule="constant", max_steps=30)
+    first, again = adapted(), adapted()
+    expected = fit(first, ROWS, config, eval_data=HELD_OUT)
+    assert expected.stopped_early and expected.steps < 30
+    result = fit(again, ROWS, {**config, "resume": True}, eval_data=HELD_OUT)
+    assert result.steps == expected.steps and same_bits(weights(again), weights(first))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"held_out": HELD_OUT[1:]}, "resume=True with other eval_data"),
+    ({"base": 5}, "resume=True with another base: its frozen weights differ"),
+    ({"alpha": 64}, r"resume=True with other adapters .*q_proj' is \['default: 32.0, 0.1, Variant'\], it was \['default: 1.0"),
+])  # fmt: skip
+def test_another_run_is_not_taken_for_this_one(changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_until(adapted(), 3, tmp_path, monkeypatch)
+    model = our_llama()
+    if "base" in changes:
+        with torch.no_grad():
+            model.model.norm.weight += 0.5
+    torch.manual_seed(1)
+    lora_lab.inject(model, rank=2, dropout=0.1, init="random", alpha=changes.get("alpha"))
+    before = weights(model)
+    with pytest.raises(LoraLabError, match=message):
+        fit(model, ROWS, settings(tmp_path, resume=True), eval_data=changes.get("held_out", HELD_OUT))
+    assert same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": "attn"}, {"activation_offload": True}])
+def test_a_refusal_before_the_first_step_gives_every_bit_back(changes: dict[str, Any]) -> None:
+    """bf16 rounds weights of float32 that train; nothing has been learned yet that would be worth it."""
+    model = our_llama()
+    before = weights(model)
+    with pytest.raises(LoraLabError):
+        fit(model, ROWS, {"max_steps": 2, "precision": "bf16", **changes, **QUIET})
+    assert same_bits(weights(model), before)
+
+
+def test_steps_in_backward_stop_before_the_first_weight_where_the_loss_is_no_number() -> None:
+    model = our_llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    before = weights(model)
+    with pytest.raises(LoraLabError, match="the loss is nan at step 1"):
+        fit(model, ROWS, {"max_steps": 2, "optimizer_in_backward": True, "max_grad_norm": None, **QUIET})
+    now = weights(model)
+    assert all(torch.equal(now[name].nan_to_num(7.0), tensor.nan_to_num(7.0)) for name, tensor in before.items())
 
 
 # Signals --------------------------------------------------------------------------------------------------------------------------
