@@ -123,6 +123,7 @@ def _prediction(model: Any, options: argparse.Namespace, config: Any, longest: i
             model, method=method, quantization=options.quantize or "none", precision=config.precision, rank=options.rank,
             target_modules=targets_of(options.target_modules), dropout=options.dropout, batch_size=config.micro_batch_size, sequence_length=longest,
             grad_accum_steps=config.grad_accum_steps, gradient_checkpointing=config.gradient_checkpointing, optimizer=config.optimizer,
+            optimizer_in_backward=config.optimizer_in_backward, offload_activations=config.activation_offload,
             world_size=processes, zero_stage=3 if config.distributed == "fsdp" and processes > 1 else 0,
             implementation="lora_lab", device="cuda" if next(model.parameters()).is_cuda else "cpu",
         )  # fmt: skip

@@ -26,12 +26,13 @@ from ..merging import refuse_merged
 from ..models.base import in_mode
 from ..models.causal import refuse_per_sample
 from ..targets import lora_layers
+from .batches import Examples, epoch_batches
 from .config import TrainConfig
 from .distributed import START, TORCHRUN, World, world
 from .guards import checkpointing, out_of_memory_explained, own_gradients
 from .precision import PRECISIONS, dtypes_under, stored_in
 from .result import FitResult
-from .run import Examples, Run, epoch_batches
+from .run import Run
 from .run import evaluate as evaluate_examples
 from .sharding import is_sharded, let_go, shard
 
@@ -190,4 +191,5 @@ def _request(model: nn.Module, config: TrainConfig, longest: int, everyone: Worl
     rows = config.micro_batch_size if config.max_tokens is None else max(1, config.max_tokens // longest)
     return {"method": method, "precision": config.precision, "batch_size": rows, "sequence_length": longest,
             "grad_accum_steps": config.grad_accum_steps, "gradient_checkpointing": config.gradient_checkpointing, "optimizer": config.optimizer,
+            "optimizer_in_backward": config.optimizer_in_backward, "offload_activations": config.activation_offload,
             "world_size": everyone.size, "zero_stage": 3 if is_sharded(model) else 0, **({"rank": max(ranks)} if ranks else {})}  # fmt: skip

@@ -16,7 +16,7 @@ from lora_lab import LoraLabError, data
 from lora_lab.data.packing import collate_packed, packs, random_batches
 from lora_lab.data.tasks import CausalTask, PackedTask, Seq2SeqTask, packed_task_of
 from lora_lab.training import TrainConfig
-from lora_lab.training.run import step_batches
+from lora_lab.training.batches import step_batches
 
 LENGTHS = random.Random(3).choices(range(5, 200), k=500)
 

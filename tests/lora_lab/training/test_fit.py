@@ -26,7 +26,7 @@ from lora_lab import LoraLabError
 from lora_lab.data import collate
 from lora_lab.data.tasks import label_tokens
 from lora_lab.training import TrainConfig, evaluate, fit, snapshots
-from lora_lab.training.run import step_batches
+from lora_lab.training.batches import step_batches
 
 
 def summed_loss(model, batch):

@@ -26,10 +26,11 @@ from lora_lab import LoraLabError
 from lora_lab.__main__ import main
 from lora_lab.models import loading
 from lora_lab.training import Interrupted, TrainConfig, evaluate, fit, shard, snapshots
+from lora_lab.training.batches import count_steps, step_batches
 from lora_lab.training.distributed import World, own_device, world
 from lora_lab.training.pieces import piece, whole
 from lora_lab.training.precision import PRECISIONS, store_in
-from lora_lab.training.run import Run, count_steps, step_batches
+from lora_lab.training.run import Run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_available(), reason="needs torch.distributed with gloo")
 ROOT = Path(lora_lab.__file__).parent.parent
