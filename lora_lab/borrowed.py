@@ -158,8 +158,18 @@ def saved_names(model: nn.Module, modules_to_save: Sequence[str] | None) -> list
             raise LoraLabError(f"modules_to_save={list(modules_to_save or ())!r}: {quantised[0]!r} is quantised, and codes do not train: adapt it, "
                                "or leave it out of `quantize`")  # fmt: skip
         kept = module.state_dict()
-        own = [*(name for name, _ in module.named_parameters()), *(name for name, _ in module.named_buffers() if name in kept)]
+        parameters = module.named_parameters(remove_duplicate=False)  # a file has what is tied inside a module under each of its names
+        own = [*(name for name, _ in parameters), *(name for name, _ in module.named_buffers(remove_duplicate=False) if name in kept)]
         names += [f"{path}.{name}" for name in own if not of_an_adapter(name)]
+    return names
+
+
+def names_of_each(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> every name that leads to it: more than one where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not of_an_adapter(name):
+            names.setdefault(id(parameter), []).append(name)
     return names
 
 

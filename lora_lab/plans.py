@@ -35,6 +35,7 @@ class AdapterConfig:
     fused: Any = None
     trainable_token_indices: Any = None
     target_parameters: Sequence[str] | None = None
+    ensure_weight_tying: bool = False  # of a PEFT file; tied modules are always trained as one here
 
     def rank_of(self, path: str) -> int:
         return int(first_match(self.rank_pattern, path, self.rank))

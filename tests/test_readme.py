@@ -56,7 +56,7 @@ def test_every_make_target_and_command_the_readme_names_exists():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     from lora_lab.__main__ import parser
 
-    for line in re.findall(r"^\$ python -m lora_lab (.*)$", README, re.MULTILINE):
+    for line in re.findall(r"^\$ (?:python|torchrun .*?) -m lora_lab (.*)$", README.replace("\\\n", " "), re.MULTILINE):
         import shlex
 
         parser().parse_args(shlex.split(line))
@@ -82,6 +82,16 @@ def test_every_command_and_number_of_memory_math_in_the_readme_holds(capsys):
     claims, names = memory_math.claims(), len(memory_math.presets.PRESETS)
     assert f"{len(claims)} numbers of lectures and papers recomputed, {claims.counts()['wrong']} of them wrong" in README
     assert f"{names} models by name" in README
+
+
+def test_what_four_gpus_need_is_what_is_predicted():
+    import memory_math
+
+    call, divided, whole = re.search(r"`memory_math\.(predict\(.*?\))` says ([\d.]+) GiB.*?\(DDP\) ([\d.]+)\.", README, re.DOTALL).groups()
+    footprint = eval(call, {"predict": memory_math.predict})
+    assert round(footprint.gib(), 2) == float(divided)
+    alone = eval(call.replace("zero_stage=3", "zero_stage=0"), {"predict": memory_math.predict})
+    assert round(alone.gib(), 2) == float(whole)
 
 
 def test_the_accuracy_in_the_readme_is_the_benchmarks(monkeypatch):

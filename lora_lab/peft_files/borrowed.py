@@ -8,31 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..borrowed import BIASES, Borrowed, base_in_place, biases_of, borrowed_names, of_an_adapter, saved_names, tensor_of
+from ..borrowed import BIASES, Borrowed, base_in_place, base_values, biases_of, borrowed_names, names_of_each, of_an_adapter, saved_names, tensor_of
 from ..errors import LoraLabError
 from ..plans import AdapterConfig
 from .config import PREFIX
+from .ties import check_ties, how_to_untie
 
+Tensors = dict[str, Tensor]
 OF_THE_ADAPTER = re.compile(r"\.lora_[A-Za-z_]+(\.weight|\.bias)?$")
 
 
-def borrowed_for_file(model: nn.Module, borrowed: Borrowed, adapter: str, config: AdapterConfig, adapted: Collection[str]) -> dict[str, Tensor]:
-    """What an adapter trained of the model itself, as PEFT names it; a tied tensor under each of its names."""
-    names = {id(tensor_of(model, name)): name for name in borrowed.names.get(adapter, ())}
-    found: dict[str, Tensor] = {}
-    for name in (*borrowed.names.get(adapter, ()), *saved_names(model, config.modules_to_save)):
-        first = names[id(tensor_of(model, name))]
-        here = borrowed.in_place[first] == adapter
-        values = tensor_of(model, first).detach() if here else borrowed.aside[adapter, first]
-        found[PREFIX + _in_file(name, adapted)] = values.clone()
-    return found
+def borrowed_for_file(model: nn.Module, borrowed: Borrowed, adapter: str, modules_to_save: Sequence[str], adapted: Collection[str]) -> Tensors:
+    """What an adapter trained of the model itself, as PEFT names it; a tied tensor under each of its names. modules_to_save: as in the file.
+
+    PEFT wants whole modules: what is in one of these and is not the adapter's is the base's own. What is in none it puts in the base's place.
+    """
+    own, every = borrowed.names.get(adapter, ()), names_of_each(model)
+    first = {id(tensor_of(model, name)): name for name in reversed(own)}
+    named = [(name, id(tensor_of(model, name))) for name in (*own, *saved_names(model, modules_to_save))]
+    names = dict.fromkeys(other for name, tensor in named for other in (name, *every.get(tensor, ())))
+    others = [name for name in names if id(tensor_of(model, name)) not in first]
+    of_base = base_values(model, others) if others else {}
+    trained = {name: _value(model, borrowed, adapter, first[id(tensor_of(model, name))]) for name in names if name not in of_base}
+    return {PREFIX + _in_file(name, adapted): tensor.clone() for name, tensor in {**trained, **of_base}.items()}
+
+
+def _value(model: nn.Module, borrowed: Borrowed, adapter: str, name: str) -> Tensor:
+    here = borrowed.in_place[name] == adapter
+    return tensor_of(model, name).detach() if here else borrowed.aside[adapter, name]
 
 
 def _in_file(name: str, adapted: Collection[str]) -> str:
@@ -51,35 +61,65 @@ def of_this_model(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     return replace(config, modules_to_save=names or None)
 
 
-def own_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], config: AdapterConfig, folder: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str]]:
-    """The file in two: the adapter's tensors as they are, and those of the model itself by parameter name, checked; and which of these are still.
+@dataclass(frozen=True)
+class OwnTensors:
+    """Of a file: values for tensors of the model itself, by name, a tied one by its first.
 
-    Raises LoraLabError for one that the configuration does not announce, one that is announced and missing, another shape, NaN.
+    still: which of these do not train.  unchanged: those that the file has and that are the base's own.
+    """
+
+    values: Tensors
+    still: frozenset[str]
+    unchanged: frozenset[str] = frozenset()
+
+    def without(self, name: str) -> OwnTensors:
+        return replace(self, values={key: tensor for key, tensor in self.values.items() if key != name}, still=self.still - {name})
+
+    def with_still(self, name: str, tensor: Tensor) -> OwnTensors:
+        return replace(self, values={**self.values, name: tensor}, still=self.still | {name})
+
+
+def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor], config: AdapterConfig, folder: Path) -> tuple[Tensors, OwnTensors]:
+    """The file in two: the adapter's tensors as they are, and those of the model itself, checked.
+
+    Raises LoraLabError for one that the configuration does not announce, one that is announced and missing, another shape, NaN, and where one
+    tensor of this model would need two values.
     """
     mine = {key: tensor for key, tensor in tensors.items() if OF_THE_ADAPTER.search(key)}
-    others = {key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor for key, tensor in tensors.items() if key not in mine}
-    adapted = {OF_THE_ADAPTER.sub("", key.removeprefix(PREFIX)).replace(".base_layer.", ".") for key in mine}
-    none_there = config.bias in BIASES and not biases_of(model, adapted, config.bias)  # T5 has none, and PEFT takes bias="all" for it
-    bias = "none" if none_there else config.bias
-    announced = borrowed_names(model, sorted(adapted), bias, config.modules_to_save)
+    others = {path_in(key): tensor for key, tensor in tensors.items() if key not in mine}
+    announced = _announced(model, adapted_paths(mine), config)
     names, embeddings = ({id(tensor_of(model, name)): name for name in group} for group in (announced, _embeddings(model)))
-    found: dict[str, Tensor] = {}
+    found: dict[str, tuple[str, Tensor]] = {}  # the first name here -> name in the file, values
     for name, tensor in others.items():
         parameter = _parameter(model, name)
         if parameter is None or id(parameter) not in names | embeddings:
             raise LoraLabError(f"unexpected tensor {name!r}: bias={config.bias!r} and modules_to_save={config.modules_to_save!r} in {folder} do not "
                                f"announce it; expected '{PREFIX}<path>.lora_A.weight' or '...lora_B.weight'")  # fmt: skip
         _check(name, tensor, parameter, folder, id(parameter) in embeddings)
-        first = (embeddings | names)[id(parameter)]
-        if first in found and not torch.equal(found[first], tensor):
-            raise LoraLabError(f"{folder}: {name!r} and {first!r} are one tensor in this model, and two different ones in the file: untie them first")
-        found[first] = tensor
+        before, known = found.setdefault((embeddings | names)[id(parameter)], (name, tensor))
+        if not torch.equal(known, tensor):
+            raise LoraLabError(f"{folder}: {before!r} and {name!r} are one tensor in this model, and two different ones in the file: "
+                               f"{how_to_untie(model, name, before)}")  # fmt: skip
     if missing := [name for name in announced if name not in found]:
         raise LoraLabError(f"{folder}: bias={config.bias!r} and modules_to_save={config.modules_to_save!r}, but {missing[0]!r} is not in the file")
-    values = {name: tensor for name, tensor in found.items() if name in announced or not _is_the_bases(model, name, tensor)}
-    return mine, values, frozenset(values) - set(announced)
+    check_ties(model, config, others, folder)
+    values = {name: tensor for name, (_, tensor) in found.items() if name in announced or not _is_the_bases(model, name, tensor)}
+    return mine, OwnTensors(values, frozenset(values) - set(announced), frozenset(found) - set(values))
+
+
+def adapted_paths(tensors: Iterable[str]) -> set[str]:
+    """Paths of the layers that a file has tensors of an adapter for."""
+    return {path_in(OF_THE_ADAPTER.sub("", key)) for key in tensors if OF_THE_ADAPTER.search(key)}
+
+
+def path_in(key: str) -> str:
+    """A name in a file as the model's."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def _announced(model: nn.Module, adapted: Collection[str], config: AdapterConfig) -> tuple[str, ...]:
+    none_there = config.bias in BIASES and not biases_of(model, adapted, config.bias)  # T5 has none, and PEFT takes bias="all" for it
+    return borrowed_names(model, sorted(adapted), "none" if none_there else config.bias, config.modules_to_save)
 
 
 def _check(name: str, tensor: Tensor, parameter: Tensor, folder: Path, embedding: bool) -> None:

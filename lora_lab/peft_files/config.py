@@ -26,19 +26,23 @@ from ..parameters.layer import ParameterLoRA, parameter_path
 from ..plans import AdapterConfig, first_match
 from ..targets import check_config, name_matches
 from .parameters import short_names
+from .ties import keeps_ties, whole_modules
 
 PREFIX = "base_model.model."  # of every tensor's name
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ files belong to a changed base (see changed_base.py).
 HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-# Keys that are read, that say where an adapter came from, that matter in training only, or that repeat what the tensors say.
-UNDERSTOOD = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "target_parameters",
-    "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+READ = {
+    "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+# Which layers: the tensors say it themselves, and are compared with these (see request.py).
+COMPARED = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
+# Where an adapter came from, or what mattered while it was trained: the function is the same without.
+PROVENANCE = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
 }  # fmt: skip
 
 
@@ -74,7 +78,8 @@ def peft_config(model: nn.Module, adapter: str, layers: dict[str, LoRA], in_file
         "lora_bias": config.lora_bias,
         "fan_in_fan_out": not parameters and all(is_conv1d(model.get_submodule(path)) for path in modules),
         "bias": config.bias,
-        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "modules_to_save": whole_modules(model, config.modules_to_save, layers) or None,
+        "ensure_weight_tying": keeps_ties(model, adapter, config, layers),
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -124,8 +129,12 @@ def compact(values: dict[str, Any], default: Any, pattern: dict[str, Any]) -> tu
 
 
 def _task_type(model: nn.Module) -> str | None:
-    endings = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-    return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
+    """Only where it is certain: by it PEFT chooses a wrapper, which passes its own arguments on. None is the one that passes all on as they are."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    reads_text = getattr(config, "is_encoder_decoder", False) is True and getattr(model, "main_input_name", None) == "input_ids"
+    return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") and reads_text else None
 
 
 def _base_name(model: nn.Module) -> str | None:
@@ -173,7 +182,7 @@ def from_peft(config: dict[str, Any], path: Path, not_here: Collection[str] = ()
         raise LoraLabError(f"{path}: init_lora_weights={init!r} changed the base weights while training{_why_not(init)}; convert the adapter with "
                            "PEFT first (save_pretrained with path_initial_model_for_weight_conversion)")  # fmt: skip
     for key, value in config.items():
-        if (key not in UNDERSTOOD or key in not_here) and value not in (None, False, {}, [], "none"):
+        if (key not in READ | COMPARED | PROVENANCE or key in not_here) and value not in (None, False, {}, [], "none"):
             raise LoraLabError(f"{path}: {key}={value!r} is a feature that is not read here; the result would compute something else")
     ours = AdapterConfig(rank=config.get("r", 8), alpha=config.get("lora_alpha", 8), rank_pattern=config.get("rank_pattern") or {},
                          alpha_pattern=config.get("alpha_pattern") or {}, dropout=config.get("lora_dropout") or 0.0,
@@ -181,10 +190,13 @@ def from_peft(config: dict[str, Any], path: Path, not_here: Collection[str] = ()
                          variant="dora" if config.get("use_dora") else "lora", lora_bias=config.get("lora_bias") or False,
                          bias=config.get("bias") or "none", modules_to_save=config.get("modules_to_save"),
                          trainable_token_indices=config.get("trainable_token_indices") or None,
-                         target_parameters=config.get("target_parameters") or None)  # fmt: skip
+                         target_parameters=config.get("target_parameters") or None,
+                         ensure_weight_tying=config.get("ensure_weight_tying") or False)  # fmt: skip
     try:
         check_config(ours)
         check_modules_to_save(ours.modules_to_save)
+        if not isinstance(ours.ensure_weight_tying, bool):
+            raise LoraLabError(f"ensure_weight_tying={ours.ensure_weight_tying!r}: expected true or false")
     except LoraLabError as error:
         raise LoraLabError(f"{path}: {error}") from None
     if ours.alpha is None:

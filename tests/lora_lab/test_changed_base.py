@@ -29,11 +29,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> torch.Tensor:
+def trained(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, embeddings: Any = False, **settings: Any) -> torch.Tensor:
     """PEFT's adapter after some training, in `folder`; returns the logits of PEFT's own reload."""
     settings = {"target_modules": ["q_proj", "v_proj"], **settings}
     theirs = randomise(peft.get_peft_model(build(family, dtype), peft.LoraConfig(**settings)), by=0.1)
-    theirs.save_pretrained(folder, save_embedding_layers=False)
+    theirs.save_pretrained(folder, save_embedding_layers=embeddings)
     return reload(folder, family, dtype)
 
 
@@ -103,6 +103,106 @@ def test_continued_training_and_replacing_go_on_from_the_files_values(tmp_path: 
     randomise(model)
     assert not torch.allclose(logits(model, "llama"), y, atol=0.1)
     assert_close(logits(lora_lab.load(model, tmp_path, replace=True), "llama"), y)
+
+
+# The head, whose weight PEFT writes into the file and which may be the embedding's, too ---------------------------------------------
+
+
+def llama(tied: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return build("llama", dtype, tie_word_embeddings=tied)
+
+
+def head_trained(folder: Path, tied: bool, init: str, dtype: torch.dtype = torch.float32, embeddings: Any = "auto", **settings: Any) -> torch.Tensor:
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": ["lm_head", "q_proj"], **settings}
+    theirs = randomise(peft.get_peft_model(llama(tied, dtype), peft.LoraConfig(init_lora_weights=init, **settings)), by=0.1)
+    theirs.save_pretrained(folder, save_embedding_layers=embeddings)
+    return head_reload(folder, tied, dtype)
+
+
+def head_reload(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return logits(peft.PeftModel.from_pretrained(llama(tied, dtype), folder).eval(), "llama")
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "written": {},
+    "not written": {"embeddings": False},
+    "with an embedding": {"target_modules": ["lm_head", "embed_tokens"]},
+    "dora": {"use_dora": True},
+    "all-linear and all written": {"target_modules": ["lm_head", "q_proj", "down_proj"], "embeddings": True},
+}
+
+
+@pytest.mark.parametrize("settings", HEADS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_is_left_of_a_head_is_in_the_file_and_not_taken_out_twice(tmp_path: Path, init: str, tied: bool, settings: str) -> None:
+    """Where the embedding is tied, PEFT changes it with the head."""
+    expected = head_trained(tmp_path / "theirs", tied, init, **HEADS[settings])
+    base = llama(tied)
+    before = logits(base, "llama")
+    ours = lora_lab.load(base, tmp_path / "theirs", trainable=True)
+    assert_close(logits(ours, "llama"), expected, rtol=1e-4, atol=2e-4)
+    assert not torch.allclose(expected, before, atol=0.1)
+    assert all("lora_" in name for name, parameter in ours.named_parameters() if parameter.requires_grad)
+    lora_lab.save(ours, tmp_path / "plain")
+    whole = [key for key in load_file(tmp_path / "plain" / "adapter_model.safetensors") if "lora_" not in key]
+    middle = "base_layer." if settings == "with an embedding" else ""
+    assert whole == (["base_model.model.lm_head.base_layer.weight", f"base_model.model.model.embed_tokens.{middle}weight"] if tied else [])
+    assert_close(head_reload(tmp_path / "plain", tied), expected, rtol=1e-4, atol=2e-4)
+    assert torch.equal(logits(lora_lab.eject(ours), "llama"), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_saved_again_is_merged_into_a_checkpoint(tmp_path: Path, tied: bool) -> None:
+    """What is left of a tied weight is the embedding's and the head's; only the head has an adapter besides."""
+    expected = head_trained(tmp_path / "theirs", tied, "pissa")
+    base = llama(tied)
+    base.save_pretrained(tmp_path / "base")
+    lora_lab.save(lora_lab.load(base, tmp_path / "theirs"), tmp_path / "plain")
+    lora_lab.merge_checkpoint(tmp_path / "base", tmp_path / "plain", tmp_path / "out", progress=False, untie=tied)
+    assert_close(logits(type(base).from_pretrained(tmp_path / "out").eval(), "llama"), expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_untrained_start_is_the_base_itself(tmp_path: Path, init: str, tied: bool) -> None:
+    """Untied; a tied embedding has lost what the head still has."""
+    peft.get_peft_model(llama(tied), peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=init)).save_pretrained(tmp_path)
+    ours = logits(lora_lab.load(llama(tied), tmp_path), "llama")
+    assert_close(ours, head_reload(tmp_path, tied), rtol=1e-4, atol=2e-4)
+    assert torch.allclose(ours, logits(llama(tied), "llama"), atol=1e-4) is not tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_16_bit_head_is_what_peft_left_of_it_up_to_rounding(tmp_path: Path, tied: bool) -> None:
+    expected = head_trained(tmp_path, tied, "pissa", torch.bfloat16)
+    ours = logits(lora_lab.load(llama(tied, torch.bfloat16), tmp_path), "llama").float()
+    assert (ours - expected.float()).norm() < 0.05 * ours.norm()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_is_left_of_another_base_is_refused(tmp_path: Path, init: str, tied: bool) -> None:
+    head_trained(tmp_path, tied, init)
+    other = llama(tied)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.01)
+    refused(other, tmp_path, r"'lm_head': the file has what PEFT left of the weight it trained on.*(0.9|1.0)% of its norm.*another base")
+    with torch.no_grad():  # the base that PEFT left behind
+        other.lm_head.weight.copy_(load_file(tmp_path / "adapter_model.safetensors")["base_model.model.lm_head.base_layer.weight"])
+    refused(other, tmp_path, "it was trained on another base")
+
+
+def test_two_starts_out_of_one_weight_are_refused(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+    model = Twice()
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights="pissa")).save_pretrained(tmp_path)
+    refused(model, tmp_path, "'b': it shares its weight with another adapted layer, and PEFT takes two starts out of it")
 
 
 # What cannot be found again -----------------------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_replace_copies_into_the_same_parameters_and_no_replace_refuses(toy, sav
         lora_lab.load(toy, folder)
     lora_lab.load(toy, folder, replace=True)
     assert toy[0].lora_B["default"] is parameter and torch.equal(toy(X), model(X))
-    with pytest.raises(LoraLabError, match="same layers, .*ranks, scalings and variant"):
+    with pytest.raises(LoraLabError, match="the rank of '0': 3 in 'default' here, 2 in the file"):
         lora_lab.load(lora_lab.inject(lora_lab.eject(toy), rank=3), folder, replace=True)
 
 
@@ -294,7 +294,7 @@ DAMAGE = {
     "rank is null": (edit_config(r=None), "rank=None"),
     "pattern is a list": (edit_config(rank_pattern=["0"]), "rank_pattern"),
     "broken pattern": (edit_config(rank_pattern={"(": 3}), "not a regular expression"),
-    "nan alpha": (edit_config(alpha_pattern={"0": float("nan")}), "alpha=nan"),
+    "nan alpha": (edit_config(alpha_pattern={"0": float("nan")}), r"alpha_pattern\['0'\]=nan"),
     "rslora is text": (edit_config(use_rslora="no"), "rslora='no'"),
     "dropout is 5": (edit_config(lora_dropout=5), "dropout=5"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "holds a list, expected an object"),

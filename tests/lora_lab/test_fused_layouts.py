@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lora_lab.fused.parts import Layout, consecutive, interleaved, scattered
 from small_models import SMALL
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -23,6 +22,7 @@ from transformers.models.sam2.modeling_sam2 import Sam2HieraDetModel
 import lora_lab
 from lora_lab import LoraLabError
 from lora_lab.fused.layouts import known_layout
+from lora_lab.fused.parts import Layout, consecutive, interleaved, scattered
 
 transformers.logging.set_verbosity_error()
 

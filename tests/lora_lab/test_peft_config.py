@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from small_models import randomise
 from torch import nn
@@ -64,6 +65,41 @@ def test_an_adapter_of_a_part_is_saved_from_that_part(tmp_path: Path) -> None:
     lora_lab.save(model[0], tmp_path / "here")
 
 
+class Config:
+    def __init__(self, is_encoder_decoder: bool) -> None:
+        self.is_encoder_decoder = is_encoder_decoder
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
+@pytest.mark.parametrize(("name", "encodes", "reads", "expected"), [
+    ("LlamaForCausalLM", False, "input_ids", "CAUSAL_LM"), ("GPT2LMHeadModel", False, "input_ids", "CAUSAL_LM"),
+    ("T5ForConditionalGeneration", True, "input_ids", "SEQ_2_SEQ_LM"), ("WhisperForConditionalGeneration", True, "input_features", None),
+    ("Gemma3ForConditionalGeneration", False, "input_ids", None), ("BertForSequenceClassification", False, "input_ids", None),
+])  # fmt: skip
+def test_a_task_is_only_said_where_it_is_certain(tmp_path: Path, name: str, encodes: bool, reads: str, expected: str | None) -> None:
+    """By it PEFT chooses a wrapper with arguments of its own, which models of speech and images do not take."""
+    model = type(name, (nn.Sequential,), {"main_input_name": reads, "config": Config(encodes)})(nn.Linear(4, 4))
+    lora_lab.save(lora_lab.inject(model, rank=2), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == expected
+
+
+def test_peft_runs_an_adapter_of_a_model_of_speech(tmp_path: Path) -> None:
+    def speech() -> Any:
+        torch.manual_seed(0)
+        config = transformers.Speech2TextConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                                                encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=32, input_feat_per_channel=8, conv_channels=8,
+                                                num_conv_layers=1, conv_kernel_sizes=(3,))  # fmt: skip
+        return transformers.Speech2TextForConditionalGeneration(config).double().eval()
+
+    ours, inputs = lora_lab.inject(speech(), rank=2, target_modules=["q_proj"]), {"input_features": torch.ones(2, 12, 8, dtype=torch.float64)}
+    inputs["decoder_input_ids"] = torch.tensor([[3, 4, 5]] * 2)
+    lora_lab.save(randomise(ours), tmp_path)
+    with torch.no_grad():
+        assert_close(with_peft(speech(), tmp_path)(**inputs).logits, ours(**inputs).logits, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, "float32"])
 def test_a_file_of_other_than_floating_point_numbers_is_refused(tmp_path: Path, dtype: Any) -> None:
     model = lora_lab.inject(mlp(), rank=2, init="random")
@@ -74,7 +110,7 @@ def test_a_file_of_other_than_floating_point_numbers_is_refused(tmp_path: Path, 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"bias": 5}, "bias=5: expected one of none, all, lora_only"), ({"bias": "some"}, "bias='some': expected one of"),
-    ({"modules_to_save": 5}, "modules_to_save=5: expected a list of names"), ({"rank_pattern": {"0": "x"}}, "rank='x'"),
+    ({"modules_to_save": 5}, "modules_to_save=5: expected a list of names"), ({"rank_pattern": {"0": "x"}}, r"rank_pattern\['0'\]='x'"),
     ({"lora_alpha": [8]}, "alpha="), ({"r": 2.0}, "rank=2.0"), ({"lora_dropout": "x"}, "dropout='x'"), ({"peft_type": None}, "peft_type is None"),
     ({"use_rslora": 1}, "rslora=1"), ({"lora_bias": "yes"}, "lora_bias='yes'"), ({"init_lora_weights": ["pissa"]}, "changed the base"),
 ])  # fmt: skip

@@ -578,7 +578,7 @@ SPOILED_CONFIGS = {
     "alpha NaN": ({"lora_alpha": float("nan")}, "alpha=nan"),
     "rank zero": ({"r": 0}, "rank=0"),
     "a wrong rank": ({"r": 4}, "rank is 4"),
-    "a pattern's rank": ({"rank_pattern": {"q_proj": 1.5}}, "rank=1.5"),
+    "a pattern's rank": ({"rank_pattern": {"q_proj": 1.5}}, r"rank_pattern\['q_proj'\]=1.5"),
     "DoRA without magnitudes": ({"use_dora": True}, "use_dora=True"),
     "modules_to_save lost": ({"modules_to_save": ["lm_head"]}, "modules_to_save.*incomplete"),
 }  # fmt: skip
