@@ -86,17 +86,18 @@ def checked_text(request: Request) -> str:
 
 def unchecked(request: Request) -> tuple[str, ...]:
     """What of this request has been held against no measurement, neither here nor published: the rules are those of its source alone."""
-    parallel, cuda = request.parallel, request.device == "cuda"
+    parallel, cuda, own = request.parallel, request.device == "cuda", request.implementation == "lora_lab"
+    optimizers = ("adamw8bit",) if own else ("adamw8bit", "lion", "adafactor")
     features = {
         "several devices": parallel.world_size > 1 or parallel.tensor_parallel > 1,
         "offload": request.offload_optimizer or request.offload_activations,
-        "optimizer step in backward": request.optimizer_in_backward,
+        "optimizer step in backward": request.optimizer_in_backward and not own,
         "compile": request.compile,
-        f"the loss {request.loss!r}": request.loss == "chunked" and request.implementation == "transformers",
+        f"the loss {request.loss!r}": request.loss == "chunked" and not own,
         f"{request.quantization} weights": request.quantization == "int8",
-        f"the optimizer {request.optimizer!r}": request.trains and request.optimizer in ("adamw8bit", "lion", "adafactor"),
+        f"the optimizer {request.optimizer!r}": request.trains and request.optimizer in optimizers,
         f"{request.architecture.family} on a GPU": cuda and request.architecture.family not in FAMILIES_ON_GPUS,
         f"method {request.method!r} on a GPU": cuda and request.method not in METHODS_ON_GPUS,
-        f"{request.implementation} on a GPU": cuda and request.implementation != "transformers",
+        f"{request.implementation} on a GPU": cuda and own,
     }
     return tuple(name for name, asked in features.items() if asked)

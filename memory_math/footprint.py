@@ -180,7 +180,8 @@ def predict(
     "nf4-dq", "int8"; see quantization.py; embeddings, norms and head stay in the precision's 16 bit, PEFT's prepare_model_for_kbit_training,
     which makes them 32 bit, is not called. adapter_dtype: of adapters and prompts, None is float32.
     optimizer: "sgd", "momentum", "adam", "adamw", "adamw8bit", "adafactor", "lion"; see optimizers.py. optimizer_implementation: "fused",
-    "foreach", "for-loop"; None is lora_lab's fused, else torch's own choice. optimizer_in_backward: every gradient is used as it arrives.
+    "foreach", "for-loop", "rounded"; None is lora_lab's own (of 16-bit weights the step that is rounded by chance, else fused), or torch's choice.
+    optimizer_in_backward: every gradient is used as it arrives.
     batch_size, sequence_length: of one micro-batch; rows of one length, no padding. target_length: of an encoder-decoder's decoder, None is
     sequence_length. grad_accum_steps: micro-batches per step.
     gradient_checkpointing: True keeps each block's input and runs the block again in backward, n does so for every n-th block, "attention" for
@@ -192,20 +193,20 @@ def predict(
     implementation: whose model code it is, "transformers" (5.23, with PEFT 0.21) or "lora_lab" (this project's); None is that of a model given as
     source, else transformers. device: "cuda" (16-bit attention by FlashAttention 2), or "cpu", where what one operator allocates for itself is
     left out, as no tensor shows it.
-    label_tokens: positions with a label (lora_lab computes the loss of no others); None is every position that has a next one.
+    label_tokens: positions with a label (lora_lab computes the loss of no others); None is every position that can have one.
     Raises MemoryMathError for a value or a combination that is not modelled.
 
     >>> predict("smollm2-135m", method="lora", precision="bf16-mixed", batch_size=4, sequence_length=256).weights
     278798976
     """
     asked = {name: value for name, value in locals().items() if name != "source"}
-    asked["implementation"] = _implementation_of(source) if implementation is None else implementation
+    asked["implementation"] = implementation_of(source) if implementation is None else implementation
     request = check(architecture_of(source), **asked)
     ledger = CachingAllocator() if request.device == "cuda" else Ledger()
     return _footprint(request, simulate(request, ledger), ledger)
 
 
-def _implementation_of(source: object) -> str:
+def implementation_of(source: object) -> str:
     """Whose code a live model is."""
     return "lora_lab" if type(source).__module__.startswith("lora_lab.") else "transformers"
 

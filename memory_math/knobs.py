@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from .errors import MemoryMathError
-from .footprint import Footprint, predict
+from .footprint import Footprint, implementation_of, predict
 from .report import html_grid, markdown_grid, size_text, text_grid, title_of
 
 Asked = Mapping[str, Any]
@@ -72,6 +72,13 @@ def _own_model_code(asked: Asked) -> dict[str, Any] | None:
     return None if asked["implementation"] == "lora_lab" else {name: value for name, value in needed.items() if asked[name] != value}
 
 
+def _fused_step(asked: Asked) -> dict[str, Any] | None:
+    """For those that PyTorch has one kernel for; not in the place of lora_lab's rounded step, which is another kind of training."""
+    rounded = asked["implementation"] == "lora_lab" and asked["method"] == "full" and asked["precision"] == "bf16"
+    there = asked["optimizer"] in ("sgd", "momentum", "adam", "adamw") and asked["optimizer_implementation"] != "fused"
+    return {"optimizer_implementation": "fused"} if there and not rounded else None
+
+
 def _halve(name: str, where: Callable[[Asked], bool] = lambda _: True) -> Callable[[Asked], dict[str, Any] | None]:
     return lambda asked: {name: asked[name] // 2} if where(asked) and asked[name] >= 2 else None
 
@@ -84,7 +91,7 @@ _NOT_FULL = _where(method=["frozen", "lora", "dora", "qlora", "prompt", "prefix"
 _CODES = "frozen weights rounded to 4 bit and unpacked in every pass"
 
 KNOBS = (  # from the cheapest to the dearest
-    Knob("fused optimizer", _set(optimizer_implementation="fused"), FREE, "nothing: the same step in one kernel"),
+    Knob("fused optimizer", _fused_step, FREE, "nothing: the same step in one kernel"),
     Knob("fused attention", _set(_where(attention=["eager"]), attention="sdpa"), FREE, "nothing: the same up to rounding, and faster"),
     Knob("chunked loss", _set(loss="chunked"), TIME, "the softmax over the vocabulary is computed again in backward"),
     Knob("gradient checkpointing", _set(gradient_checkpointing=True), TIME, "one more forward pass: a third more compute, half more with adapters"),
@@ -180,6 +187,7 @@ def savings(source: object, **request: Any) -> Savings:
 def turn_all(source: object, request: Asked) -> list[tuple[Knob, dict[str, Any], Footprint]]:
     """Every knob that applies and that `predict` accepts here, with the keywords it sets and the footprint then."""
     asked = {**predict_defaults(), **request}
+    asked["implementation"] = asked["implementation"] or implementation_of(source)
     found = []
     for knob in KNOBS:
         change = knob.change(asked)

@@ -54,7 +54,7 @@ class Measurement:
         self.reserved_bytes: int | None = None
         self.used_bytes: int | None = None
         self._named: str | None = None
-        self._in_step = False
+        self._in_steps = 0  # an optimizer may have others inside
         self._hooks: list[Any] = []
         self._watch: _StorageWatch | _CudaWatch = _StorageWatch(self) if device == "cpu" else _CudaWatch(self)
         self._saved = SavedTensors() if saved else None
@@ -68,7 +68,7 @@ class Measurement:
         """The phase that the bytes of this moment belong to."""
         if self._named is not None:
             return self._named
-        if self._in_step:
+        if self._in_steps:
             return "optimizer step"
         if self.device != "cpu":
             return UNDIVIDED
@@ -86,11 +86,11 @@ class Measurement:
 
     def _stepping(self, inside: bool) -> None:
         self._end_of_phase()
-        self._in_step = inside
+        self._in_steps += 1 if inside else -1
 
     def _end_of_phase(self) -> None:
         """Book what is alive, or was since the last time; not where operations have done so and, between backward and step, no phase is on."""
-        if self.device != "cpu" or self._named is not None or self._in_step:
+        if self.device != "cpu" or self._named is not None or self._in_steps:
             self._watch.settle()
 
     def __enter__(self) -> Measurement:

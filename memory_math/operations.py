@@ -91,7 +91,7 @@ def linear(
     tape: Tape, x: Sized, weight: Weight, bias: Weight | None = None, autocast: int | None = None, *, copy: Sized | None = None,
     part: str = "temporary",
 ) -> Sized:  # fmt: skip
-    """``F.linear``: [..., columns] -> [..., rows]. x is kept if the weight trains, the weight if x needs a gradient; of the bias nothing.
+    """``F.linear``: [B, T, columns] -> [B, T, rows]. x is kept if the weight trains, the weight if x needs a gradient; of the bias nothing.
 
     autocast: bytes per element that all three are cast to first; None where autocast is off. copy: a cast of the weight to compute with.
     """
@@ -104,7 +104,7 @@ def linear(
         rest = [] if bias is None else [weight_copy(tape, bias, autocast)]
     numel = x.numel // weight.columns * weight.rows
     keeps = [x] * matrix.needs_grad + [matrix] * x.needs_grad
-    return tape.record(weight.name, [x, matrix, *rest], lambda: tape.new(numel, x.itemsize, part), keeps=keeps)
+    return tape.record(weight.name, [x, matrix, *rest], lambda: tape.new(numel, x.itemsize, part), keeps=keeps, reshapes=True)
 
 
 def quantized_linear(tape: Tape, x: Sized, weight: QuantizedWeight, part: str = "temporary") -> Sized:

@@ -71,9 +71,10 @@ OPTIMIZERS = {
     "adamw": Optimizer(_copies(2, STEP_COUNTER_BYTES), foreach_copies=1, loop_copies=2),
     "adamw8bit": Optimizer(_adam_8bit),
     "adafactor": Optimizer(_adafactor, foreach_copies=1, loop_copies=1),
-    "lion": Optimizer(_copies(1), foreach_copies=1, loop_copies=2),
+    "lion": Optimizer(_copies(1), foreach_copies=1, loop_copies=1),  # lora_lab's own; torch.optim has none
 }
-IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
+IMPLEMENTATIONS = ("fused", "foreach", "for-loop", "rounded")
+ROUNDING_BYTES = 22  # per number that lora_lab.training.rounding.round_stochastically brings from 32 to 16 bit, while it does
 
 
 def optimizer_of(name: str) -> Optimizer:
@@ -106,13 +107,29 @@ def step_sizes(name: str, implementation: str, tensors: Sequence[Shape]) -> list
     """Tensors that exist only while the step runs, in bytes.
 
     fused: one kernel, none. foreach: PyTorch's default on CUDA; works on all tensors at once, so its temporaries are as large as the model.
-    for-loop: the default on the CPU; one tensor after another. Weight decay of "sgd", "momentum" and "adam" is taken as 0.
+    for-loop: the default on the CPU; one tensor after another. rounded: lora_lab's step of 16-bit weights, one after another in 32 bit.
+    Weight decay of "sgd", "momentum" and "adam" is taken as 0.
     """
     optimizer, sizes = optimizer_of(name), [tensor.nbytes for tensor in tensors]
     if implementation == "fused" or not sizes:
         return []
+    if implementation == "rounded":
+        return [max(rounded_bytes(name, tensor) for tensor in tensors)]
     if implementation == "foreach":
         return optimizer.foreach_copies * sizes
     copies = optimizer.loop_copies  # the last of a tensor's temporaries is let go of when the next tensor's last one is there
-    at_once = [[before] * (copies > 1) + [size] * copies for before, size in zip([0, *sizes], sizes, strict=False)]
+    at_once = [[before] * (copies > 0) + [size] * copies for before, size in zip([0, *sizes], sizes, strict=False)]
     return max(at_once, key=sum)
+
+
+def rounded_bytes(name: str, tensor: Shape) -> int:
+    """What exists only while lora_lab.training.rounding.RoundedStochastically steps one 16-bit weight.
+
+    The weight, its gradient and its states in 32 bit, and the temporaries of rounding; Adam's first state is narrow already when the second is
+    rounded. The step's own temporaries are smaller, and gone by then.
+
+    >>> rounded_bytes("adamw", Shape(1000, 1000, 2)) // 1_000_000, rounded_bytes("sgd", Shape(1000, 1000, 2)) // 1_000_000
+    (40, 30)
+    """
+    states = optimizer_of(name).state(tensor) // tensor.itemsize
+    return (4 + 4 + ROUNDING_BYTES) * tensor.numel + 4 * states + 2 * max(states - tensor.numel, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ ADAPTED = ("lora", "dora", "qlora")
 ATTENTIONS = {"transformers": ("eager", "sdpa", "flash"), "lora_lab": ("sdpa",)}
 LOSSES = {"transformers": ("cross_entropy", "chunked", "hf_legacy", "mean", "none"), "lora_lab": ("chunked",)}
 DEVICES = ("cuda", "cpu")
+OWN_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "adafactor", "lion")  # lora_lab.training.optimizers.OPTIMIZERS
 OWN_METHODS = ("full", "frozen", "lora", "dora", "qlora", "inference")  # what lora_lab's models are modelled with today
 IDLE_IN_INFERENCE = {"gradient_checkpointing": False, "grad_accum_steps": 1, "offload_activations": False, "optimizer_in_backward": False}
 
@@ -91,9 +92,15 @@ class Request:
         return self.precision.compute if self.method == "full" else self.precision.frozen
 
     @property
+    def most_label_tokens(self) -> int:
+        """Positions that can have a label."""
+        return _most_labels(self.architecture, vars(self))[0]
+
+    @property
     def autocast(self) -> int | None:
-        """Bytes per element that matrix products are cast to; None where they run in what they are given."""
-        return self.precision.compute if self.precision.mixed and self.trains and not self.divided_masters else None
+        """Bytes per element that matrix products are cast to; None where they run in what they are given. lora_lab's bf16 runs under it, too."""
+        mixed = self.precision.mixed or (self.implementation == "lora_lab" and self.precision.compute == 2)
+        return self.precision.compute if mixed and self.trains and not self.divided_masters else None
 
     @property
     def keeps_quantized_input(self) -> bool:
@@ -125,7 +132,7 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     for name in ("batch_size", "sequence_length", "rank", "grad_accum_steps", "num_virtual_tokens", "world_size", "tensor_parallel"):
         asked[name] = whole(name, asked[name])
     asked["parallel"] = check_parallel(asked.pop("zero_stage"), asked.pop("world_size"), asked.pop("tensor_parallel"))
-    asked["optimizer_implementation"] = _step_kind(asked["optimizer_implementation"], implementation, asked["device"])
+    asked["optimizer_implementation"] = _step_kind(asked)
     asked["attention"] = one_of("attention", asked["attention"], ATTENTIONS[implementation], implementation)
     loss = _own_loss(implementation, asked["versions"]) if asked["loss"] is None else asked["loss"]
     asked["loss"] = one_of("loss", loss, LOSSES[implementation], implementation)
@@ -135,20 +142,20 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     asked["dropout"] = _share(asked["dropout"])
     asked["adapter_itemsize"] = _adapter_bytes(asked["adapter_dtype"])
     asked["target_length"] = whole("target_length", asked["sequence_length"] if asked["target_length"] is None else asked["target_length"])
-    asked["label_tokens"] = _labels(asked["label_tokens"], asked["batch_size"], asked["sequence_length"])
     architecture = architecture if method == "inference" else architecture.with_loss()
-    targets = asked["target_modules"]
-    adapted = _adapted(architecture, targets) if method in ADAPTED else {}
+    asked["label_tokens"] = _labels(asked["label_tokens"], _most_labels(architecture, asked))
+    adapted = _adapted(architecture, asked) if method in ADAPTED else {}
     architecture = architecture.shard(asked["parallel"].tensor_parallel)
-    adapted = _adapted(architecture, targets) if adapted else {}
+    adapted = _adapted(architecture, asked) if adapted else {}
     request = Request(architecture=architecture, adapted=adapted, **asked)
     _check_together(request)
     return request
 
 
-def _adapted(architecture: Architecture, targets: object) -> dict[str, LinearLayer]:
-    """By path; PEFT's "all-linear" may go beyond the linear layers."""
-    more = architecture.beside_linears() if targets == "all-linear" else ()
+def _adapted(architecture: Architecture, asked: dict[str, Any]) -> dict[str, LinearLayer]:
+    """By path; PEFT's "all-linear" may go beyond the linear layers, lora_lab's does not."""
+    targets = asked["target_modules"]
+    more = architecture.beside_linears() if targets == "all-linear" and asked["implementation"] == "transformers" else ()
     return adapted_layers(architecture, targets) | {layer.name: layer for layer in more}
 
 
@@ -164,7 +171,7 @@ def _check_together(request: Request) -> None:
     _check_attention(request)
     if request.dropout and method not in ADAPTED:
         raise MemoryMathError(f"dropout={request.dropout} is LoRA's dropout and does nothing with method={method!r}: leave it at 0")
-    if request.label_tokens != request.batch_size * (request.sequence_length - 1) and request.implementation != "lora_lab":
+    if request.label_tokens != request.most_label_tokens and request.implementation != "lora_lab":
         raise MemoryMathError("label_tokens is for implementation='lora_lab': transformers computes the logits of every position")
     if request.optimizer_in_backward and request.grad_accum_steps > 1:
         raise MemoryMathError("optimizer_in_backward=True with grad_accum_steps > 1: a gradient that is used at once cannot be accumulated")
@@ -185,8 +192,7 @@ def _check_attention(request: Request) -> None:
 
 
 def _check_inference(request: Request) -> None:
-    labelled = request.batch_size * (request.sequence_length - 1)
-    for name, idle in {**IDLE_IN_INFERENCE, "label_tokens": labelled}.items():
+    for name, idle in {**IDLE_IN_INFERENCE, "label_tokens": request.most_label_tokens}.items():
         if (value := getattr(request, name)) != idle:
             raise MemoryMathError(f"{name}={value!r} does nothing with method='inference', which has no backward pass: leave it out")
 
@@ -242,18 +248,39 @@ def _own_loss(implementation: str, versions: Versions) -> str:
     return "hf_legacy" if old else LOSSES[implementation][0]
 
 
-def _labels(value: Any, batch: int, sequence: int) -> int:
-    """None: every position that has a next one."""
-    most = batch * (sequence - 1)
+def _most_labels(architecture: Architecture, asked: Mapping[str, Any]) -> tuple[int, str]:
+    """Positions that can have a label, and how many that is in words: those with a next one, in a decoder behind an encoder all of them; and
+    of an encoder all, or one for each row."""
+    batch, family = asked["batch_size"], architecture.family
+    if family == "t5":
+        return batch * asked["target_length"], "batch_size * target_length"
+    if family != "bert":
+        return batch * (asked["sequence_length"] - 1), "batch_size * (sequence_length - 1)"
+    if architecture.task == "ForSequenceClassification":
+        return batch, "batch_size"
+    return batch * asked["sequence_length"], "batch_size * sequence_length"
+
+
+def _labels(value: Any, most: tuple[int, str]) -> int:
+    """None: every position that can have one."""
     if value is None:
-        return most
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        raise MemoryMathError(f"label_tokens={value!r}: expected a whole number from 0 to {most}, batch_size * (sequence_length - 1)")
+        return most[0]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most[0]:
+        raise MemoryMathError(f"label_tokens={value!r}: expected a whole number from 0 to {most[0]}, {most[1]}")
     return value
 
 
-def _step_kind(value: Any, implementation: str, device: str) -> str:
-    """None: what the loop takes; lora_lab asks for fused, torch.optim left alone takes foreach on CUDA and the plain loop on the CPU."""
-    if value is None:
-        return "fused" if implementation == "lora_lab" else "foreach" if device == "cuda" else "for-loop"
-    return one_of("optimizer_implementation", value, IMPLEMENTATIONS)
+def _step_kind(asked: Mapping[str, Any]) -> str:
+    """None: what the loop takes. torch.optim left alone takes foreach on CUDA and the plain loop on the CPU; lora_lab asks for fused where there is
+    such a kernel, and rounds the step of 16-bit weights by chance (lora_lab/training/optimizers.py)."""
+    value, own = asked["optimizer_implementation"], asked["implementation"] == "lora_lab"
+    narrow = own and asked["method"] == "full" and asked["precision"].trained == 2 and asked["optimizer"] in OWN_OPTIMIZERS
+    if value is not None:
+        value = one_of("optimizer_implementation", value, IMPLEMENTATIONS)
+        if value == "rounded" and not narrow:
+            raise MemoryMathError("optimizer_implementation='rounded' is lora_lab's step of 16-bit weights: it needs implementation='lora_lab', "
+                                  f"method='full', precision='bf16' and one of {', '.join(OWN_OPTIMIZERS)}")  # fmt: skip
+        return value
+    if own:
+        return "rounded" if narrow else "for-loop" if asked["optimizer"] in ("adafactor", "lion") else "fused"
+    return "foreach" if asked["device"] == "cuda" else "for-loop"

@@ -52,6 +52,7 @@ def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
     """Run `request` on a fresh ledger. Training is in its steady state: the second step, when the optimizer has its states."""
     ledger = ledger or Ledger()
     model = model_of(request, ledger)
+    _steps_in_backward(request, model)
     tensors = [Shape(weight.rows, weight.columns, weight.itemsize) for weight in model.trained]
     trained = sum(tensor.numel for tensor in tensors)
     standing = [
@@ -116,9 +117,20 @@ def _train(request: Request, model: Model, tensors: list[Shape]) -> None:
     del temporaries
 
 
+def _steps_in_backward(request: Request, model: Model) -> None:
+    """lora_lab's StepsInBackward: the square of a gradient in float32, for the norm of all of them, and then the step of this weight alone."""
+    if request.implementation != "lora_lab" or not request.optimizer_in_backward:
+        return
+    for weight in model.trained:
+        assert weight.leaf is not None
+        squared = 4 * weight.numel * (1 if weight.itemsize == 4 else 2)
+        step = step_sizes(request.optimizer, request.optimizer_implementation, [Shape(weight.rows, weight.columns, weight.itemsize)])
+        weight.leaf.scratch = max(squared, 0 if request.offload_optimizer else sum(step))
+
+
 def _temporaries(request: Request, tensors: list[Shape]) -> list[int]:
     """With the step in backward one tensor at a time is stepped; with offloaded states the host steps."""
-    if request.offload_optimizer:
+    if request.offload_optimizer or (request.optimizer_in_backward and request.implementation == "lora_lab"):
         return []
     kind, shards = request.optimizer_implementation, request.parallel.state_shards
     kind = "for-loop" if request.optimizer_in_backward and kind == "foreach" else kind

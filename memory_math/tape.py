@@ -11,6 +11,7 @@ Lifetimes are CPython's: a size is given back when the last reference to it goes
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,12 +61,13 @@ class Ledger:
 
 
 class Storage:
-    """`nbytes` in the ledger, from now until nothing refers to this object any more."""
+    """`nbytes` in the ledger, from now until nothing refers to this object any more. number: its own for good, as an id would not be."""
 
-    __slots__ = ("block", "ledger", "nbytes", "part")
+    __slots__ = ("block", "ledger", "nbytes", "number", "part")
+    numbers = itertools.count()
 
     def __init__(self, ledger: Ledger, nbytes: int, part: str) -> None:
-        self.ledger, self.nbytes, self.part = ledger, nbytes, part
+        self.ledger, self.nbytes, self.part, self.number = ledger, nbytes, part, next(self.numbers)
         self.block = ledger.place(nbytes) if nbytes else None
         ledger.book(part, nbytes)
 
@@ -82,12 +84,15 @@ class Storage:
 
 
 class Sized:
-    """A tensor's size: `numel` elements of `itemsize` bytes, the storage they lie in and the node that made them (None: no gradient)."""
+    """A tensor's size: `numel` elements of `itemsize` bytes, the storage they lie in and the node that made them (None: no gradient).
 
-    __slots__ = ("itemsize", "node", "numel", "storage")
+    view: of a gradient, whether it is a view of the tensor that was computed.
+    """
+
+    __slots__ = ("itemsize", "node", "numel", "storage", "view")
 
     def __init__(self, numel: int, itemsize: int, storage: Storage, node: Node | Leaf | None = None) -> None:
-        self.numel, self.itemsize, self.storage, self.node = numel, itemsize, storage, node
+        self.numel, self.itemsize, self.storage, self.node, self.view = numel, itemsize, storage, node, False
 
     @property
     def nbytes(self) -> int:
@@ -102,17 +107,17 @@ class Leaf:
     """The end of the graph at a trained parameter: the first gradient to arrive becomes ``.grad``, later ones are added into it.
 
     shards: devices among which gradients are divided as they arrive; one part stays. applied: the optimizer uses a gradient the moment it
-    arrives (optimizer step in backward), and it is gone.
+    arrives (optimizer step in backward), and it is gone; scratch: bytes that this takes meanwhile.
     """
 
-    __slots__ = ("applied", "grad", "shards")
+    __slots__ = ("applied", "grad", "scratch", "shards")
 
     def __init__(self, shards: int = 1, applied: bool = False) -> None:
-        self.shards, self.applied = shards, applied
+        self.shards, self.applied, self.scratch = shards, applied, 0
         self.grad: Storage | None = None
 
     def accumulate(self, grad: Sized) -> None:
-        if self.applied or self.grad is not None:
+        if self.grad is not None:
             return
         if self.shards == 1:
             self.grad = grad.storage
@@ -120,18 +125,25 @@ class Leaf:
         else:
             self.grad = Storage(grad.storage.ledger, -(-grad.numel // self.shards) * grad.itemsize, "gradients")
 
+    def finish(self, ledger: Ledger) -> None:
+        """Every gradient of this pass has arrived."""
+        if self.applied:
+            Storage(ledger, self.scratch, "workspace")
+            self.grad = None
+
 
 class Node:
     """One recorded operation: what it keeps for backward, and whom its gradients go to.
 
     passes: the gradient that arrives is handed on as it is, where the dtype agrees (addition, views). scratch: bytes alive while the
     node runs, beside the gradients it returns. The gradient of an input is as large as the input; one of logits is booked as logits.
+    reshapes: the operation works on [tokens, columns], and the gradients it returns are views of those.
     """
 
-    __slots__ = ("frame", "gradients", "kept", "name", "order", "passes", "receivers", "scratch", "slot")
+    __slots__ = ("frame", "gradients", "kept", "name", "order", "passes", "receivers", "reshapes", "scratch", "slot")
 
-    def __init__(self, order: int, name: str, inputs: Sequence[Sized], passes: bool, scratch: int) -> None:
-        self.order, self.name, self.passes, self.scratch = order, name, passes, scratch
+    def __init__(self, order: int, name: str, inputs: Sequence[Sized], passes: bool, scratch: int, reshapes: bool = False) -> None:
+        self.order, self.name, self.passes, self.scratch, self.reshapes = order, name, passes, scratch, reshapes
         wanted = [tensor for tensor in inputs if tensor.node is not None]
         self.receivers = [tensor.node for tensor in wanted]
         self.gradients = [(t.numel, t.itemsize, "logits" if t.storage.part == "logits" else "temporary") for t in wanted]
@@ -144,10 +156,15 @@ class Node:
         if self.frame is not None:
             self.kept = self.frame.unpack(tape, self.slot)
         scratch = Storage(tape.ledger, self.scratch, "workspace")
-        result = [grad if self.passes and wanted[1] == grad.itemsize else tape.new(*wanted) for wanted in self.gradients]
+        result = [grad if self.passes and wanted[1] == grad.itemsize else self._made(tape, wanted) for wanted in self.gradients]
         del scratch
         self.kept, self.frame = [], None
         return result
+
+    def _made(self, tape: Tape, wanted: tuple[int, int, str]) -> Sized:
+        grad = tape.new(*wanted)
+        grad.view = self.reshapes
+        return grad
 
 
 class Frame:
@@ -170,10 +187,11 @@ class Frame:
             tape.run_in(self)
         return self.again.pop(slot)
 
-    def send_away(self) -> None:
-        """The inputs wait in the host's memory until they are needed again."""
-        self.away = [(tensor.numel, tensor.itemsize, tensor.node) for tensor in self.inputs]
-        self.inputs, self.kept = [], []
+    def send_away(self, worth_moving: int) -> None:
+        """The inputs, if there is one that is worth it, wait in the host's memory until they are needed again."""
+        if any(tensor.nbytes >= worth_moving for tensor in self.inputs):
+            self.away = [(tensor.numel, tensor.itemsize, tensor.node) for tensor in self.inputs]
+            self.inputs, self.kept = [], []
 
     def _bring_back(self, tape: Tape) -> None:
         if self.away:
@@ -194,17 +212,18 @@ def keep(storage: Storage) -> Storage:
 class Tape:
     """Records operations on sizes and plays them backwards.
 
-    device: "cpu" or "cuda", where an operation's rule depends on it. offload: what is kept for backward waits in the host's memory and comes
-    back for the operation that needs it. keeps_input: operations that keep their input although
-    today's PyTorch does not. weight_copies: autocast's cache of cast weights.
+    device: "cpu" or "cuda", where an operation's rule depends on it. offload: what is kept for backward and has at least so many bytes waits
+    in the host's memory, and comes back for the operation that needs it; None: nothing does. keeps_input: operations that keep their input
+    although today's PyTorch does not. weight_copies: autocast's cache of cast weights.
     kept_by_name: bytes by the first operation that kept them; their sum is what saved_tensors_hooks sees of one forward pass.
     """
 
-    def __init__(self, ledger: Ledger, device: str = "cuda", offload: bool = False, keeps_input: frozenset[str] = frozenset()) -> None:
+    def __init__(self, ledger: Ledger, device: str = "cuda", offload: int | None = None, keeps_input: frozenset[str] = frozenset()) -> None:
         self.ledger, self.device, self.offload, self.keeps_input = ledger, device, offload, keeps_input
         self.weight_copies: dict[int, Sized] = {}
         self.kept_by_name: dict[str, int] = {}
         self._seen: set[int] = set()
+        self._to_come: dict[Leaf, int] = {}
         self._order = 0
         self._frame: Frame | None = None
 
@@ -224,23 +243,31 @@ class Tape:
     def record(
         self, name: str, inputs: Sequence[Sized], output: Callable[[], Sized], *, keeps: Sequence[Sized] = (),
         keeps_after: Callable[[Sized], Sequence[Sized]] | None = None, passes: bool = False, busy: int = 0, scratch: int = 0,
+        reshapes: bool = False,
     ) -> Sized:  # fmt: skip
         """One operation; wired to a node where an input needs a gradient, otherwise nothing is kept.
 
         output: makes the result. keeps: inputs kept, put away before the result is made where nothing is kept after. keeps_after: given the
         result, what is kept once it is there (results that backward uses; everything an autograd.Function saves). busy: bytes alive beside
-        the result while it is made. passes, scratch: see `Node`.
+        the result while it is made. passes, scratch, reshapes: see `Node`.
         """
         if not any(tensor.needs_grad for tensor in inputs):
             return self._make(output, busy)
         self._order += 1
-        node = Node(self._order, name, inputs, passes, scratch)
+        node = Node(self._order, name, inputs, passes, scratch, reshapes)
+        self._expect_gradients(node)
         if keeps and keeps_after is None:
             self._put_away(node, [tensor.storage for tensor in keeps])
         result = self._make(output, busy)
         if keeps_after is not None:
             self._put_away(node, [tensor.storage for tensor in (*keeps, *keeps_after(result))])
         return Sized(result.numel, result.itemsize, result.storage, node)
+
+    def _expect_gradients(self, node: Node) -> None:
+        """A trained parameter gets one for each use; what runs again is no use of its own."""
+        if self._frame is None or self._frame.again is None:
+            for leaf in (receiver for receiver in node.receivers if isinstance(receiver, Leaf)):
+                self._to_come[leaf] = self._to_come.get(leaf, 0) + 1
 
     def _make(self, output: Callable[[], Sized], busy: int) -> Sized:
         temporaries = Storage(self.ledger, busy, "workspace")
@@ -264,14 +291,15 @@ class Tape:
 
     def _stored(self, kept: list[Storage]) -> tuple[list[Storage], int]:
         """What stays on the device, and the bytes that have moved to the host."""
-        if not self.offload:
+        if self.offload is None:
             return [keep(storage) for storage in kept], 0
-        return [], sum(storage.nbytes for storage in kept if storage.part != "weights")
+        moved = {storage.number: storage.nbytes for storage in kept if storage.part != "weights" and storage.nbytes >= self.offload}
+        return [keep(storage) for storage in kept if storage.number not in moved], sum(moved.values())
 
     def _count(self, name: str, kept: list[Storage]) -> None:
         for storage in kept:
-            if id(storage) not in self._seen and storage.part != "weights":
-                self._seen.add(id(storage))
+            if storage.number not in self._seen and storage.part != "weights":
+                self._seen.add(storage.number)
                 self.kept_by_name[name] = self.kept_by_name.get(name, 0) + storage.nbytes
 
     def run_in(self, frame: Frame) -> Sized | None:
@@ -291,12 +319,12 @@ class Tape:
         self._count("checkpoint", frame.kept)
         result = self.run_in(frame)
         assert result is not None
-        if self.offload:
-            frame.send_away()
+        if self.offload is not None:
+            frame.send_away(self.offload)
         return result
 
     def backward(self, loss: Sized) -> None:
-        """Newest node first, as autograd's engine does; a second gradient for the same node is added into the first."""
+        """Newest node first, as autograd's engine does."""
         assert isinstance(loss.node, Node)
         waiting: dict[Node, Sized] = {loss.node: self.new(loss.numel, loss.itemsize)}
         queue = [(-loss.node.order, 0, loss.node)]
@@ -304,12 +332,22 @@ class Tape:
             node = heapq.heappop(queue)[2]
             grads = node.run(self, waiting.pop(node))
             for receiver in node.receivers:
-                self._deliver(grads.pop(0), receiver, waiting, queue)
+                self._deliver(grads, receiver, waiting, queue)
 
-    @staticmethod
-    def _deliver(grad: Sized, receiver: Node | Leaf | None, waiting: dict[Node, Sized], queue: list[tuple[int, int, Node]]) -> None:
-        if isinstance(receiver, Leaf):
-            receiver.accumulate(grad)
-        elif isinstance(receiver, Node) and receiver not in waiting:
+    def _deliver(self, grads: list[Sized], receiver: Node | Leaf | None, waiting: dict[Node, Sized], queue: list[tuple[int, int, Node]]) -> None:
+        """The first of `grads`. A second gradient for a node is added into its first, or where that is a view into a third tensor.
+
+        Source: torch/csrc/autograd/input_buffer.cpp (can_accumulate_inplace), where a view is not the only one that holds its storage.
+        """
+        grad = grads.pop(0)
+        if isinstance(receiver, Node) and receiver not in waiting:
             waiting[receiver] = grad
             heapq.heappush(queue, (-receiver.order, id(receiver), receiver))
+        elif isinstance(receiver, Node) and waiting[receiver].view:
+            waiting[receiver] = self.new(grad.numel, grad.itemsize)
+        elif isinstance(receiver, Leaf):
+            receiver.accumulate(grad)
+            del grad
+            self._to_come[receiver] -= 1
+            if not self._to_come[receiver]:
+                receiver.finish(self.ledger)

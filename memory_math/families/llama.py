@@ -23,7 +23,8 @@ class Llama(Architecture):
     """Llama 1 to 3, Mistral, Qwen 2 and 3, Gemma 1.
 
     attention_bias: on q, k, v and o. qkv_bias: on q, k and v only (Qwen 2). qk_norm: RMSNorm over each head of q and k (Qwen 3).
-    norm_plus_one: norms multiply by 1 + weight, scaled_embedding: by sqrt(h) (both Gemma).
+    norm_plus_one: norms multiply by 1 + weight, scaled_embedding: by sqrt(h) (both Gemma). windows: of each block, the positions it looks back
+    at, its own included; None where that is all (Mistral, Qwen).
     """
 
     attention_bias: bool = False
@@ -32,6 +33,7 @@ class Llama(Architecture):
     qk_norm: bool = False
     norm_plus_one: bool = False
     scaled_embedding: bool = False
+    windows: tuple[int | None, ...] = ()
 
     family: ClassVar[str] = "llama"
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -63,7 +65,12 @@ class Llama(Architecture):
             qk_norm=kind == "qwen3",
             norm_plus_one=gemma,
             scaled_embedding=gemma,
+            windows=_windows(fields, kind, fields.whole("num_hidden_layers", "the number of blocks")),
         )
+
+    def window(self, layer: int) -> int | None:
+        """The positions that a block looks back at; None for all."""
+        return self.windows[layer] if layer < len(self.windows) else None
 
     def body(self) -> Iterator[Tensor]:
         yield matrix(f"{self.root}embed_tokens.weight", self.vocabulary, self.hidden, "embedding")
@@ -139,3 +146,16 @@ def _head_dim(fields: Fields, kind: str, hidden: int, heads: int) -> int:
     if fields.has("head_dim") or kind in HEAD_DIM:
         return fields.whole("head_dim", "the width of one head", HEAD_DIM.get(kind))
     return fields.split(hidden, heads, "num_attention_heads, num_key_value_heads and head_dim")
+
+
+def _windows(fields: Fields, kind: str, layers: int) -> tuple[int | None, ...]:
+    """Mistral's blocks have sliding_window, all of them; Qwen's where use_sliding_window is set, those that layer_types names or, in files of
+    transformers 4, those from max_window_layers on."""
+    switched = kind == "mistral" or (kind in ("qwen2", "qwen3") and fields.flag("use_sliding_window", False))
+    if not switched or ("sliding_window" in fields.config and not fields.has("sliding_window")):
+        return (None,) * layers
+    window = fields.whole("sliding_window", "the positions that a block looks back at", 4096)
+    kinds, first = fields.config.get("layer_types"), 0 if kind == "mistral" else fields.whole("max_window_layers", "the blocks without", 28, least=0)
+    if kind != "mistral" and isinstance(kinds, (list, tuple)):
+        return tuple(window if name == "sliding_attention" else None for name in kinds)
+    return tuple(window if layer >= first else None for layer in range(layers))

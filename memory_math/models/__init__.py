@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from .base import Model
 from .bert import TransformersBert
+from .bert_lora_lab import LoraLabBert
 from .falcon import TransformersFalcon
+from .falcon_lora_lab import LoraLabFalcon
 from .gpt2 import TransformersGPT2
+from .gpt2_lora_lab import LoraLabGPT2
 from .llama import TransformersLlama
 from .llama_lora_lab import LoraLabLlama
 from .mixtral import TransformersMixtral
 from .neox import TransformersNeoX
+from .neox_lora_lab import LoraLabNeoX
 from .opt import TransformersOPT
 from .t5 import TransformersT5
+from .t5_lora_lab import LoraLabT5
 
 MODELS: dict[tuple[str, str], type[Model]] = {
     ("transformers", "llama"): TransformersLlama,
@@ -23,4 +28,9 @@ MODELS: dict[tuple[str, str], type[Model]] = {
     ("transformers", "falcon"): TransformersFalcon,
     ("transformers", "opt"): TransformersOPT,
     ("lora_lab", "llama"): LoraLabLlama,
+    ("lora_lab", "bert"): LoraLabBert,
+    ("lora_lab", "t5"): LoraLabT5,
+    ("lora_lab", "gpt2"): LoraLabGPT2,
+    ("lora_lab", "gpt_neox"): LoraLabNeoX,
+    ("lora_lab", "falcon"): LoraLabFalcon,
 }

@@ -19,6 +19,8 @@ from ..tape import Ledger, Node, Sized, Tape, keep
 from ..versions import kept_inputs
 from .history import habits_of
 
+WORTH_MOVING = 2**20  # lora_lab.training.memory_saving.WORTH_MOVING, held equal by a test
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -92,7 +94,9 @@ class Model(abc.ABC):
         return self.trainable("prompt_encoder", self.request.num_virtual_tokens, width)
 
     def _tape(self) -> Tape:
-        return Tape(self.ledger, self.request.device, self.request.offload_activations, kept_inputs(self.request.versions))
+        worth_moving = WORTH_MOVING if self.request.implementation == "lora_lab" else 0
+        offload = worth_moving if self.request.offload_activations else None
+        return Tape(self.ledger, self.request.device, offload, kept_inputs(self.request.versions))
 
     @property
     def activation_itemsize(self) -> int:
