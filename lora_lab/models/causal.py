@@ -28,7 +28,7 @@ class Decoder(nn.Module):
 
     @property
     def recomputes(self) -> bool:
-        return any(module.recomputes for module in self.modules() if isinstance(module, Recomputable))
+        return self.training and torch.is_grad_enabled() and any(module.recompute for module in self.modules() if isinstance(module, Recomputable))
 
 
 class CausalLM(PretrainedModel):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .attention import attend, attention_mask, padding_mask
 from .base import PretrainedModel
-from .blocks import GEGLUFunction, RMSNorm, RMSNormFunction, SwiGLUFunction, compute_dtype
+from .blocks import GEGLUFunction, RMSNorm, RMSNormFunction, SwiGLUFunction, applied, compute_dtype
 from .cache import EncoderDecoderCache, LayerCache
 from .recompute import Recomputable, RecomputableCore
 from .seq2seq import EncoderOutput, Seq2SeqLM, embedded
@@ -125,7 +125,7 @@ class T5LayerNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.weight.dtype if self.weight.dtype.itemsize == 2 else compute_dtype(x)
-        return RMSNormFunction.apply(x, self.weight, self.eps, dtype)
+        return applied(RMSNormFunction, x, self.weight, self.eps, dtype)
 
 
 class T5Layer(nn.Module):
