@@ -58,6 +58,14 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if tensor.shape == (0,):
         raise LoraLabError("a tensor of the adapter is empty: if ZeRO-3 has divided the parameters, save within deepspeed.zero.GatheredParameters")
-    divided: Any = tensor
-    gathered: Tensor = divided.full_tensor() if hasattr(divided, "full_tensor") else tensor
-    return gathered
+    return gathered(tensor)
+
+
+def is_divided(tensor: Any) -> bool:
+    """Whether this is a DTensor: asked without importing DTensor, which costs more than this whole package."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Any) -> Tensor:
+    """All of a tensor. One that is divided is gathered: every process has to ask."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor

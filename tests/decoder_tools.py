@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from llama_tools import VOCABULARY
+from llama_tools import VOCABULARY, ids, randomised
 
 from lora_lab.models.loading import build
 
@@ -47,13 +47,7 @@ def theirs(shape: str, **changes: Any) -> Any:
     config_class, model_class, plain = CLASSES[shape.partition("-")[0]]
     fields = {**plain, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, **SHAPES[shape], **changes}
     torch.manual_seed(0)
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.3)
-            if name.endswith(".weight") and parameter.ndim == 1:
-                parameter.add_(1.0)
-    return model
+    return randomised(getattr(transformers, model_class)(getattr(transformers, config_class)(**fields)).eval())
 
 
 def ours(model: Any) -> Any:
@@ -65,3 +59,15 @@ def ours(model: Any) -> Any:
 def pair(shape: str, **changes: Any) -> tuple[Any, Any]:
     model = theirs(shape, **changes)
     return ours(model), model
+
+
+def loss_and_gradients(model: Any, mode: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """In training mode, with this mode of checkpointing and the same random numbers each time."""
+    torch.manual_seed(3)
+    model.train().gradient_checkpointing_enable(mode)
+    tokens = ids(2)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), gradients

@@ -39,11 +39,15 @@ def config(**changes):
 
 def theirs(**changes):
     """transformers' Llama in eval mode; every parameter is random, norms and biases too, and large enough to matter."""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config(**changes))).eval()
+    return randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config(**changes))).eval())
+
+
+def randomised(model):
+    """Every parameter random; the weights of norms, which are vectors, around 1."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3)
-            if name.endswith("norm.weight"):
+            if name.endswith(".weight") and parameter.ndim == 1:
                 parameter.add_(1.0)
     return model
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .templates import IGNORE, Example
 
@@ -35,33 +36,26 @@ def length_buckets(lengths: Sequence[int], size: int, generator: random.Random |
 
 def collate(examples: Sequence[Example], pad_id: int, device: Any = None) -> Batch:
     """input_ids, attention_mask and labels, [B, T] each, padded on the right with pad_id, 0 and -100; an encoder-decoder's labels to their own T."""
-    width, labels_width = (max(len(example[name]) for example in examples) for name in ("input_ids", "labels"))
-
-    def padded(values: list[int], fill: int, width: int = width) -> list[int]:
-        return values + [fill] * (width - len(values))
-
-    return {
-        "input_ids": torch.tensor([padded(e["input_ids"], pad_id) for e in examples], device=device),
-        "attention_mask": torch.tensor([padded([1] * len(e["input_ids"]), 0) for e in examples], device=device),
-        "labels": torch.tensor([padded(e["labels"], IGNORE, labels_width) for e in examples], device=device),
-    }
+    return {**_texts(examples, pad_id, device), "labels": _padded([e["labels"] for e in examples], IGNORE, device)}
 
 
 def collate_classes(examples: Sequence[dict[str, Any]], pad_id: int, device: Any = None) -> Batch:
     """Of texts with a label: input_ids and attention_mask [B, T], token_type_ids where an example has them, labels [B] or [B, classes]."""
-    width = max(len(example["input_ids"]) for example in examples)
-
-    def padded(values: list[int], fill: int) -> list[int]:
-        return values + [fill] * (width - len(values))
-
-    batch = {
-        "input_ids": torch.tensor([padded(e["input_ids"], pad_id) for e in examples], device=device),
-        "attention_mask": torch.tensor([padded([1] * len(e["input_ids"]), 0) for e in examples], device=device),
-        "labels": torch.tensor([e["label"] for e in examples], device=device),
-    }
+    batch = {**_texts(examples, pad_id, device), "labels": torch.tensor([e["label"] for e in examples], device=device)}
     if any("token_type_ids" in e for e in examples):
-        batch["token_type_ids"] = torch.tensor([padded(e.get("token_type_ids", []), 0) for e in examples], device=device)
+        batch["token_type_ids"] = _padded([e.get("token_type_ids", [0] * len(e["input_ids"])) for e in examples], 0, device)
     return batch
+
+
+def _texts(examples: Sequence[Any], pad_id: int, device: Any) -> Batch:
+    rows = [e["input_ids"] for e in examples]
+    return {"input_ids": _padded(rows, pad_id, device), "attention_mask": _padded([[1] * len(row) for row in rows], 0, device)}
+
+
+def _padded(rows: Sequence[list[int]], fill: int, device: Any) -> Tensor:
+    """[B, T], each row filled up on the right to the longest."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
 
 
 def padding_share(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:

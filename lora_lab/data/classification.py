@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import LoraLabError
 from .formats import Row, check_labelled, each_encoded
-from .templates import token_ids
+from .templates import need_tokenizer, token_ids
 
 Label = int | float | list[float]
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' words
@@ -76,8 +76,7 @@ def _encode(row: Row, tokenizer: Any, where: str) -> dict[str, list[int]]:
     if "input_ids" in row:
         return _encoded_already(row, where)
     check_labelled(row, where)
-    if tokenizer is None:
-        raise LoraLabError(f"{where} is text, so a tokenizer is needed: fit(model, rows, tokenizer=tokenizer)")
+    need_tokenizer(tokenizer, where)
     encoded = tokenizer(*(row[name] for name in ("text", "text_pair") if row.get(name) is not None))
     return _without_idle_types({name: [int(i) for i in encoded[name]] for name in ("input_ids", "token_type_ids") if name in encoded})
 

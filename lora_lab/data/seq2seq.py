@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import LoraLabError
 from .formats import Row, check_row, each_encoded
-from .templates import IGNORE, Example, messages_of, token_ids
+from .templates import IGNORE, Example, messages_of, need_tokenizer, token_ids
 
 
 def encode_answers(rows: Sequence[Row], tokenizer: Any, max_length: int | None = None) -> list[Example]:
@@ -47,8 +47,7 @@ def _encode(row: Row, tokenizer: Any, where: str) -> Example:
     if isinstance(row, Mapping) and "input_ids" in row:
         return _encoded_already(row, where)
     check_row(row, where)
-    if tokenizer is None:
-        raise LoraLabError(f"{where} is text, so a tokenizer is needed: fit(model, rows, tokenizer=tokenizer)")
+    need_tokenizer(tokenizer, where)
     question, answer = _parts(row)
     eos, labels = getattr(tokenizer, "eos_token_id", None), list(tokenizer.encode(answer))
     if eos is not None and labels[-1:] != [eos]:

@@ -59,14 +59,18 @@ def _encode(row: Row, tokenizer: Any, where: str) -> Example:
     if isinstance(row, Mapping) and "input_ids" in row:
         return _encoded_already(row, where)
     check_row(row, where)
-    if tokenizer is None:
-        raise LoraLabError(f"{where} is text, so a tokenizer is needed: fit(model, rows, tokenizer=tokenizer)")
+    need_tokenizer(tokenizer, where)
     pieces = _chat_pieces(row, tokenizer, where) if has_chat_template(tokenizer) else _alpaca_pieces(row, tokenizer)
     example: Example = {"input_ids": [], "labels": []}
     for ids, learned in pieces:
         example["input_ids"] += ids
         example["labels"] += ids if learned else [IGNORE] * len(ids)
     return example
+
+
+def need_tokenizer(tokenizer: Any, where: str) -> None:
+    if tokenizer is None:
+        raise LoraLabError(f"{where} is text, so a tokenizer is needed: fit(model, rows, tokenizer=tokenizer)")
 
 
 def token_ids(values: Any, where: str) -> list[int]:

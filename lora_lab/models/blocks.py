@@ -81,16 +81,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 # Gated MLP ------------------------------------------------------------------------------------------------------------------
 
 
-class SwiGLUFunction(torch.autograd.Function):
-    """``silu(gate) * up``; keeps gate and up (Shazeer 2020, arXiv:2002.05202, equation 6)."""
-
-    @staticmethod
-    def forward(gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
+class _GateFunction(torch.autograd.Function):
+    """``activation(gate) * up``; keeps gate and up."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+
+
+class SwiGLUFunction(_GateFunction):
+    """``silu(gate) * up`` (Shazeer 2020, arXiv:2002.05202, equation 6)."""
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -109,16 +113,12 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return grad * gate * (1 + x * (1 - gate))
 
 
-class GEGLUFunction(torch.autograd.Function):
-    """``gelu(gate) * up``, the tanh kind of gelu; keeps gate and up (Shazeer 2020, arXiv:2002.05202, equation 6)."""
+class GEGLUFunction(_GateFunction):
+    """``gelu(gate) * up``, the tanh kind of gelu (Shazeer 2020, arXiv:2002.05202, equation 6)."""
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:
         return F.gelu(gate, approximate="tanh") * up
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -22,19 +22,32 @@ from .recompute import Recomputable
 class Decoder(nn.Module):
     """Embeddings to hidden states, [B, T, H] -> [B, T, H], through blocks that keep their past in a cache."""
 
+    def __init__(self, config: Any, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+
     def forward(self, x: Tensor, positions: Tensor, mask: Mask, cache: KVCache | None, padding: Tensor | None) -> Tensor:
         """positions: [B or 1, T].  mask: see `Mask`; None is plain causality.  padding: [B, S] or None, for what counts positions itself."""
         raise NotImplementedError
 
     @property
     def recomputes(self) -> bool:
-        return self.training and torch.is_grad_enabled() and any(module.recompute for module in self.modules() if isinstance(module, Recomputable))
+        """Is checkpointing at work in a forward pass made now? Without gradients it never is, and no token of generation looks for it."""
+        return torch.is_grad_enabled() and any(module.recomputes for module in self.modules() if isinstance(module, Recomputable))
 
 
 class CausalLM(PretrainedModel):
     """A decoder with its language-model head. Arguments and outputs are named as in transformers."""
 
     decoder_path: ClassVar[str] = "model"
+    decoder_class: ClassVar[type[Decoder]]
+
+    def __init__(self, config: Any, **factory: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.add_module(self.decoder_path, self.decoder_class(config, **factory))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
+        self.tie_weights()
 
     @property
     def decoder(self) -> Decoder:

@@ -240,8 +240,7 @@ class FalconModel(Decoder):
     """Embeddings to hidden states: [B, T, H] -> [B, T, H]."""
 
     def __init__(self, c: FalconConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = c
+        super().__init__(c)
         self.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size, **factory)
         self.h = nn.ModuleList(FalconDecoderLayer(c, **factory) for _ in range(c.num_hidden_layers))
         self.ln_f = nn.LayerNorm(c.hidden_size, c.layer_norm_epsilon, **factory)
@@ -260,13 +259,7 @@ class FalconForCausalLM(CausalLM):
     """Falcon with its language-model head. Arguments and outputs: see `CausalLM.forward`."""
 
     config_class: ClassVar[type[FalconConfig]] = FalconConfig
+    decoder_class = FalconModel
     embedding_path: ClassVar[str] = "transformer.word_embeddings"
     decoder_path: ClassVar[str] = "transformer"
     config: FalconConfig
-
-    def __init__(self, config: FalconConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.transformer = FalconModel(config, **factory)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
-        self.tie_weights()

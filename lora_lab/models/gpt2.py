@@ -143,8 +143,7 @@ class GPT2Model(Decoder):
     """Embeddings to hidden states: [B, T, H] -> [B, T, H]."""
 
     def __init__(self, c: GPT2Config, **factory: Any) -> None:
-        super().__init__()
-        self.config = c
+        super().__init__(c)
         self.wte = nn.Embedding(c.vocab_size, c.hidden_size, **factory)
         self.wpe = nn.Embedding(c.max_position_embeddings, c.hidden_size, **factory)
         self.drop = nn.Dropout(c.embd_pdrop)
@@ -172,16 +171,10 @@ class GPT2LMHeadModel(CausalLM):
     """GPT-2 with its language-model head. Arguments and outputs: see `CausalLM.forward`."""
 
     config_class: ClassVar[type[GPT2Config]] = GPT2Config
+    decoder_class = GPT2Model
     embedding_path: ClassVar[str] = "transformer.wte"
     decoder_path: ClassVar[str] = "transformer"
     config: GPT2Config
-
-    def __init__(self, config: GPT2Config, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.transformer = GPT2Model(config, **factory)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
-        self.tie_weights()
 
     @classmethod
     def rename(cls, name: str) -> str | None:

@@ -154,8 +154,7 @@ class LlamaModel(Decoder):
     """Embeddings to hidden states: [B, T, H] -> [B, T, H]."""
 
     def __init__(self, c: LlamaConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = c
+        super().__init__(c)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size, **factory)
         self.layers = nn.ModuleList(LlamaDecoderLayer(c, window, **factory) for window in c.windows)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, **factory)
@@ -178,14 +177,8 @@ class LlamaForCausalLM(CausalLM):
     """Llama with its language-model head. Arguments and outputs: see `CausalLM.forward`."""
 
     config_class: ClassVar[type[LlamaConfig]] = LlamaConfig
+    decoder_class = LlamaModel
     config: LlamaConfig
-
-    def __init__(self, config: LlamaConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.model = LlamaModel(config, **factory)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
-        self.tie_weights()
 
 
 class MistralForCausalLM(LlamaForCausalLM):

@@ -136,8 +136,7 @@ class GPTNeoXModel(Decoder):
     """Embeddings to hidden states: [B, T, H] -> [B, T, H]."""
 
     def __init__(self, c: GPTNeoXConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = c
+        super().__init__(c)
         self.embed_in = nn.Embedding(c.vocab_size, c.hidden_size, **factory)
         self.emb_dropout = nn.Dropout(c.hidden_dropout)
         self.layers = nn.ModuleList(GPTNeoXLayer(c, **factory) for _ in range(c.num_hidden_layers))
@@ -154,16 +153,10 @@ class GPTNeoXForCausalLM(CausalLM):
     """GPT-NeoX with its language-model head. Arguments and outputs: see `CausalLM.forward`."""
 
     config_class: ClassVar[type[GPTNeoXConfig]] = GPTNeoXConfig
+    decoder_class = GPTNeoXModel
     embedding_path: ClassVar[str] = "gpt_neox.embed_in"
     decoder_path: ClassVar[str] = "gpt_neox"
     config: GPTNeoXConfig
-
-    def __init__(self, config: GPTNeoXConfig, **factory: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.gpt_neox = GPTNeoXModel(config, **factory)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **factory)
-        self.tie_weights()
 
     @classmethod
     def rename(cls, name: str) -> str | None:

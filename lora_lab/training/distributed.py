@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..borrowed import of_an_adapter
 from ..errors import LoraLabError
+from .pieces import some_numbers
 
 T = TypeVar("T")
 KINDS = ("ddp", "fsdp")
@@ -200,9 +201,8 @@ def agree_on_weights(model: nn.Module, everyone: World) -> None:
 
 
 def _described(tensor: Tensor, values: bool) -> str:
-    flat, shape = tensor.detach().reshape(-1), f"{list(tensor.shape)} {tensor.dtype}"
-    numbers = flat[:: max(1, len(flat) // 64)].tolist() if values else []
-    return f"{shape} with numbers like {hashlib.sha256(repr(numbers).encode()).hexdigest()[:8]}" if values else shape
+    shape = f"{list(tensor.shape)} {tensor.dtype}"
+    return f"{shape} with numbers like {hashlib.sha256(repr(some_numbers(tensor)).encode()).hexdigest()[:8]}" if values else shape
 
 
 @contextlib.contextmanager

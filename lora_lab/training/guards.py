@@ -15,7 +15,8 @@ from ..errors import LoraLabError
 from ..models.base import PretrainedModel
 from ..models.recompute import Mode
 from ..targets import lora_layers
-from .pieces import piece, whole
+from ..wrapping import gathered
+from .pieces import piece
 
 NOTHING_LEARNS = ("the loss depends on no weight that requires grad: is the adapter that trains switched on (lora_lab.use)? "
                   "Reentrant checkpointing over frozen inputs cuts the graph, too (use_reentrant=False)")  # fmt: skip
@@ -104,7 +105,7 @@ def _member(model: nn.Module, name: str) -> Any:
 def first_not_finite(model: nn.Module, batch: dict[str, Tensor]) -> str:
     """Where numbers stop being numbers: the first weight that is not finite, else the first module of a forward pass whose output is not."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(whole(parameter)).all():
+        if not torch.isfinite(gathered(parameter)).all():
             return f"the weight {name!r}"
     found: list[str] = []
 

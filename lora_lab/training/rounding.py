@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pieces import is_divided, joined_like, piece
+from ..wrapping import is_divided
+from .pieces import joined_like, piece
 
 Make = Callable[[Any, float, float], torch.optim.Optimizer]  # parameters or groups, learning rate, weight decay
 

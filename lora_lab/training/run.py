@@ -23,6 +23,7 @@ from ..data.tasks import Task
 from ..errors import LoraLabError
 from ..learning_rates import parameter_groups
 from ..models.base import PretrainedModel, in_mode
+from ..wrapping import gathered
 from . import snapshots, state
 from .accounting import Log, peak_bytes, reset_peak
 from .batches import Examples, count_steps, step_batches
@@ -31,7 +32,7 @@ from .distributed import ALONE, World, accumulating, agree_on_weights, data_para
 from .guards import NOTHING_LEARNS, WhichLayersRan, first_gradient_not_finite, first_not_finite
 from .memory_saving import StepsInBackward, offloaded_activations
 from .optimizers import learning_rate_share, make_optimizer
-from .pieces import joined_like, piece, whole
+from .pieces import joined_like, piece
 from .precision import PRECISIONS
 from .result import FitResult
 from .sharding import is_sharded, let_go
@@ -227,7 +228,7 @@ class Run:
             return self.in_backward.norm(), False
         (optimizer,) = self.optimizers
         self.scaler.unscale_(optimizer)
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm or math.inf)))
+        norm = float(gathered(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm or math.inf)))
         self.check_finite("gradient's norm", norm, step, micro_batches, batches)
         scale = self.scaler.get_scale()
         self.learning()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import LoraLabError
 from ..targets import lora_layers
 from . import snapshots
-from .pieces import divided_like, for_file, joined_like, piece
+from .pieces import divided_like, for_file, joined_like, piece, some_numbers
 from .result import FitResult
 from .sharding import is_sharded
 from .snapshots import Snapshot, optimizer_states, optimizer_tensors
@@ -136,19 +136,14 @@ def circumstances(run: Run) -> dict[str, Any]:
             "processes": run.world.size, "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
 
 
-SAMPLES = 64  # numbers of each frozen tensor that its fingerprint is made of
-
-
 def _frozen(run: Run) -> str | None:
     """SHA-256 over some numbers of every tensor that does not train; None where processes hold pieces of them."""
     if is_sharded(run.model):
         return None
     digest, changing = hashlib.sha256(), {*run.trained, *statistics(run.model)}
     for name, tensor in (*run.model.named_parameters(), *run.model.named_buffers()):
-        if name not in changing and tensor.numel():
-            flat = tensor.detach().flatten()
-            some = flat[:: max(1, len(flat) // SAMPLES)].cpu()
-            digest.update(name.encode() + (some.float() if some.is_floating_point() else some).numpy().tobytes())
+        if name not in changing:
+            digest.update(f"{name} {some_numbers(tensor)}".encode())
     return digest.hexdigest()
 
 

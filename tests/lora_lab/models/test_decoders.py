@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from decoder_tools import FAMILIES, SHAPES, ours, pair, theirs
+from decoder_tools import FAMILIES, SHAPES, loss_and_gradients, ours, pair, theirs
 from llama_tools import assert_same, ids, logits_of, relative_error, saved_for_backward
 from torch.testing import assert_close
 
@@ -115,17 +113,6 @@ def test_dropout_is_where_transformers_has_it(shape: str) -> None:
         losses.append(model.train(training)(input_ids=tokens, labels=tokens).loss)
     assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
     assert abs(losses[0] - losses[2]) > 1e-3
-
-
-def loss_and_gradients(model: Any, mode: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    torch.manual_seed(3)
-    model.train().gradient_checkpointing_enable(mode)
-    tokens = ids(2)
-    loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return loss.detach(), gradients
 
 
 @pytest.mark.parametrize("shape", FAMILIES)

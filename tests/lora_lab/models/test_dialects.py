@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from llama_tools import assert_same, config, ids, logits_of
+from decoder_tools import loss_and_gradients, ours
+from llama_tools import assert_same, config, ids, logits_of, randomised
 from torch.testing import assert_close
 
 import lora_lab
@@ -30,18 +31,7 @@ def theirs(dialect: str) -> Any:
     name, change = DIALECTS[dialect]
     source = {key: value for key, value in config(**change).items() if key not in ("architectures", "model_type")}
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**source)).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            parameter.normal_(std=0.3)
-            if parameter_name.endswith("norm.weight"):
-                parameter.add_(1.0)
-    return model
-
-
-def ours(model: Any) -> Any:
-    source = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    return build(source, ((name, tensor.clone()) for name, tensor in model.state_dict().items()), None, None)
+    return randomised(getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**source)).eval())
 
 
 def pair(dialect: str) -> tuple[Any, Any]:
@@ -179,17 +169,6 @@ def test_a_packed_row_that_does_not_add_up_is_refused(inputs: dict[str, Any], me
 
 
 # Checkpointing ----------------------------------------------------------------------------------------------------------------
-
-
-def loss_and_gradients(model: Any, mode: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    torch.manual_seed(3)
-    model.train().gradient_checkpointing_enable(mode)
-    tokens = ids(2)
-    loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return loss.detach(), gradients
 
 
 @pytest.mark.parametrize("mode", [True, 1, 2, "attention"])

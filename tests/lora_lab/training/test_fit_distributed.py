@@ -28,9 +28,10 @@ from lora_lab.models import loading
 from lora_lab.training import Interrupted, TrainConfig, evaluate, fit, shard, snapshots
 from lora_lab.training.batches import count_steps, step_batches
 from lora_lab.training.distributed import World, own_device, world
-from lora_lab.training.pieces import piece, whole
+from lora_lab.training.pieces import piece
 from lora_lab.training.precision import PRECISIONS, store_in
 from lora_lab.training.run import Run
+from lora_lab.wrapping import gathered
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_available(), reason="needs torch.distributed with gloo")
 ROOT = Path(lora_lab.__file__).parent.parent
@@ -98,7 +99,7 @@ RUNS: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
 
 
 def outcome(model: Any, result: Any) -> dict[str, Any]:
-    trained = {name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: gathered(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
     return {"losses": result.losses, "eval_losses": result.eval_losses, "weights": trained, "best": result.best_step,
             "counts": (result.tokens, result.computed_tokens, result.label_tokens, result.steps, result.skipped_steps)}  # fmt: skip
 
