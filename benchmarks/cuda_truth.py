@@ -120,7 +120,7 @@ def finished(entry: dict[str, Any], footprint: Any, found: dict[str, Any], other
     entry["predicted"] = {"allocated": footprint.total, "saved": footprint.saved_bytes}
     for total in ("reserved", "nvidia_smi"):
         interval = getattr(footprint, total)
-        entry["predicted"][total] = asdict(interval) if interval else None
+        entry["predicted"][total] = interval.as_dict() if interval else None
         entry[f"{total}_inside"] = interval.low <= real[total] <= interval.high if interval and real[total] is not None else None
     entry["error_percent"] = 100 * (footprint.total / real["allocated"] - 1)
     return entry

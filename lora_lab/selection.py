@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoraLabError
+from .remade import can_be_remade, recipe_of
 
 
 class RowSelection(tuple[str, ...]):
@@ -64,7 +65,8 @@ def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and _saved_tensor_hooks_are_set()):
         return x
-    return _SelectionCheck.apply(x, torch.tensor(stamp(active)), active)
+    checked = _SelectionCheck.apply(x, torch.tensor(stamp(active)), active)
+    return checked if (recipe := recipe_of(x)) is None else can_be_remade(checked, recipe[0], *recipe[1])
 
 
 def stamp(active: tuple[str, ...]) -> int:

@@ -2,7 +2,7 @@
 
     count_parameters("llama-2-7b")                    a preset
     count_parameters("path/to/model")                 a folder with config.json, or the file itself
-    count_parameters({"model_type": "gpt2", ...})     the same as a dict
+    count_parameters({"model_type": "gpt2", ...})     the same as a dict, or as transformers' object
     count_parameters(model)                           any module: its own parameters, counted
 
 The families are in families/, one file each; every preset's total is held by a test to its published integer or to the built model's.
@@ -133,7 +133,7 @@ def _part_of(path: str) -> str:
 
 
 def architecture_of(source: object) -> Architecture:
-    """The architecture of a preset name, a config dict, a path, or an object with a .config, such as a model.
+    """The architecture of a preset name, a config, its dict, a path, or an object with a .config, such as a model.
 
     A model is of the class that it has, whatever its config says, and tied if it is.
     """
@@ -143,9 +143,11 @@ def architecture_of(source: object) -> Architecture:
         return _from_config(source)
     if isinstance(source, (str, Path)):
         return _from_name(str(source))
-    config = _fields_of(source)
+    config, to_dict = _fields_of(source), getattr(source, "to_dict", None)
+    if config is None and callable(to_dict):
+        return _from_config(to_dict(), type(source).__name__)
     if not config:
-        expected = "a preset name, a config dict, a path, or a model with a .config"
+        expected = "a preset name, a config or its dict, a path, or a model with a .config"
         raise MemoryMathError(f"{type(source).__name__} has no config to read: expected {expected}")
     return _from_model(source, config)
 

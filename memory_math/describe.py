@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .request import ADAPTED, Request
+from .request import ADAPTED, VIRTUAL, Request
 
 if TYPE_CHECKING:
     from .simulate import Simulation
 
-FAMILIES_ON_GPUS, METHODS_ON_GPUS = ("llama", "bert"), ("full", "lora", "qlora")  # of which there are published figures
+FAMILIES_ON_GPUS = ("llama", "bert")  # of which there are published figures that are met, in benchmarks/memory_accuracy.py
+METHODS_ON_GPUS = ("full", "lora", "qlora", "dora", "prompt", "prefix")
 
 
 def asked_of(request: Request) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def asked_of(request: Request) -> dict[str, Any]:
 
 def idle_keywords(request: Request) -> tuple[str, ...]:
     """Keywords that were given another value than their default and change nothing with this method."""
-    adapters, virtual, trains = request.method in ADAPTED, request.method in ("prompt", "prefix"), request.trains
+    adapters, virtual, trains = request.method in ADAPTED, request.method in VIRTUAL, request.trains
     settings = {
         "rank": (request.rank != 8, adapters), "target_modules": (request.target_modules != "all-linear", adapters),
         "num_virtual_tokens": (request.num_virtual_tokens != 20, virtual), "adapter_dtype": (request.adapter_dtype is not None, adapters or virtual),
@@ -56,7 +57,9 @@ def _trained_itemsize(request: Request) -> int:
 def _weights_text(request: Request, run: Simulation) -> str:
     stored = f"{run.parameters:,} parameters x {request.weight_itemsize} B"
     if request.quantization != "none":
-        stored = f"{run.parameters:,} parameters, linear layers in {request.quantization}, the rest x {request.weight_itemsize} B"
+        stacked = any(".experts." in layer.name for layer in request.architecture.beside_linears())
+        rest = "stacks of experts, which bitsandbytes leaves alone, and the rest" if stacked else "the rest"
+        stored = f"{run.parameters:,} parameters, linear layers in {request.quantization}, {rest} x {request.weight_itemsize} B"
     extra = f" + {run.trained:,} trained x {request.adapter_itemsize} B" if run.trained and request.method != "full" else ""
     shards = request.parallel.weight_shards
     return stored + extra + (f", / {shards}" if shards > 1 else "")

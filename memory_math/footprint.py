@@ -19,7 +19,7 @@ from .describe import asked_of, checked_text, how, idle_keywords, unchecked
 from .errors import MemoryMathError
 from .limits import limit_of
 from .report import footprint_html, footprint_json, footprint_svg, footprint_table
-from .request import Request, check
+from .request import USUAL_LENGTH, Request, check
 from .simulate import Simulation, simulate
 from .tape import Ledger
 
@@ -27,14 +27,32 @@ GIB = 2**30
 PUBLIC_PARTS = ("weights", "gradients", "optimizer_states", "activations", "logits", "workspace", "other")
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate in bytes, the range it is expected in, and why there is a range."""
+class Interval(int):
+    """An estimate in bytes, which is what it is as an int, with the range it is expected in, low to high, and why there is a range.
 
-    estimate: int
+    >>> total = Interval(5, low=4, high=7, why="an example")
+    >>> total, total.low <= 6 <= total.high
+    (5, True)
+    """
+
     low: int
     high: int
     why: str
+
+    def __new__(cls, estimate: int, low: int, high: int, why: str) -> Interval:
+        interval = super().__new__(cls, estimate)
+        interval.low, interval.high, interval.why = low, high, why
+        return interval
+
+    def __getnewargs__(self) -> tuple[int, int, int, str]:  # type: ignore[override]
+        return int(self), self.low, self.high, self.why
+
+    @property
+    def estimate(self) -> int:
+        return int(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"estimate": int(self), "low": self.low, "high": self.high, "why": self.why}
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class Footprint:
     their way, 16-bit copies of 32-bit weights, cuBLAS. other: token ids, labels, rotary tables.
     phases: the peak of each phase, in bytes. peak_phase: where the highest is. saved_bytes: all that autograd keeps of one forward pass
     (what `measure.saved_bytes` reads). saved: the same by operation, summed over the blocks.
-    reserved, nvidia_smi: what torch reserves from the GPU, and what nvidia-smi shows for the process; None on a CPU.
+    reserved, nvidia_smi: what torch reserves from the GPU, and what nvidia-smi shows for the process, each an `Interval`; None on a CPU.
     parameters, trained: elements of the base model, and elements that train. how: the product that each part is. validated: what predictions of
     this kind have been held against. outside: what of this request has been held against nothing. idle: keywords that were given and change
     nothing here. adapted_layers: linear layers with an adapter. request: keywords with which `predict` gives the same again.
@@ -79,15 +97,15 @@ class Footprint:
         return sum(getattr(self, part) for part in PUBLIC_PARTS)
 
     @property
-    def allocated(self) -> int:
-        return self.total
+    def allocated(self) -> Interval:
+        low, high, why = allocated_range(self.request["device"], self.outside)
+        return Interval(self.total, int(low * self.total), int(high * self.total), why)
 
     @property
     def intervals(self) -> dict[str, Interval]:
         """The totals that are told apart, each with its range and the reason for it: allocated, and on a GPU reserved and nvidia_smi."""
-        low, high, why = allocated_range(self.request["device"], self.outside)
-        found = {"allocated": Interval(self.total, int(low * self.total), int(high * self.total), why)}
-        return found | {name: value for name in ("reserved", "nvidia_smi") if isinstance(value := getattr(self, name), Interval)}
+        found = {"allocated": self.allocated, "reserved": self.reserved, "nvidia_smi": self.nvidia_smi}
+        return {name: interval for name, interval in found.items() if interval is not None}
 
     @property
     def saved_bytes(self) -> int:
@@ -101,7 +119,7 @@ class Footprint:
         value = getattr(self, part)
         if value is None:
             raise MemoryMathError(f"{part} is a figure of a GPU, and this prediction is for device='cpu'")
-        return (value.estimate if isinstance(value, Interval) else value) / GIB
+        return float(value / GIB)
 
     def table(self) -> str:
         """The parts with their size, share and origin, the phases and the totals, as fixed-width text."""
@@ -134,8 +152,9 @@ class Footprint:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, with the totals, as plain numbers and strings (for JSON)."""
-        intervals = {name: asdict(interval) for name, interval in self.intervals.items()}
-        return {**asdict(self), "total": self.total, "saved_bytes": self.saved_bytes, "intervals": intervals}
+        intervals = {name: interval.as_dict() for name, interval in self.intervals.items()}
+        own = {name: intervals.get(name, value) for name, value in asdict(self).items()}
+        return {**own, "total": self.total, "saved_bytes": self.saved_bytes, "intervals": intervals}
 
 
 def predict(
@@ -146,7 +165,7 @@ def predict(
     quantization: str = "none",
     optimizer: str = "adamw",
     batch_size: int = 1,
-    sequence_length: int = 2048,
+    sequence_length: int = USUAL_LENGTH,
     gradient_checkpointing: bool | int | str = False,
     attention: str = "sdpa",
     loss: str | None = None,
@@ -172,7 +191,7 @@ def predict(
 ) -> Footprint:
     """The memory of one step, on one device.
 
-    source: a preset name, a config dict, a path to a folder or config.json, or a model with a .config.
+    source: a preset name, a config or its dict, a path to a folder or config.json, or a model with a .config.
     method: what trains: "full" everything; "lora", "dora", "qlora" adapters on a frozen, under "qlora" quantised, model; "prompt", "prefix"
     `num_virtual_tokens` vectors before the text or keys and values in every block; "frozen" nothing, but gradients reach the embeddings;
     or "inference": a prompt of sequence_length for each of batch_size rows, keys and values kept, logits of the last position.
@@ -182,8 +201,8 @@ def predict(
     optimizer: "sgd", "momentum", "adam", "adamw", "adamw8bit", "adafactor", "lion"; see optimizers.py. optimizer_implementation: "fused",
     "foreach", "for-loop", "rounded"; None is lora_lab's own (of 16-bit weights the step that is rounded by chance, else fused), or torch's choice.
     optimizer_in_backward: every gradient is used as it arrives.
-    batch_size, sequence_length: of one micro-batch; rows of one length, no padding. target_length: of an encoder-decoder's decoder, None is
-    sequence_length. grad_accum_steps: micro-batches per step.
+    batch_size, sequence_length: of one micro-batch; rows of one length, no padding; a length that is left out is 2048, or what there is of learned
+    positions. target_length: of an encoder-decoder's decoder, None is sequence_length. grad_accum_steps: micro-batches per step.
     gradient_checkpointing: True keeps each block's input and runs the block again in backward, n does so for every n-th block, "attention" for
     the core of every attention. attention: "eager", "sdpa", "flash". loss: see models/losses.py; None takes the implementation's own,
     "cross_entropy" in transformers ("hf_legacy" before 4.45), "chunked" in lora_lab.

@@ -188,6 +188,8 @@ def turn_all(source: object, request: Asked) -> list[tuple[Knob, dict[str, Any],
     """Every knob that applies and that `predict` accepts here, with the keywords it sets and the footprint then."""
     asked = {**predict_defaults(), **request}
     asked["implementation"] = asked["implementation"] or implementation_of(source)
+    if "sequence_length" not in request:
+        asked["sequence_length"] = predict(source, **request).request["sequence_length"]  # not 2048, where positions are fewer
     found = []
     for knob in KNOBS:
         change = knob.change(asked)

@@ -57,9 +57,9 @@ def precision_of(name: str) -> Precision:
     return PRECISIONS[name]
 
 
-def itemsize_of(dtype: object) -> int:
-    """Bytes per element of "float32", "bf16", torch.bfloat16 and so on."""
+def itemsize_of(keyword: str, dtype: object) -> int:
+    """Bytes per element of "float32", "bf16", torch.bfloat16 and so on; `keyword` is what it was given as."""
     name = str(dtype).removeprefix("torch.")
     if name not in ITEMSIZES:
-        raise MemoryMathError(f"dtype {dtype!r}: expected one of {', '.join(ITEMSIZES)}")
+        raise MemoryMathError(f"{keyword}={dtype!r}: expected one of {', '.join(ITEMSIZES)}, or torch's of these names")
     return ITEMSIZES[name]

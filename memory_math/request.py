@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,20 @@ from .versions import Versions, versions_of
 
 METHODS = ("full", "frozen", "lora", "dora", "qlora", "prompt", "prefix", "inference")
 ADAPTED = ("lora", "dora", "qlora")
+VIRTUAL = ("prompt", "prefix")
 ATTENTIONS = {"transformers": ("eager", "sdpa", "flash"), "lora_lab": ("sdpa",)}
 LOSSES = {"transformers": ("cross_entropy", "chunked", "hf_legacy", "mean", "none"), "lora_lab": ("chunked",)}
 DEVICES = ("cuda", "cpu")
 OWN_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "adafactor", "lion")  # lora_lab.training.optimizers.OPTIMIZERS
 OWN_METHODS = ("full", "frozen", "lora", "dora", "qlora", "inference")  # what lora_lab's models are modelled with today
 IDLE_IN_INFERENCE = {"gradient_checkpointing": False, "grad_accum_steps": 1, "offload_activations": False, "optimizer_in_backward": False}
+
+
+class Usual(int):
+    """A length that nobody has asked for, and that a model with fewer positions need not have."""
+
+
+USUAL_LENGTH = Usual(2048)
 
 
 @dataclass(frozen=True)
@@ -129,8 +138,11 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     if method == "qlora" and asked["quantization"] == "none":
         asked["quantization"] = "nf4"
     asked["versions"] = versions_of(asked["versions"])
-    for name in ("batch_size", "sequence_length", "rank", "grad_accum_steps", "num_virtual_tokens", "world_size", "tensor_parallel"):
+    if asked["versions"].before("transformers", "5"):
+        architecture = architecture.of_transformers_4()
+    for name in ("batch_size", "rank", "grad_accum_steps", "num_virtual_tokens", "world_size", "tensor_parallel"):
         asked[name] = whole(name, asked[name])
+    asked["sequence_length"] = _length(architecture, asked)
     asked["parallel"] = check_parallel(asked.pop("zero_stage"), asked.pop("world_size"), asked.pop("tensor_parallel"))
     asked["optimizer_implementation"] = _step_kind(asked)
     asked["attention"] = one_of("attention", asked["attention"], ATTENTIONS[implementation], implementation)
@@ -150,6 +162,15 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     request = Request(architecture=architecture, adapted=adapted, **asked)
     _check_together(request)
     return request
+
+
+def _length(architecture: Architecture, asked: dict[str, Any]) -> int:
+    """As asked; where it is left to us, at most what the learned positions leave beside virtual tokens."""
+    length, longest = whole("sequence_length", asked["sequence_length"]), architecture.learned_positions
+    if longest is None or not isinstance(asked["sequence_length"], Usual):
+        return int(length)
+    virtual = asked["num_virtual_tokens"] if asked["method"] in VIRTUAL else 0
+    return max(min(int(length), longest - virtual), 1)
 
 
 def _adapted(architecture: Architecture, asked: dict[str, Any]) -> dict[str, LinearLayer]:
@@ -214,10 +235,14 @@ def one_of(name: str, value: Any, choices: Collection[str], implementation: str 
 
 
 def whole(name: str, value: Any) -> int:
-    """`value` where it is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """`value`, an integer of whatever type (NumPy's too), where it is at least 1."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise MemoryMathError(f"{name}={value!r}: expected a whole number of at least 1")
-    return value
+    return number
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -239,7 +264,7 @@ def _share(value: Any) -> float:
 
 
 def _adapter_bytes(dtype: object) -> int:
-    return ADAPTER_BYTES if dtype is None else itemsize_of(dtype)
+    return ADAPTER_BYTES if dtype is None else itemsize_of("adapter_dtype", dtype)
 
 
 def _own_loss(implementation: str, versions: Versions) -> str:
@@ -271,8 +296,8 @@ def _labels(value: Any, most: tuple[int, str]) -> int:
 
 
 def _step_kind(asked: Mapping[str, Any]) -> str:
-    """None: what the loop takes. torch.optim left alone takes foreach on CUDA and the plain loop on the CPU; lora_lab asks for fused where there is
-    such a kernel, and rounds the step of 16-bit weights by chance (lora_lab/training/optimizers.py)."""
+    """None: what the loop takes. torch.optim left alone takes foreach on CUDA (since PyTorch 2.0, pull request 92306) and the plain loop elsewhere;
+    lora_lab asks for fused where there is such a kernel, and rounds the step of 16-bit weights by chance (lora_lab/training/optimizers.py)."""
     value, own = asked["optimizer_implementation"], asked["implementation"] == "lora_lab"
     narrow = own and asked["method"] == "full" and asked["precision"].trained == 2 and asked["optimizer"] in OWN_OPTIMIZERS
     if value is not None:
@@ -283,4 +308,4 @@ def _step_kind(asked: Mapping[str, Any]) -> str:
         return value
     if own:
         return "rounded" if narrow else "for-loop" if asked["optimizer"] in ("adafactor", "lion") else "fused"
-    return "foreach" if asked["device"] == "cuda" else "for-loop"
+    return "foreach" if asked["device"] == "cuda" and not asked["versions"].before("torch", "2.0") else "for-loop"

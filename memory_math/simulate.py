@@ -11,7 +11,7 @@ from .models import MODELS
 from .models.base import Model
 from .optimizers import Shape, state_sizes, step_sizes
 from .parallel import communication_bytes
-from .request import Request
+from .request import VIRTUAL, Request
 from .tape import Ledger, Storage
 
 
@@ -37,15 +37,14 @@ def model_of(request: Request, ledger: Ledger) -> Model:
 
 def _check_shape(request: Request) -> None:
     """What a model of this shape cannot be asked for, or what is not written down for it."""
-    arch, longest = request.architecture, getattr(request.architecture, "positions", None)
+    arch, longest = request.architecture, request.architecture.learned_positions
     if arch.family in ("llama", "mixtral") and arch.task != "ForCausalLM":
         raise MemoryMathError(f"{arch.name} as {arch.task} is not modelled: of {arch.family}, only ForCausalLM is")
     if arch.family in ("llama", "mixtral") and arch.attention_dropout and request.trains:
         raise MemoryMathError(f"{arch.name}: attention_dropout={arch.attention_dropout} is not modelled for {arch.family}: set it to 0")
-    usable = None if longest is None else longest - 2 * bool(getattr(arch, "roberta", False))  # RoBERTa's first two rows are for padding
-    if usable is not None and request.positions > usable:
-        virtual = ", the virtual tokens included" if request.method == "prompt" else ""
-        raise MemoryMathError(f"sequence_length={request.sequence_length}: {arch.name} has {usable} learned positions{virtual}")
+    if longest is not None and request.prefix + request.positions > longest:
+        virtual = ", the virtual tokens included" if request.method in VIRTUAL else ""
+        raise MemoryMathError(f"sequence_length={request.sequence_length}: {arch.name} has {longest} learned positions{virtual}")
 
 
 def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:

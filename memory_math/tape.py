@@ -86,13 +86,14 @@ class Storage:
 class Sized:
     """A tensor's size: `numel` elements of `itemsize` bytes, the storage they lie in and the node that made them (None: no gradient).
 
-    view: of a gradient, whether it is a view of the tensor that was computed.
+    view: of a gradient, whether it is a view of the tensor that was computed. sources: what it can be made from again, if it can be.
     """
 
-    __slots__ = ("itemsize", "node", "numel", "storage", "view")
+    __slots__ = ("itemsize", "node", "numel", "sources", "storage", "view")
 
     def __init__(self, numel: int, itemsize: int, storage: Storage, node: Node | Leaf | None = None) -> None:
         self.numel, self.itemsize, self.storage, self.node, self.view = numel, itemsize, storage, node, False
+        self.sources: list[Sized] = []
 
     @property
     def nbytes(self) -> int:

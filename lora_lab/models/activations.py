@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LoraLabError, did_you_mean
+from ..remade import can_be_remade
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -25,6 +26,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": _tanh_gelu, "gelu_fast": _tanh_gelu, "gelu_pytorch_tanh": _tanh_gelu,
     "quick_gelu": quick_gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "mish": F.mish, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
 }  # fmt: skip
+
+
+KEEP_THEIR_INPUT = (F.gelu, _tanh_gelu, F.silu, F.mish)  # for backward; the others keep their result
+
+
+def activated(activation: Activation, x: Tensor) -> Tensor:
+    """``activation(x)``, which need not be kept as the input of what comes next where x is kept in any case."""
+    return can_be_remade(activation(x), activation, x) if activation in KEEP_THEIR_INPUT else activation(x)
 
 
 def check_activation(name: Any, field: str) -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from .blocks import IGNORE, RMSNorm, rotate
+from .blocks import IGNORE, RMSNorm, project, rotate
 from .cache import LayerCache
 from .recompute import RecomputableCore, recomputed
 
@@ -44,7 +44,7 @@ def attend(module: RecomputableCore, q: Tensor, k: Tensor, v: Tensor, mask: Mask
             return _by_document(q, k, v, mask, scale, share, window)
         return _product(q, k, v, mask, causal and mask is None, scale, share)
 
-    again = module.recompute_core and module.training and torch.is_grad_enabled()
+    again = module.recompute_core and (module.training or module.recompute_in_eval) and torch.is_grad_enabled()
     y: Tensor = recomputed(module, core, q, k, v) if again else core(q, k, v)
     return y.transpose(1, 2).flatten(2)
 
@@ -77,8 +77,8 @@ def attention_mask(padding: Tensor | None, batch: int, length: int, past: int, d
     """Who may look at whom under causality: [B or 1, 1, T, S], or None where plain causality says it all.
 
     padding: [B, S], 1 for text and 0 for padding, on either side; None for no padding.  A padded position looks at itself at
-    least, so that no row of the softmax is empty (an empty one is NaN, and NaN spreads).  window: the last so many positions only,
-    a position's own included (Mistral: Jiang et al. 2023, arXiv:2310.06825, section 2).
+    least, so that no row of the softmax is empty (an empty one is NaN, and NaN spreads).  window: the last so many positions of text
+    only, a position's own included (Mistral: Jiang et al. 2023, arXiv:2310.06825, section 2).
     """
     total = past + length
     if padding is not None and not torch.compiler.is_compiling() and bool(padding.all()):
@@ -88,8 +88,16 @@ def attention_mask(padding: Tensor | None, batch: int, length: int, past: int, d
     query, key = torch.arange(past, total, device=device)[:, None], torch.arange(total, device=device)[None, :]
     causal = (key <= query)[None, None]
     if window is not None:
-        causal = causal & (key > query - window)
+        causal = causal & _near(query, key, padding, window)
     return causal if padding is None else (causal & padding.bool()[:, None, None, :]) | (key == query)[None, None]
+
+
+def _near(query: Tensor, key: Tensor, padding: Tensor | None, window: int) -> Tensor:
+    """Whether a key is within a query's window, [B or 1, 1, T, S]. Padding is no text and takes no room, not even inside a row."""
+    if padding is None:
+        return (key > query - window)[None, None]
+    place = padding.long().cumsum(1)
+    return (place[:, None, :] > place[:, query[:, 0], None] - window)[:, None]
 
 
 def padding_mask(padding: Tensor | None) -> Tensor | None:
@@ -141,7 +149,7 @@ class Attention(RecomputableCore):
             self.q_norm, self.k_norm = RMSNorm(head_dim, qk_norm, **factory), RMSNorm(head_dim, qk_norm, **factory)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer_cache: LayerCache | None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, N, D]
+        q, k, v = (project(layer, x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, N, D]
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (angle.to(q.dtype) for angle in rotary)
@@ -149,4 +157,4 @@ class Attention(RecomputableCore):
         causal = layer_cache is None or layer_cache.length == 0  # else there is a mask, or one token that may look at all
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)
-        return self.o_proj(attend(self, q, k, v, mask, causal=causal, window=self.window, dropout=self.dropout))
+        return project(self.o_proj, attend(self, q, k, v, mask, causal=causal, window=self.window, dropout=self.dropout))

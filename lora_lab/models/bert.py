@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, activated
 from .attention import attend, padding_mask
 from .base import PretrainedModel, check_ids
 from .bert_config import BertConfig, RobertaConfig
+from .cache import KVCache, LayerCache
 from .recompute import Recomputable, RecomputableCore
 
 ENCODER = ("embeddings", "encoder", "pooler")  # the parts of a BertModel
@@ -70,7 +71,7 @@ class BertEmbeddings(nn.Module):
 
 
 class BertSelfAttention(RecomputableCore):
-    """Every position looks at all text. x: [B, T, H].  mask: see `padding_mask`."""
+    """Every position looks at all text. x: [B, T, H].  mask: see `padding_mask`.  past: what stands before the text."""
 
     def __init__(self, c: BertConfig, **factory: Any) -> None:
         super().__init__()
@@ -79,8 +80,10 @@ class BertSelfAttention(RecomputableCore):
         self.key = nn.Linear(c.hidden_size, c.hidden_size, **factory)
         self.value = nn.Linear(c.hidden_size, c.hidden_size, **factory)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, past: LayerCache | None = None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.query, self.key, self.value))  # [B, N, T, D]
+        if past is not None:
+            k, v = past.append(k, v)
         return attend(self, q, k, v, mask, causal=False, dropout=self.dropout)
 
 
@@ -103,8 +106,8 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(c, **factory)
         self.output = BertOutput(c.hidden_size, c, **factory)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self.output(self.self(x, mask), x)
+    def forward(self, x: Tensor, mask: Tensor | None, past: LayerCache | None = None) -> Tensor:
+        return self.output(self.self(x, mask, past), x)
 
 
 class BertIntermediate(nn.Module):
@@ -115,7 +118,7 @@ class BertIntermediate(nn.Module):
         self.dense, self.activation = nn.Linear(c.hidden_size, c.intermediate_size, **factory), ACTIVATIONS[c.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.dense(x))
+        return activated(self.activation, self.dense(x))
 
 
 class BertLayer(Recomputable):
@@ -127,8 +130,8 @@ class BertLayer(Recomputable):
         self.intermediate = BertIntermediate(c, **factory)
         self.output = BertOutput(c.intermediate_size, c, **factory)
 
-    def compute(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention(x, mask)
+    def compute(self, x: Tensor, mask: Tensor | None, past: LayerCache | None) -> Tensor:
+        x = self.attention(x, mask, past)
         return self.output(self.intermediate(x), x)
 
 
@@ -137,9 +140,9 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(c, **factory) for _ in range(c.num_hidden_layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        for layer in self.layer:
-            x = layer(x, mask)
+    def forward(self, x: Tensor, mask: Tensor | None, past: KVCache | None = None) -> Tensor:
+        for index, layer in enumerate(self.layer):
+            x = layer(x, mask, None if past is None else past.layers[index])
         return x
 
 
@@ -201,18 +204,21 @@ class BertModel(BertPretrainedModel):
         return missing
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> BaseModelOutput:  # fmt: skip
-        """input_ids: [B, T] or inputs_embeds: [B, T, H].  attention_mask: [B, T], 1 for text.  token_type_ids, position_ids: [B or 1, T].
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+                past_key_values: KVCache | None = None) -> BaseModelOutput:  # fmt: skip
+        """input_ids: [B, T] or inputs_embeds: [B, T, H].  attention_mask: [B, past + T], 1 for text.  token_type_ids, position_ids: [B or 1, T].
 
+        past_key_values: what each layer looks at, too, before the text (a prefix); the text's own is added to it. It moves no position.
         Raises LoraLabError for both or neither of the first two, shapes that differ, a text beyond the context, and on the CPU for ids
         outside their tables (a GPU stops by itself).
         """
-        self._check(input_ids, inputs_embeds, {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids})
+        others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        self._check(input_ids, inputs_embeds, others, past_key_values.length if past_key_values is not None else 0)
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden = self.encoder(x, padding_mask(attention_mask))
+        hidden = self.encoder(x, padding_mask(attention_mask), past_key_values)
         return BaseModelOutput(hidden, None if self.pooler is None else self.pooler(hidden))
 
-    def _check(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, others: dict[str, Tensor | None]) -> None:
+    def _check(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, others: dict[str, Tensor | None], past: int) -> None:
         c, given = self.config, inputs_embeds if input_ids is None else input_ids
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise LoraLabError("give either input_ids [B, T] or inputs_embeds [B, T, H], not both and not neither")
@@ -221,7 +227,7 @@ class BertModel(BertPretrainedModel):
             raise LoraLabError(f"the input is {list(given.shape)}, expected [{', '.join(map(str, expected))}]")
         batch, length = given.shape[:2]
         for name, tensor in others.items():
-            shapes = [[batch, length]] if name == "attention_mask" else [[batch, length], [1, length]]
+            shapes = [[batch, past + length]] if name == "attention_mask" else [[batch, length], [1, length]]
             if tensor is not None and list(tensor.shape) not in shapes:
                 raise LoraLabError(f"{name} is {list(tensor.shape)}, expected {shapes[0]}, as the input")
         if others["position_ids"] is None and length > c.context_length:

@@ -19,6 +19,7 @@ from .base import check_ids
 from .bert import BaseModelOutput, BertModel, BertPretrainedModel, RobertaModel, initialise
 from .bert_config import BertConfig, RobertaConfig
 from .blocks import IGNORE
+from .cache import KVCache
 from .losses import labelled_loss
 
 
@@ -52,11 +53,11 @@ class SequenceClassifier(BertPretrainedModel):
         raise NotImplementedError
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
-                labels: Tensor | None = None) -> SequenceClassifierOutput:  # fmt: skip
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+                past_key_values: KVCache | None = None) -> SequenceClassifierOutput:  # fmt: skip
         """The inputs of `BertModel.forward`; labels: see `classification_loss`."""
         encoder = self.get_submodule(self.base_prefix)
-        logits = self.classify(encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds))
+        logits = self.classify(encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values))
         loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
         return SequenceClassifierOutput(loss, logits)
 
@@ -161,14 +162,16 @@ class MaskedLM(BertPretrainedModel):
         return {**super().tied, f"{head}.decoder.bias": f"{head}.bias"} if self.config.tie_word_embeddings else {}
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None) -> MaskedLMOutput:  # fmt: skip
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+                past_key_values: KVCache | None = None) -> MaskedLMOutput:  # fmt: skip
         """The inputs of `BertModel.forward`.  labels: [B, T], the words under the masks, -100 elsewhere; not shifted.
 
         In training mode with labels `.logits` is None: those of labelled positions only are computed.
         """
         encoder, decoder = self.get_submodule(self.base_prefix), self.get_output_embeddings()
         self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        features = self.features(encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds).last_hidden_state)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values)
+        features = self.features(encoder(*inputs).last_hidden_state)  # the encoder's output is not kept beside its features
         loss = None if labels is None else labelled_loss(features, labels, decoder)
         return MaskedLMOutput(loss, decoder(features) if labels is None or not self.training else None)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import autocast_dtype
+from ..remade import can_be_remade
 
 IGNORE = -100  # the label of a position that is not learned
 
@@ -21,6 +22,35 @@ def applied(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
     """``function.apply(*inputs)``; without gradients the forward alone, which spares a token of generation a sixth of its time."""
     result: Tensor = function.apply(*inputs) if torch.is_grad_enabled() else function.forward(*inputs)
     return result
+
+
+# Linear layers of a few rows ------------------------------------------------------------------------------------------------
+
+FEW_ROWS = 32  # tokens of one step of generation, up to which reading the weight is what a product costs
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)`` of a linear layer; for the few rows of a step of generation on a CPU as W x^T, which reads W as it lies.
+
+    F.linear rearranges a 16-bit W for every product, which for a few rows takes as long as the product itself.
+    """
+    rows = x.numel() // x.shape[-1]
+    slow_otherwise = x.dtype == torch.bfloat16 and x.is_cpu and rows <= FEW_ROWS
+    if not slow_otherwise or torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(layer):
+        return layer(x)
+    assert isinstance(layer, nn.Linear)
+    weight, bias = layer.weight, layer.bias
+    y = torch.mv(weight, x.reshape(-1)) if rows == 1 else torch.mm(weight, x.reshape(rows, -1).mT).mT
+    return y.reshape(*x.shape[:-1], -1) if bias is None else y.reshape(*x.shape[:-1], -1) + bias
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """True where `layer(x)` is x @ weight.T + bias and nothing else: no subclass, no hook, no forward put on the instance."""
+    return type(layer) is nn.Linear and is_called_plainly(layer)
+
+
+def is_called_plainly(layer: nn.Module) -> bool:
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in vars(layer))
 
 
 # Norm -----------------------------------------------------------------------------------------------------------------------
@@ -38,7 +68,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        return weight.to(dtype) * _normalised(x, eps)[0].to(dtype)
+        return weight.to(dtype) * F.rms_norm(x, weight.shape, eps=eps).to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,6 +117,11 @@ class _GateFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+
+
+def gated(function: type[_GateFunction], gate: Tensor, up: Tensor) -> Tensor:
+    """``function`` of gate and up, which need not be kept as the input of what comes next: the two are kept already."""
+    return can_be_remade(applied(function, gate, up), function.forward, gate, up)
 
 
 class SwiGLUFunction(_GateFunction):
@@ -138,7 +173,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(applied(SwiGLUFunction, self.gate_proj(x), self.up_proj(x)))
+        return project(self.down_proj, gated(SwiGLUFunction, project(self.gate_proj, x), project(self.up_proj, x)))
 
 
 # Rotary positions -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ..selection import RowSelection
 from ..targets import lora_layers
 from .attention import Mask, attention_mask, documents_of, padding_cannot_matter
 from .base import CausalLMOutput, PretrainedModel, check_ids
-from .blocks import IGNORE
+from .blocks import IGNORE, project
 from .cache import KVCache
 from .losses import next_token_loss
 from .recompute import Recomputable
@@ -81,7 +81,7 @@ class CausalLM(PretrainedModel):
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         hidden = self.decoder(x, position_ids, mask, cache, attention_mask)
         loss = None if labels is None else next_token_loss(hidden, labels, self.get_output_embeddings())
-        logits = self.get_output_embeddings()(hidden[:, -logits_to_keep:]) if labels is None or not self.training else None
+        logits = project(self.get_output_embeddings(), hidden[:, -logits_to_keep:]) if labels is None or not self.training else None
         return CausalLMOutput(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
     def mask(self, x: Tensor, padding: Tensor | None, cache: KVCache | None) -> Mask:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from .activations import ACTIVATIONS, check_activation
+from .activations import ACTIVATIONS, activated, check_activation
 from .attention import Documents, Mask, attend
 from .blocks import compute_dtype, rotate
 from .cache import KVCache, LayerCache
@@ -206,7 +206,7 @@ class FalconMLP(nn.Module):
         self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(activated(self.activation, self.dense_h_to_4h(x)))
 
 
 class FalconDecoderLayer(Recomputable):

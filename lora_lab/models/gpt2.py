@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from .activations import ACTIVATIONS, check_activation
+from .activations import ACTIVATIONS, activated, check_activation
 from .attention import Mask, attend
 from .cache import KVCache, LayerCache
 from .causal import CausalLM, Decoder
@@ -121,7 +121,7 @@ class GPT2MLP(nn.Module):
         self.activation, self.dropout = ACTIVATIONS[c.activation_function], nn.Dropout(c.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        return self.dropout(self.c_proj(activated(self.activation, self.c_fc(x))))
 
 
 class GPT2Block(Recomputable):

@@ -17,7 +17,7 @@ from ..adapters import checkpoint_contexts, under_selection
 from ..layers import LoRALinear
 from ..selection import RowSelection
 from ..token_rows.rows import TokenRows
-from .blocks import IGNORE, compute_dtype
+from .blocks import IGNORE, compute_dtype, is_called_plainly, is_plain
 
 CHUNK_BYTES = 32 * 2**20
 
@@ -63,19 +63,9 @@ def summed_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module) -> Ten
     return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
 
 
-def is_plain(head: nn.Module) -> bool:
-    """True where `head(x)` is x @ weight.T + bias and nothing else: no subclass, no hook, no forward put on the instance."""
-    return type(head) is nn.Linear and _is_called_plainly(head)
-
-
-def _is_called_plainly(head: nn.Module) -> bool:
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(head)
-
-
 def token_rows_of(head: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """(rows [n, H], ids [n]) of a head that is plain but for trained token rows; (None, None) of any other."""
-    active = head.lora_active if type(head) is LoRALinear and _is_called_plainly(head) else ()
+    active = head.lora_active if type(head) is LoRALinear and is_called_plainly(head) else ()
     variant = head.lora_variant[active[0]] if len(active) == 1 else None
     return variant.rows_alone(head, active[0]) if isinstance(variant, TokenRows) else (None, None)
 

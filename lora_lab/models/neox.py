@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS, check_activation
+from .activations import ACTIVATIONS, activated, check_activation
 from .attention import Mask, attend
 from .cache import KVCache, LayerCache
 from .causal import CausalLM, Decoder
@@ -112,7 +112,7 @@ class GPTNeoXMLP(nn.Module):
         self.activation = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(activated(self.activation, self.dense_h_to_4h(x)))
 
 
 class GPTNeoXLayer(Recomputable):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .attention import attend, attention_mask, padding_mask
 from .base import PretrainedModel
-from .blocks import GEGLUFunction, RMSNorm, RMSNormFunction, SwiGLUFunction, applied, compute_dtype
+from .blocks import GEGLUFunction, RMSNorm, RMSNormFunction, SwiGLUFunction, applied, compute_dtype, gated
 from .cache import EncoderDecoderCache, LayerCache
 from .recompute import Recomputable, RecomputableCore
 from .seq2seq import EncoderOutput, Seq2SeqLM, embedded
@@ -105,7 +105,7 @@ class T5MLP(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        product = F.relu(self.wi(x)) if self.gate is None else self.gate.apply(self.wi_0(x), self.wi_1(x))
+        product = F.relu(self.wi(x)) if self.gate is None else gated(self.gate, self.wi_0(x), self.wi_1(x))
         return self._out(self.dropout(product))
 
     def _out(self, x: Tensor) -> Tensor:
@@ -189,14 +189,19 @@ class T5Stack(nn.Module):
         return self.dropout(self.final_layer_norm(x))
 
     def position_bias(self, x: Tensor, padding: Tensor | None, past: int) -> Tensor:
-        """What all blocks add to their scores, [1 or B, N, T, past + T]: a number for each distance, -infinity where no one may look."""
+        """What all blocks add to their scores, [1 or B, N, T, past + T]: a number for each distance, -infinity where no one may look.
+
+        Behind a past the distance is that of text: padding between the two does not count.
+        """
         length, table = x.shape[1], self.get_submodule("block.0.layer.0.SelfAttention.relative_attention_bias")
-        query, key = torch.arange(past, past + length, device=x.device)[:, None], torch.arange(past + length, device=x.device)[None, :]
-        buckets = relative_position_bucket(key - query, bidirectional=not self.decodes, buckets=self.buckets, max_distance=self.max_distance)
-        bias: Tensor = table(buckets).permute(2, 0, 1)[None].to(compute_dtype(x))
+        columns = torch.arange(past + length, device=x.device)[None]
+        places = columns if padding is None or past == 0 else padding.long().cumsum(1)  # [1 or B, S]
+        distance = places[:, None, :] - places[:, past:, None]
+        buckets = relative_position_bucket(distance, bidirectional=not self.decodes, buckets=self.buckets, max_distance=self.max_distance)
+        bias: Tensor = table(buckets).permute(0, 3, 1, 2).to(compute_dtype(x))
         seen = padding_mask(padding) if not self.decodes else attention_mask(padding, x.shape[0], length, past, x.device)
         if seen is None and self.decodes and length > 1:
-            seen = key <= query
+            seen = columns <= columns[0, past:, None]
         return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
 
 
@@ -220,8 +225,8 @@ class T5ForConditionalGeneration(Seq2SeqLM):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False, **factory)
         self.tie_weights()
 
-    def encode(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        return self.encoder(x, padding)
+    def encode(self, x: Tensor, padding: Tensor | None, past: EncoderDecoderCache | None = None) -> Tensor:
+        return self.encoder(x, padding, past)
 
     def decode(self, x: Tensor, encoded: Tensor, encoder_padding: Tensor | None, padding: Tensor | None, cache: EncoderDecoderCache | None) -> Tensor:
         hidden: Tensor = self.decoder(x, padding, cache, encoded, encoder_padding)

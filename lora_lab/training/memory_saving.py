@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
+from ..remade import keeping_inputs
 
 WORTH_MOVING = 2**20  # bytes: smaller tensors cost more in waiting than they save
 
@@ -22,7 +23,7 @@ def offloaded_activations(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device
     if device.type == "cpu":
         raise LoraLabError("activation_offload=True on a CPU: activations are in main memory already; leave it out")
-    with torch.autograd.graph.saved_tensors_hooks(*_hooks(model)):
+    with torch.autograd.graph.saved_tensors_hooks(*_hooks(model)), keeping_inputs():
         yield
 
 

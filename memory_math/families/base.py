@@ -128,6 +128,11 @@ class Architecture(abc.ABC):
         return self.kv_heads * self.head_dim
 
     @property
+    def learned_positions(self) -> int | None:
+        """The longest row of a model that learns its positions; None where they are computed."""
+        return getattr(self, "positions", None)
+
+    @property
     def root(self) -> str:
         """What the paths of the body begin with: nothing in the bare model."""
         return "" if self.task == "Model" else f"{self.body_name}."
@@ -146,6 +151,10 @@ class Architecture(abc.ABC):
     def beside_linears(self) -> tuple[LinearLayer, ...]:
         """What PEFT's "all-linear" gives an adapter beside `linears`."""
         return ()
+
+    def of_transformers_4(self) -> Architecture:
+        """The same model with the layers that it had before transformers 5."""
+        return self
 
     def with_loss(self) -> Architecture:
         """What training takes this for: itself, or where it has no loss of its own, the class that has one."""

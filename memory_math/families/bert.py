@@ -48,6 +48,10 @@ class Bert(Architecture):
         )
 
     @property
+    def learned_positions(self) -> int:
+        return self.positions - 2 * self.roberta  # RoBERTa's first two rows are for padding
+
+    @property
     def root(self) -> str:
         return "" if self.task == "Model" else "roberta." if self.roberta else "bert."
 

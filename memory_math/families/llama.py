@@ -8,7 +8,7 @@ Source: transformers 5.23, modeling_llama.py and those of mistral, qwen2, qwen3,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .base import Architecture, LinearLayer, Tensor, linear, matrix, norm
@@ -102,11 +102,12 @@ class Mixtral(Llama):
     """A Mistral with `experts` gated MLPs in each block, of which a router gives every token to `experts_per_token`.
 
     The experts are one stack of weights each for gate and up together and for down, and no linear layers. PEFT's "all-linear" adapts them all the
-    same, and the router: it carries on as with the linear layers that transformers 4 had.
+    same, and the router: it carries on as with the linear layers that transformers 4 had (`linear_experts`).
     """
 
     experts: int = 8
     experts_per_token: int = 2
+    linear_experts: bool = False
 
     family: ClassVar[str] = "mixtral"
     model_types: ClassVar[tuple[str, ...]] = ("mixtral",)
@@ -118,14 +119,26 @@ class Mixtral(Llama):
         chosen = fields.whole("num_experts_per_tok", "the experts of a token", 2)
         return cls(**{**vars(Llama.read(fields, task, labels)), "experts": experts, "experts_per_token": chosen})
 
+    def of_transformers_4(self) -> Mixtral:
+        return replace(self, linear_experts=True)
+
     def mlp(self, path: str) -> Iterator[Tensor]:
         E, h, f = self.experts, self.hidden, self.mlp_width
+        if self.linear_experts:
+            path = f"{path.removesuffix('mlp')}block_sparse_moe"
+            yield from linear(f"{path}.gate", h, {"router": E})
+            for number in range(E):
+                for name, inputs, outputs in (("w1", h, f), ("w2", f, h), ("w3", h, f)):
+                    yield from linear(f"{path}.experts.{number}.{name}", inputs, {"experts": outputs})
+            return
         yield matrix(f"{path}.gate.weight", E, h, "router")
         yield matrix(f"{path}.experts.gate_up_proj", E * 2 * f, h, "experts")
         yield matrix(f"{path}.experts.down_proj", E * h, f, "experts")
 
     def beside_linears(self) -> tuple[LinearLayer, ...]:
         """Router and experts, by the sizes of one expert."""
+        if self.linear_experts:
+            return ()
         h, f = self.hidden, self.mlp_width
         return tuple(
             LinearLayer(f"{self.root}layers.{layer}.mlp.{name}", inputs, outputs)

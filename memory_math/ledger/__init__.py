@@ -27,6 +27,6 @@ def claims() -> Claims:
 
     >>> row = claims()["A15.1"]
     >>> row.claim, row.stated, row.computed, row.verdict
-    ('weights of a 512 x 64 layer', Decimal('32768'), 32768, 'exact')
+    ('weights of a 512 x 64 layer', 32768, 32768, 'exact')
     """
     return Claims(row for section in SECTIONS for row in section().rows)

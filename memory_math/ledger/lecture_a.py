@@ -11,10 +11,11 @@ from ..errors import MemoryMathError
 from ..footprint import Footprint, predict
 from ..hardware import gpu_of
 from ..number_formats import number_formats
+from ..optimizers import STEP_COUNTER_BYTES, Shape, state_bytes
 from ..precision import precision_of
 from ..scaling_laws import chinchilla, kaplan_optimal_parameters
 from ..time_and_cost import training_time
-from .rows import Rows
+from .rows import Rows, Written
 
 LECTURE = "Instruction Finetuning"
 BILLION = 10**9
@@ -43,10 +44,11 @@ def a2() -> Rows:
     model, length = RULE_OF_THUMB[0]
     short, fitting = (_full(model, tokens) for tokens in (2048, length))
     count = short.parameters
+    moments = state_bytes("adam", [Shape(1, 1000, 4)]) - STEP_COUNTER_BYTES
     rows.number("weights", "4", short.weights / count, "bytes per parameter", "float32, of Llama-3.2-1B as predicted.")
     rows.number(
-        "Adam states", "8", short.optimizer_states / count, "bytes per parameter",
-        "Two float32 moments, and 4 bytes for each tensor's step counter.",
+        "Adam states", "8", moments / 1000, "bytes per parameter",
+        f"Two float32 moments; each tensor's step counter of 4 bytes makes it {short.optimizer_states / count:.8f} for Llama-3.2-1B.",
     )  # fmt: skip
     rows.number("gradients", "4", short.gradients / count, "bytes per parameter", "float32, all of them alive at the optimizer's step.")
     rows.number(
@@ -100,18 +102,18 @@ def a4() -> Rows:
     rows = Rows("A4", LECTURE)
     formats = number_formats(math.pi)
     slide = "3.1415920257568359375"
-    exact = Decimal(formats["fp32"].exact)
-    steps = (exact - Decimal(slide)) / Decimal(formats["fp32"].spacing or math.nan)
+    exact = Written(formats["fp32"].exact)
+    steps = (exact.decimal - Written(slide).decimal) / Decimal(formats["fp32"].spacing or math.nan)
     six = number_formats(3.141592)["fp32"].exact
     rows.number(
         "pi in FP32", slide, exact, "", f"The nearest FP32 to pi is {exact}; the slide's is FP32 of 3.141592, {steps} steps below.",
     )  # fmt: skip
-    rows.number("what FP32 makes of 3.141592", slide, Decimal(six), "", "Where the slide's figure comes from: pi was cut to six decimals first.")
-    rows.number("the slide's pi below the nearest FP32", "3", steps, "units in the last place", "One unit is 2**-22 here.")
+    rows.number("what FP32 makes of 3.141592", slide, Written(six), "", "Where the slide's figure comes from: pi was cut to six decimals first.")
+    rows.number("the slide's pi below the nearest FP32", "3", float(steps), "units in the last place", "One unit is 2**-22 here.")
     for name, value, exponent, fraction in (("fp32", "", 8, 23), ("fp16", "3.140625", 5, 10), ("bf16", "3.140625", 8, 7), ("int8", "3", 0, 7)):
         found = formats[name]
         if value:
-            rows.number(f"pi in {name.upper()}", value, Decimal(found.exact), "", f"Stored as {found.bits}; off by {found.absolute_error:.2g}.")
+            rows.number(f"pi in {name.upper()}", value, Written(found.exact), "", f"Stored as {found.bits}; off by {found.absolute_error:.2g}.")
         rows.number(f"{name.upper()}: exponent", str(exponent), found.exponent_bits, "bits", f"{found.stored_bits} bits with the sign.")
         rows.number(
             f"{name.upper()}: fraction",

@@ -35,15 +35,41 @@ HEADINGS = ("source", "claim", "stated", "computed", "unit", "verdict", "why")
 WIDTH, INDENT = 140, 36
 TINY = Fraction(1, 10**9)  # what is a half or a whole unit on paper comes out of floats a little off
 
-Stated = Decimal | str | None
-Computed = int | float | Decimal | str | None
+
+
+class Written(float):
+    """A number as it is written: a float to compute with, and its digits.
+
+    >>> four = Written("4.50")
+    >>> four, four - 4, four.decimal.as_tuple().exponent
+    (4.50, 0.5, -2)
+    """
+
+    decimal: Decimal
+
+    def __new__(cls, digits: str) -> Written:
+        """digits: with or without commas."""
+        decimal = Decimal(digits.replace(",", ""))
+        number = super().__new__(cls, decimal)
+        number.decimal = decimal
+        return number
+
+    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]
+        return (str(self.decimal),)
+
+    def __repr__(self) -> str:
+        return str(self.decimal)
+
+
+Stated = Written | str | None
+Computed = int | float | str | None
 Numeric = int | float | Decimal
 
 
 class Claim(NamedTuple):
     """One number or one capability: where it is stated, what is stated, what is computed, and the verdict with its reason.
 
-    source: the row's id ("B9.2": the second number of row B9), then the lecture or the paper. stated: a Decimal with the digits as
+    source: the row's id ("B9.2": the second number of row B9), then the lecture or the paper. stated: a number with the digits as
     written, words, or None where nothing is stated. computed: by this package; None where it cannot be.
     """
 
@@ -65,24 +91,25 @@ class Claim(NamedTuple):
         return self.id.rpartition(".")[0]
 
 
-def judge(stated: Stated, computed: Computed, *, assuming: Computed = None, spread: Sequence[Numeric] = ()) -> str:
+def judge(written: Stated, computed: Computed, *, assuming: Computed = None, spread: Sequence[Numeric] = ()) -> str:
     """The verdict, by the rule above. assuming: the same number or words under the assumption that the row names.
 
-    >>> judge(Decimal("5261"), 5260.94), judge(Decimal("4"), 4), judge(Decimal("18.8"), 18.87), judge(Decimal("64"), 65.5)
+    >>> judge(Written("5261"), 5260.94), judge(Written("4"), 4), judge(Written("18.8"), 18.87), judge(Written("64"), 65.5)
     ('rounded', 'exact', 'assumption', 'wrong')
     """
     if computed is None:
         return NOT_MEASURED
-    if stated is None:
+    if written is None:
         return ASSUMPTION
-    if isinstance(stated, str) or isinstance(computed, str):
-        return EXACT if stated == computed else ASSUMPTION if stated == assuming else WRONG
-    if _equal(stated, computed):
+    if isinstance(written, str) or isinstance(computed, str):
+        return EXACT if written == computed else ASSUMPTION if written == assuming else WRONG
+    stated, found = written.decimal, computed.decimal if isinstance(computed, Written) else computed
+    if _equal(stated, found):
         return EXACT
-    if _rounds(stated, [computed, *spread]):
+    if _rounds(stated, [found, *spread]):
         return ROUNDED
     named = assuming is not None and not isinstance(assuming, str) and _rounds(stated, [assuming])
-    return ASSUMPTION if named or _cut_off(stated, computed) else WRONG
+    return ASSUMPTION if named or _cut_off(stated, found) else WRONG
 
 
 def _equal(stated: Decimal, computed: Numeric) -> bool:
@@ -122,11 +149,11 @@ class Rows:
     rows: list[Claim] = field(default_factory=list)
 
     def number(
-        self, claim: str, stated: str, computed: Numeric, unit: str, why: str, *,
-        assuming: Numeric | None = None, spread: Sequence[Numeric] = (), where: str = "",
+        self, claim: str, stated: str, computed: int | float, unit: str, why: str, *,
+        assuming: int | float | None = None, spread: Sequence[Numeric] = (), where: str = "",
     ) -> None:  # fmt: skip
         """stated: the digits as written, with or without commas. The reason is added where digits are cut off."""
-        value = Decimal(stated.replace(",", ""))
+        value = Written(stated)
         verdict = judge(value, computed, assuming=assuming, spread=spread)
         if verdict == ASSUMPTION and assuming is None:
             why = f"{why} The digits stated are cut off, not rounded."
@@ -135,13 +162,13 @@ class Rows:
     def words(self, claim: str, stated: str, computed: str, why: str, *, assuming: str | None = None) -> None:
         self._add(claim, stated, computed, "", judge(stated, computed, assuming=assuming), why)
 
-    def unstated(self, claim: str, computed: Numeric, unit: str, why: str) -> None:
+    def unstated(self, claim: str, computed: int | float, unit: str, why: str) -> None:
         """Our number where the source has none; `why` names what it assumes."""
         self._add(claim, None, computed, unit, judge(None, computed), why)
 
     def not_measured(self, claim: str, why: str, *, stated: str | None = None, unit: str = "") -> None:
         """What arithmetic cannot decide; `why` names what shows it."""
-        self._add(claim, None if stated is None else Decimal(stated.replace(",", "")), None, unit, judge(None, None), why)
+        self._add(claim, None if stated is None else Written(stated), None, unit, judge(None, None), why)
 
     def _add(self, claim: str, stated: Stated, computed: Computed, unit: str, verdict: str, why: str, where: str = "") -> None:
         source = f"{self.group}.{len(self.rows) + 1} {where or self.reference}"
@@ -234,15 +261,17 @@ def _summary(rows: Claims) -> str:
 
 
 def shown(value: Stated | Computed) -> str:
-    """Stated digits as they are, whole numbers in full, floats in six digits.
+    """Written digits as they are, whole numbers in full, floats in six digits.
 
-    >>> shown(Decimal("4.50")), shown(68976648192), shown(5260.942760942761), shown(3.143e23), shown(0.0000231)
+    >>> shown(Written("4.50")), shown(68976648192), shown(5260.942760942761), shown(3.143e23), shown(0.0000231)
     ('4.50', '68,976,648,192', '5,260.94', '3.143e+23', '2.31e-05')
     """
     if value is None:
         return "-"
     if isinstance(value, str):
         return value
+    if isinstance(value, Written):
+        return f"{value.decimal:,}"
     if isinstance(value, float) and value and not 1e-4 <= abs(value) < 1e15:
         return f"{value:.5g}"
     if isinstance(value, float):

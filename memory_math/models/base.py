@@ -14,7 +14,7 @@ from .. import operations as ops
 from ..operations import QuantizedWeight, Weight
 from ..precision import INDEX_BYTES
 from ..quantization import dequantized_bytes, quantized_bytes
-from ..request import Request
+from ..request import VIRTUAL, Request
 from ..tape import Ledger, Node, Sized, Tape, keep
 from ..versions import kept_inputs
 from .history import habits_of
@@ -49,6 +49,7 @@ class Model(abc.ABC):
     """
 
     embedding_path: ClassVar[str] = "model.embed_tokens"  # also the head's weight, where the two are tied
+    linear_layers: ClassVar[bool] = True  # nn.Linear, not GPT-2's Conv1D
 
     def __init__(self, request: Request, ledger: Ledger) -> None:
         self.request, self.arch, self.ledger = request, request.architecture, ledger
@@ -88,7 +89,7 @@ class Model(abc.ABC):
 
     def _prompt(self) -> Weight | None:
         """Prompt tuning: [P, H]; prefix tuning: a key and a value for every block, [P, 2 * L * kv]."""
-        if self.request.method not in ("prompt", "prefix"):
+        if self.request.method not in VIRTUAL:
             return None
         width = self.arch.hidden if self.request.method == "prompt" else 2 * self.arch.layers * self.arch.kv_width
         return self.trainable("prompt_encoder", self.request.num_virtual_tokens, width)

@@ -6,7 +6,7 @@ attention mask, as for rows of equal length.
 
 Adapters are what PEFT puts in by ``get_peft_model(model, LoraConfig(target_modules="all-linear"))``: without a task_type it takes a
 classifier for a linear layer like the others. (With task_type="SEQ_CLS" BERT's classifier has no adapter and trains itself, as a copy.) Prompt
-tuning needs the task_type, and so trains the copy of the classifier beside the prompt.
+and prefix tuning need the task_type, and so train the copy of the classifier beside the vectors.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from ..request import Request
 from ..tape import Ledger, Sized
 from . import norms
 from .activations import activate
-from .attention_dropout import attend, expanded
+from .attention_dropout import Extras, attend, expanded
 from .base import Model
 from .labelled_loss import labelled_loss
-from .peft_layers import linear, with_prompt
+from .peft_layers import LayerPrefix, linear, prefix_of, with_prompt
 
 MASKED_HEAD = {  # by whether it is RoBERTa: the head, its dense layer, its norm
     False: ("cls.predictions", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
     True: ("lm_head", "lm_head.dense", "lm_head.layer_norm"),
 }
+
+
+PROMPTED_CLASSES = {  # method -> the classes that PEFT 0.21 has a task_type for
+    "prompt": ("ForSequenceClassification",), "prefix": ("ForSequenceClassification", "ForTokenClassification"),
+}  # fmt: skip
 
 
 class TransformersBert(Model):
@@ -40,7 +45,7 @@ class TransformersBert(Model):
         super().__init__(request, ledger)
         _check(request, self.arch)
         self.originals: list[Weight] = []
-        if request.method == "prompt":
+        if request.method in PROMPTED_CLASSES:
             self.weights |= {path: self._saved_module(weight) for path, weight in self.weights.items() if path.startswith("classifier")}
         self.buffers = self.ids(2 * self.arch.positions)  # position_ids and token_type_ids
 
@@ -68,9 +73,11 @@ class TransformersBert(Model):
         self.logits(hidden)
 
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
+        prefix = prefix_of(self, masked=False)
         embedded = x = self.embeddings(ids)  # the name lives as long as the forward does
         for layer in range(self.arch.layers):
-            x = self.run_block(layer, Block(self, f"{self.arch.root}encoder.layer.{layer}").forward, x)
+            mine = prefix.layers[layer] if prefix else None
+            x = self.run_block(layer, Block(self, f"{self.arch.root}encoder.layer.{layer}", mine).forward, x)
         del embedded
         return x
 
@@ -79,7 +86,7 @@ class TransformersBert(Model):
         tape, path = self.tape, f"{self.arch.root}embeddings"
         words = ops.embedding(tape, ids, self.weights[f"{path}.word_embeddings"])
         words = with_prompt(self, self.needed(words))
-        if self.prompt is not None:
+        if self.request.method == "prompt":
             self.hold(words)
         rows = self.tokens if self.arch.roberta else self.sequence
         types = ops.embedding(tape, self.numbers(rows), self.weights[f"{path}.token_type_embeddings"])
@@ -137,10 +144,10 @@ class TransformersBert(Model):
 
 
 class Block:
-    """BertLayer."""
+    """BertLayer. prefix: keys and values in front of its own, which are then in a cache, head by head."""
 
-    def __init__(self, model: TransformersBert, path: str) -> None:
-        self.model, self.path = model, path
+    def __init__(self, model: TransformersBert, path: str, prefix: LayerPrefix | None) -> None:
+        self.model, self.path, self.prefix = model, path, prefix
 
     def forward(self, x: Sized) -> Sized:
         attended, weights = self.attention(x)  # the weights' name lives as long as the block
@@ -155,7 +162,11 @@ class Block:
 
     def self_attention(self, x: Sized) -> tuple[Sized, Sized | None]:
         q, k, v = (linear(self.model, x, f"{self.path}.attention.self.{name}") for name in ("query", "key", "value"))
-        return attend(self.model, q, k, v)
+        if self.prefix is None:
+            return attend(self.model, q, k, v)
+        k, v, _ = self.prefix.before(k, v)
+        self.model.hold(k, v)
+        return attend(self.model, q, k, v, Extras(in_order=True))
 
     def intermediate(self, x: Sized) -> Sized:
         return activate(self.model.tape, self.model.arch.activation, linear(self.model, x, f"{self.path}.intermediate.dense"))
@@ -168,9 +179,9 @@ class Block:
 
 def _check(request: Request, arch: Bert) -> None:
     """What an encoder has no use for, or what is not written here."""
-    if request.method == "prefix":
-        raise MemoryMathError(f"method='prefix' is not modelled for {arch.name}: use 'prompt' or 'lora'")
-    if request.method == "prompt" and arch.task != "ForSequenceClassification":
-        raise MemoryMathError(f"method='prompt' with {arch.name} as {arch.task}: PEFT lays a prompt before a sequence classifier only")
+    classes = PROMPTED_CLASSES.get(request.method)
+    if classes is not None and arch.task not in classes:
+        there = " or ".join(classes)
+        raise MemoryMathError(f"method={request.method!r} with {arch.name} as {arch.task}: PEFT 0.21 has that for {there} only")
     if request.compile:
         raise MemoryMathError(f"compile=True is not modelled for {arch.name}: leave it at False")

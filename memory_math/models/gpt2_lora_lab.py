@@ -20,6 +20,7 @@ class LoraLabGPT2(CausalLM):
 
     arch: GPT2
     embedding_path = "transformer.wte"
+    linear_layers = False
 
     def _weight(self, name: str, rows: int, columns: int, quantized: bool) -> Weight:
         """A Conv1D is stored as [in, out]; here it is [out, in] like every matrix, which weighs the same."""

@@ -44,7 +44,13 @@ def gated(tape: Tape, name: str, gate: Sized, up: Sized) -> Sized:
     def product() -> Sized:
         return tape.new(gate.numel, gate.itemsize)
 
-    return tape.record(f"{name}(gate) * up", kept, product, keeps_after=lambda y: kept, busy=size, scratch=size)
+    return can_be_remade(tape, tape.record(f"{name}(gate) * up", kept, product, keeps_after=lambda y: kept, busy=size, scratch=size), kept)
+
+
+def can_be_remade(tape: Tape, x: Sized, sources: list[Sized]) -> Sized:
+    """lora_lab.remade: x can be made from its sources again, which are kept in any case; where what is kept moves to the host, it is not."""
+    x.sources = sources if x.needs_grad and tape.offload is None else []
+    return x
 
 
 def quick_gelu(tape: Tape, x: Sized) -> Sized:
@@ -52,8 +58,13 @@ def quick_gelu(tape: Tape, x: Sized) -> Sized:
     return ops.multiply(tape, "activation", x, keeps_result(tape, ops.elementwise(tape, "activation", x)))
 
 
+def keeps_and_remakes(tape: Tape, x: Sized) -> Sized:
+    """An activation whose backward starts from its input, from which a LoRA layer behind it makes its own again."""
+    return can_be_remade(tape, keeps_input(tape, x), [x])
+
+
 ACTIVATIONS: dict[str, Callable[[Tape, Sized], Sized]] = {
-    **dict.fromkeys(("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu", "swish", "mish"), keeps_input),
+    **dict.fromkeys(("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu", "swish", "mish"), keeps_and_remakes),
     **dict.fromkeys(("relu", "tanh", "sigmoid"), keeps_result), "quick_gelu": quick_gelu,
 }  # fmt: skip
 
@@ -85,10 +96,39 @@ def lora_linear(model: Model, x: Sized, path: str) -> Sized:
     if adapter is None:
         return model.linear(x, path)
     x = remember_selection(model, x)
+    if adds_in_place(model, x, path, adapter):
+        y = adapted_linear(model, x, adapter, path)
+        return y if x.needs_grad else remember_selection(model, y)
     y = model.linear(x, path)
     update = dora_update(model, x, y, path, adapter) if adapter.magnitude else lora_update(model, x, adapter)
     update = update if x.needs_grad else remember_selection(model, update)
     return ops.add(model.tape, path, y, ops.cast(model.tape, update, y.itemsize))
+
+
+def adds_in_place(model: Model, x: Sized, path: str, adapter: Adapter) -> bool:
+    """lora_lab.adapted_linear.is_simple, of a plain adapter on an nn.Linear."""
+    weights = [weight for name in (path, f"{path}.bias") if (weight := model.weights.get(name)) is not None]
+    simple = all(not weight.needs_grad and not isinstance(weight, ops.QuantizedWeight) for weight in weights) and adapter.magnitude is None
+    one_dtype = weights[0].itemsize == x.itemsize and model.autocast in (None, x.itemsize)
+    return simple and one_dtype and model.linear_layers and not model.request.dropout
+
+
+def adapted_linear(model: Model, x: Sized, adapter: Adapter, path: str) -> Sized:
+    """lora_lab.adapted_linear: keeps x (or what it is made from again), A, B and A x; the small products are added into the large ones."""
+    tape, sources = model.tape, x.sources
+    A, B = (ops.cast(tape, weight, x.itemsize) for weight in (adapter.A, adapter.B))
+    rows = x.numel // adapter.A.columns
+    low = rows * adapter.A.rows
+    remade = x.nbytes * len(sources)  # x, and of a gate its activation beside it; gone before the gradient of x is made
+    scratch = low * x.itemsize + max(0, remade - x.nbytes * x.needs_grad)
+
+    def keeps(y: Sized) -> list[Sized]:
+        return [A, B, tape.new(low, x.itemsize), *(sources or [x])]
+
+    def result() -> Sized:
+        return tape.new(rows * adapter.B.rows, x.itemsize)
+
+    return tape.record(path, [x, A, B], result, keeps_after=keeps, busy=2 * low * x.itemsize, scratch=scratch)
 
 
 def lora_update(model: Model, x: Sized, adapter: Adapter) -> Sized:
@@ -97,8 +137,19 @@ def lora_update(model: Model, x: Sized, adapter: Adapter) -> Sized:
     if model.request.dropout:
         x, A, B = (ops.cast(tape, tensor, model.autocast or tensor.itemsize) for tensor in (x, A, B))
         return dropped_update(tape, x, A, B, x.numel // adapter.A.columns * adapter.B.rows)
-    low = ops.elementwise(tape, "scaling", _product(model, x, adapter.A, A))
+    low = remaking_product(model, x, adapter.A, A) if x.sources and adapter.A.needs_grad else _product(model, x, adapter.A, A)
+    low = ops.elementwise(tape, "scaling", low)
     return _product(model, low, adapter.B, B)
+
+
+def remaking_product(model: Model, x: Sized, weight: Weight, matrix: Sized) -> Sized:
+    """lora_lab.remade.product: keeps A and x's sources, of which backward makes x again."""
+
+    def result() -> Sized:
+        return model.tape.new(x.numel // weight.columns * weight.rows, x.itemsize)
+
+    busy = x.nbytes * (len(x.sources) - 1)  # the activation of gate beside the product
+    return model.tape.record(weight.name, [x, matrix], result, keeps_after=lambda _: [matrix, *x.sources], scratch=x.nbytes + busy)
 
 
 def _product(model: Model, x: Sized, weight: Weight, matrix: Sized) -> Sized:

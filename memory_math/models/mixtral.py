@@ -5,6 +5,9 @@ takes unless it is told otherwise): every token is copied once for each of its e
 do not depend on whom the router chooses. S = tokens * experts_per_token. The grouped product knows no autocast and computes in its weights'
 dtype.
 
+In transformers 4 an expert is three linear layers, which are quantised and adapted like others, and runs by itself on the tokens that chose it;
+that every expert is chosen as often as every other is taken for granted there.
+
 PEFT 0.21's "all-linear" adapts router and experts, too (ParamWrapper in peft/tuners/lora/layer.py): W + s B A is written out, for the whole
 stack of experts, and kept for backward. target_modules="attention" leaves them alone.
 """
@@ -20,8 +23,10 @@ from .activations import activate
 from .base import Adapter
 from .blocks import split
 from .llama import Block, TransformersLlama
+from .peft_layers import linear
 
 OFFSET_BYTES = 4  # where each expert's rows end, int32
+STACKS = (".experts.gate_up_proj", ".experts.down_proj")
 
 
 class TransformersMixtral(TransformersLlama):
@@ -30,7 +35,7 @@ class TransformersMixtral(TransformersLlama):
     arch: Mixtral
 
     def __init__(self, request: Request, ledger: Ledger) -> None:
-        if (request.method == "dora" or request.dropout) and any(".experts." in path for path in request.adapted):
+        if (request.method == "dora" or request.dropout) and any(path.endswith(STACKS) for path in request.adapted):
             raise MemoryMathError(
                 f"method={request.method!r} with dropout={request.dropout} on the experts of {request.architecture.name}: PEFT adapts stacks of "
                 'weights by plain LoRA without dropout only; use target_modules="attention"'
@@ -57,16 +62,42 @@ class MixtralBlock(Block):
 
     def mlp(self, x: Sized) -> Sized:
         """MixtralSparseMoeBlock."""
+        if self.model.arch.linear_experts:
+            return self.expert_by_expert(x, f"{self.path}.block_sparse_moe")
         path = f"{self.path}.mlp"
         logits, weights, indices = self.router(x, f"{path}.gate")
         y = self.experts(x, weights, f"{path}.experts")
         del logits, indices
         return y
 
+    def expert_by_expert(self, x: Sized, path: str) -> Sized:
+        """transformers 4: one expert after another, and what each makes of its tokens added into the sum."""
+        tape, E = self.tape, self.model.arch.experts
+        logits, shares, chosen = self.router(x, f"{path}.gate")
+        shares = ops.cast(tape, shares, x.itemsize)
+        summed, mask = tape.new(x.numel, x.itemsize), self.model.ids(chosen.numel * E)
+        for number in range(E):
+            rows = chosen.numel // E + (number < chosen.numel % E)
+            summed = self.add_expert(summed, x, shares, rows, f"{path}.experts.{number}")
+        del logits, mask
+        return summed
+
+    def add_expert(self, summed: Sized, x: Sized, shares: Sized, rows: int, path: str) -> Sized:
+        """MixtralBlockSparseTop2MLP on its rows, weighted; index_add_ works in place, and keeps what it adds, and the numbers of the rows."""
+        tape, model = self.tape, self.model
+        where, which = model.ids(rows), model.ids(rows)
+        y = self.gather(x, where, rows * model.arch.hidden)
+        gate = activate(tape, model.arch.activation, linear(model, y, f"{path}.w1"), model.autocast)
+        y = linear(model, ops.multiply(tape, "silu(gate) * up", gate, linear(model, y, f"{path}.w3")), f"{path}.w2")
+        del gate
+        share = tape.record("expert rows", [shares], lambda: tape.new(rows, shares.itemsize), keeps=[where, which])
+        y = ops.cast(tape, ops.multiply(tape, "expert shares", y, share), x.itemsize)
+        return tape.record("experts", [summed, y], lambda: Sized(summed.numel, summed.itemsize, summed.storage), keeps=[where, y], passes=True)
+
     def router(self, x: Sized, path: str) -> tuple[Sized, Sized, Sized]:
         """MixtralTopKRouter: its logits [T, E], and for the chosen experts their shares and their numbers, [T, k]."""
         tape, arch = self.tape, self.model.arch
-        logits = self.router_logits(x, path)
+        logits = linear(self.model, x, path) if arch.linear_experts else self.router_logits(x, path)
         tokens = logits.numel // arch.experts
         shares = ops.softmax(tape, "router", ops.cast(tape, logits, 4))
         indices = self.model.ids(tokens * arch.experts_per_token)

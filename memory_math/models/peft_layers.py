@@ -113,23 +113,23 @@ def with_virtual_labels(model: Model, labels: Sized) -> Sized:
 
 
 class Prefix:
-    """PEFT's prefix: keys and values of every block, [B, P, 2 * L * kv], in the model's dtype; and the mask that they make necessary."""
+    """PEFT's prefix: keys and values of every block, [B, P, 2 * L * kv], in the model's dtype; and the mask that they make necessary in a decoder."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, masked: bool) -> None:
         vectors = ops.cast(model.tape, prompt_vectors(model), model.activation_itemsize)
-        mask = model.tape.new(model.tokens * (model.request.num_virtual_tokens + model.sequence), 1, "other")
-        self.layers = [LayerPrefix(model, vectors, mask) for _ in range(model.arch.layers)]
+        mask = model.tape.new(model.tokens * (model.request.num_virtual_tokens + model.sequence), 1, "other") if masked else None
+        self.layers = [LayerPrefix(model, vectors, mask, parts=2 * model.arch.layers) for _ in range(model.arch.layers)]
 
 
 class LayerPrefix:
-    """One block's keys and values, copied into the cache of keys and values."""
+    """One block's keys and values, one of `parts` of the vectors each, copied into the cache of keys and values."""
 
-    def __init__(self, model: Model, vectors: Sized, mask: Sized) -> None:
+    def __init__(self, model: Model, vectors: Sized, mask: Sized | None, parts: int) -> None:
         self.tape, self.mask, self.itemsize = model.tape, mask, vectors.itemsize
-        numel = vectors.numel // (2 * model.arch.layers)
+        numel = vectors.numel // parts
         self.pair = [self.tape.record("prefix", [vectors], lambda: self.tape.new(numel, self.itemsize)) for _ in "kv"]
 
-    def before(self, k: Sized, v: Sized) -> tuple[Sized, Sized, Sized]:
+    def before(self, k: Sized, v: Sized) -> tuple[Sized, Sized, Sized | None]:
         """The prefix's keys and values in front of the block's own, and the mask. The cache keeps the longer ones."""
         self.pair = [self._joined(mine, theirs) for mine, theirs in zip(self.pair, (k, v), strict=True)]
         return self.pair[0], self.pair[1], self.mask
@@ -138,5 +138,5 @@ class LayerPrefix:
         return self.tape.record("prefix", [mine, theirs], lambda: self.tape.new(mine.numel + theirs.numel, theirs.itemsize))
 
 
-def prefix_of(model: Model) -> Prefix | None:
-    return Prefix(model) if model.request.method == "prefix" else None
+def prefix_of(model: Model, masked: bool = True) -> Prefix | None:
+    return Prefix(model, masked) if model.request.method == "prefix" else None

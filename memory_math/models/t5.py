@@ -3,6 +3,7 @@
 The encoder reads `sequence_length` tokens, the decoder writes `target_length`. The first block of a stack makes the position bias that all its
 blocks add to their scores; cross attention adds zeros, which want a gradient under checkpointing. Training without checkpointing fills the
 cache of keys and values, too, as use_cache is True unless it is turned off. In fp16 the last matrix of the MLP is kept in float32.
+Prefix tuning puts its keys and values before those of the decoder's self-attention, and of no other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .activations import activate, power
 from .attention_dropout import Extras, attend
 from .base import Model, cached
 from .labelled_loss import labelled_loss
-from .peft_layers import linear
+from .peft_layers import LayerPrefix, linear
 
 BUCKET_BYTES = {False: 49, True: 41}  # per pair of positions, while their buckets are computed: int64 in six tensors, one less for the past alone
 
@@ -46,7 +47,7 @@ class TransformersT5(Model):
     def _prompt(self) -> Weight | None:
         """PEFT makes a prompt for each of the two stacks, and uses the encoder's (P-tuning apart, num_transformer_submodules is 2)."""
         if self.request.method != "prompt":
-            return None
+            return super()._prompt()
         return self.trainable("prompt_encoder", 2 * self.request.num_virtual_tokens, self.arch.hidden)
 
     def batch(self) -> tuple[Sized, Sized]:
@@ -55,10 +56,12 @@ class TransformersT5(Model):
         return ids, self.ids(self.request.batch_size * self.request.target_length)
 
     def loss(self, ids: Sized, labels: Sized) -> Sized:
+        prefix = Prefix(self) if self.request.method == "prefix" else None
         encoded = self.hidden_states(ids)
         self.hold(encoded)
         if self.arch.task != "EncoderModel":
-            encoded = self.decode(self.ids(labels.numel), encoded)  # the labels, shifted right
+            encoded = self.decode(self.ids(labels.numel), encoded, prefix)  # the labels, shifted right
+        del prefix
         self.ledger.enter("loss")
         return labelled_loss(self, encoded, self.logits, labels)
 
@@ -78,15 +81,15 @@ class TransformersT5(Model):
         embedded = self.with_prompt(self.needed(self.embed(ids)))
         return Stack(self, "encoder", self.arch.layers).forward(embedded)
 
-    def decode(self, ids: Sized, encoded: Sized) -> Sized:
-        return Stack(self, "decoder", self.arch.decoder_layers).forward(self.needed(self.embed(ids)), encoded)
+    def decode(self, ids: Sized, encoded: Sized, prefix: Prefix | None = None) -> Sized:
+        return Stack(self, "decoder", self.arch.decoder_layers, prefix).forward(self.needed(self.embed(ids)), encoded)
 
     def embed(self, ids: Sized) -> Sized:
         return ops.embedding(self.tape, ids, self.weights["shared"])
 
     def with_prompt(self, embedded: Sized) -> Sized:
         """PeftModelForSeq2SeqLM.forward: both prompts are looked up, the first P vectors are laid before the encoder's."""
-        if self.prompt is None:
+        if self.prompt is None or self.request.method != "prompt":
             return embedded
         tape, prompt, batch = self.tape, self.prompt, self.request.batch_size
         indices = self.ids(prompt.rows)
@@ -124,25 +127,42 @@ class TransformersT5(Model):
         return ops.elementwise(self.tape, "clamp", x, keeps=[x], busy=x.numel)
 
 
+class Prefix:
+    """PeftModel.get_prompt for an encoder-decoder: the vectors [B, P, 2 * L * kv] in the model's dtype, laid end to end with themselves, and cut into
+    keys and values of the decoder's blocks and of a cross attention, which makes its own instead."""
+
+    def __init__(self, model: TransformersT5) -> None:
+        assert model.prompt is not None
+        tape, prompt, batch, stored = model.tape, model.prompt, model.request.batch_size, model.activation_itemsize
+        indices = model.ids(2 * prompt.rows)  # as many as two prompts have, of which the first half is looked up
+        vectors = tape.record("prompt_encoder", [prompt], lambda: tape.new(batch * prompt.numel, prompt.itemsize), keeps=[indices])
+        vectors = ops.cast(tape, vectors, stored)
+        twice = tape.record("prefix", [vectors, vectors], lambda: tape.new(2 * vectors.numel, stored))
+        self.layers = [LayerPrefix(model, twice, None, parts=4 * model.arch.layers) for _ in range(model.arch.layers)]
+
+
 class Stack:
     """T5Stack."""
 
-    def __init__(self, model: TransformersT5, name: str, layers: int) -> None:
-        self.model, self.name, self.layers, self.decodes = model, name, layers, name == "decoder"
+    def __init__(self, model: TransformersT5, name: str, layers: int, prefix: Prefix | None = None) -> None:
+        self.model, self.name, self.layers, self.decodes, self.prefix = model, name, layers, name == "decoder", prefix
 
     def forward(self, embedded: Sized, encoded: Sized | None = None) -> Sized:
         model, shared = self.model, Shared(encoded=encoded, mask=self.causal_mask(embedded))
         x = model.dropped(embedded)
         for layer in range(self.layers):
-            x = Block(model, f"{self.name}.block.{layer}", shared).run(layer, x)
+            x = Block(model, f"{self.name}.block.{layer}", shared, self.prefix.layers[layer] if self.prefix else None).run(layer, x)
         return model.dropped(model.norm(x, f"{self.name}.final_layer_norm"))
 
     def causal_mask(self, embedded: Sized) -> Sized | None:
-        """Written out for eager attention only, [B, 1, T, T]."""
-        if not self.decodes or self.model.request.attention != "eager":
+        """[B, 1, T, P + T]: numbers for eager attention; for sdpa, where there is a prefix, yes and no, stored for one row."""
+        request, tape, tokens = self.model.request, self.model.tape, embedded.numel // self.model.arch.hidden
+        pairs = tokens * (request.prefix + tokens // request.batch_size)
+        if not self.decodes or (request.attention != "eager" and self.prefix is None):
             return None
-        pairs = (embedded.numel // self.model.arch.hidden) ** 2 // self.model.request.batch_size
-        return self.model.tape.new(pairs, embedded.itemsize, "other")
+        if request.attention == "eager":
+            return tape.new(pairs, embedded.itemsize, "other")
+        return Sized(pairs, 1, tape.new(pairs // request.batch_size, 1, "other").storage)
 
 
 class Shared:
@@ -160,8 +180,8 @@ class Shared:
 class Block:
     """T5Block."""
 
-    def __init__(self, model: TransformersT5, path: str, shared: Shared) -> None:
-        self.model, self.tape, self.path, self.decodes = model, model.tape, path, path.startswith("decoder")
+    def __init__(self, model: TransformersT5, path: str, shared: Shared, prefix: LayerPrefix | None = None) -> None:
+        self.model, self.tape, self.path, self.decodes, self.prefix = model, model.tape, path, path.startswith("decoder"), prefix
         self.shared: Shared | None = shared
 
     def run(self, number: int, x: Sized) -> Sized:
@@ -195,9 +215,10 @@ class Block:
             mixed, weights = attend(self.model, q, k, v, Extras(given.zeros, in_order=cached))
         else:
             length = x.numel // self.model.arch.hidden // self.model.request.batch_size
-            given.bias = given.bias or self.position_bias(f"{path}.relative_attention_bias", length)
-            causal = length if self.decodes and length > 1 else 0
-            mixed, weights = attend(self.model, q, k, v, Extras(self.added(given.bias, causal), given.mask, cached))
+            pairs = length * (length + (self.model.request.prefix if self.prefix else 0))
+            given.bias = given.bias or self.position_bias(f"{path}.relative_attention_bias", pairs)
+            causal = pairs if self.decodes and length > 1 else 0
+            mixed, weights = attend(self.model, q, k, v, Extras(self.added(given.bias, causal, given.mask), given.mask, cached))
         mixed = linear(self.model, mixed, f"{path}.o")
         del q, k, v
         return mixed, weights
@@ -208,22 +229,28 @@ class Block:
         k, v = (linear(self.model, source, f"{path}.{name}") for name in "kv")
         if not self.model.caches or not self.decodes:
             return q, k, v, False
-        k, v = (ops.copy(self.tape, "cache", tensor) for tensor in (k, v))
+        if self.prefix is not None and source is x:
+            k, v, _ = self.prefix.before(k, v)
+        else:
+            k, v = (ops.copy(self.tape, "cache", tensor) for tensor in (k, v))
         self.model.hold(*(tensor if self.model.request.trains else cached(tensor) for tensor in (k, v)))
         return q, k, v, True
 
-    def position_bias(self, path: str, length: int) -> Sized:
-        """compute_bias, [1, a, T, T]: the buckets are kept where their vectors train."""
-        tape, table, pairs = self.tape, self.model.weights[path], length * length
+    def position_bias(self, path: str, pairs: int) -> Sized:
+        """compute_bias, [1, a, T, P + T]: the buckets are kept where their vectors train."""
+        tape, table = self.tape, self.model.weights[path]
         tape.new(BUCKET_BYTES[self.decodes] * pairs, 1)
         return ops.embedding(tape, self.model.ids(pairs), table)
 
-    def added(self, bias: Sized, causal: int) -> Sized:
-        """create_position_bias_mask: the kernel takes a bias that is laid out in order, and where it is causal for itself, the future blotted out."""
+    def added(self, bias: Sized, causal: int, mask: Sized | None) -> Sized:
+        """create_position_bias_mask: the kernel takes a bias that is laid out in order, and where it is causal for itself, the future blotted out;
+        under a mask it is one for every row."""
         if self.model.request.attention == "eager":
             return bias
+        if mask is not None:
+            return self.tape.new(self.model.request.batch_size * bias.numel, bias.itemsize)
         if causal:
-            bias = ops.elementwise(self.tape, "position bias", bias, keeps=[self.tape.new(causal * causal, 1)])
+            bias = ops.elementwise(self.tape, "position bias", bias, keeps=[self.tape.new(causal, 1)])
         return ops.copy(self.tape, "position bias", bias)
 
     def zeros(self, q: Sized, k: Sized) -> Sized:
@@ -260,10 +287,22 @@ def _check(request: Request) -> None:
     """What T5 has no use for, or what is not written here."""
     name = request.architecture.name
     if request.method == "prefix":
-        raise MemoryMathError(f"method='prefix' is not modelled for {name}: use 'prompt' or 'lora'")
+        _check_prefix(request)
     if request.attention == "flash":
         raise MemoryMathError(f"attention='flash' with {name}: a position bias is something that kernel cannot add; use 'sdpa'")
     if request.compile:
         raise MemoryMathError(f"compile=True is not modelled for {name}: leave it at False")
     if request.trains and request.loss != "none" and request.architecture.task == "EncoderModel":
         raise MemoryMathError(f"{name} is an encoder alone, which has no loss: use method='inference' or loss='none'")
+
+
+def _check_prefix(request: Request) -> None:
+    """PEFT's prefix is of the encoder's blocks, and as wide as d_model."""
+    arch = request.architecture
+    assert isinstance(arch, T5)
+    width = arch.query_width * request.parallel.tensor_parallel
+    if arch.task != "ForConditionalGeneration" or arch.decoder_layers != arch.layers or width != arch.hidden:
+        raise MemoryMathError(
+            f"method='prefix' with {arch.name}: PEFT 0.21 has that for two stacks of one height, here {arch.layers} and "
+            f"{arch.decoder_layers} blocks, with heads that are together as wide as d_model, here {width} and {arch.hidden}: use 'prompt' or 'lora'"
+        )

@@ -297,7 +297,8 @@ def test_the_same_config_from_dict_folder_file_and_object(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     expected = count_parameters(SMALL).parts
     model = SimpleNamespace(config=SimpleNamespace(**SMALL))
-    for source in (tmp_path, str(tmp_path / "config.json"), model, architecture_of(SMALL)):
+    config = transformers.LlamaConfig(**{name: value for name, value in SMALL.items() if name != "model_type"})
+    for source in (tmp_path, str(tmp_path / "config.json"), model, config, architecture_of(SMALL)):
         assert count_parameters(source).parts == expected
 
 

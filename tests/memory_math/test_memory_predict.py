@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 from typing import Any
 
+import numpy
 import pytest
 
 from memory_math import MemoryMathError, count_parameters, hardware, predict
@@ -101,8 +103,9 @@ def test_dropout_keeps_masks_of_one_byte_on_cuda_and_of_the_input_dtype_on_the_c
     request = {"method": "lora", "precision": "bf16", "target_modules": ["down_proj"]}
     cuda, cpu = (small(device=device, dropout=0.1, **request).saved["dropout"] for device in ("cuda", "cpu"))
     assert cuda == 3 * 512 * 688 and cpu == 4 * cuda  # of a float32 copy; below the first block nothing needs a gradient
-    plain, dropped = (small(implementation="lora_lab", dropout=share, **request).saved_bytes for share in (0.0, 0.1))
-    assert dropped - plain < 4 * 512 * 688 / 8 + 1
+    lab = {**request, "implementation": "lora_lab", "target_modules": ["q_proj"]}  # whose input is kept in either case
+    plain, dropped = (small(dropout=share, **lab).saved_bytes for share in (0.0, 0.1))
+    assert 0 < dropped - plain < 4 * 512 * 256 / 8 + 1
 
 
 def test_gradient_accumulation_keeps_gradients_through_the_next_forward() -> None:
@@ -140,6 +143,38 @@ def test_a_gpu_reserves_at_least_what_is_allocated_and_nvidia_smi_shows_more() -
     assert small().reserved is None
     with pytest.raises(MemoryMathError, match="figure of a GPU"):
         small().gib("reserved")
+
+
+def test_the_totals_are_numbers_of_bytes_that_carry_their_range() -> None:
+    footprint = small(device="cuda")
+    for name, interval in footprint.intervals.items():
+        assert interval == interval.estimate == getattr(footprint, name) and interval.low <= interval <= interval.high and interval.why
+        assert footprint.gib(name) == interval / 2**30
+        copied = copy.deepcopy(interval)
+        assert (copied, copied.low, copied.high, copied.why) == (interval, interval.low, interval.high, interval.why)
+        assert footprint.as_dict()["intervals"][name] == interval.as_dict() and type(interval.as_dict()["estimate"]) is int
+    assert footprint.allocated == footprint.total < footprint.reserved < footprint.nvidia_smi
+    assert small().intervals.keys() == {"allocated"}
+
+
+def test_whole_numbers_may_be_numpys() -> None:
+    footprint = predict("gpt2", batch_size=numpy.int64(2), sequence_length=numpy.arange(65)[-1])
+    assert footprint == predict("gpt2", batch_size=2, sequence_length=64) and type(footprint.request["batch_size"]) is int
+    for value in (numpy.float32(2), numpy.arange(2), numpy.bool_(True), "2"):
+        with pytest.raises(MemoryMathError, match="batch_size=.*: expected a whole number of at least 1"):
+            predict("gpt2", batch_size=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "length"),
+    [("llama-3-8b", "full", 2048), ("gpt2", "full", 1024), ("gpt2", "prompt", 1004), ("bert-base-uncased", "prefix", 492),
+     ("roberta-base", "lora", 512), ("opt-125m", "full", 2048), ("opt-125m", "prefix", 2028)],
+)  # fmt: skip
+def test_a_length_that_nobody_asked_for_is_one_that_the_model_has(name: str, method: str, length: int) -> None:
+    """2048 is the default of every keyword list; GPT-2 and BERT have fewer learned positions, and virtual tokens take some of them."""
+    footprint = predict(name, method=method)
+    assert footprint.request["sequence_length"] == length and type(footprint.request["sequence_length"]) is int
+    assert footprint == predict(name, method=method, sequence_length=length)
 
 
 def test_fits_counts_usable_bytes_and_gpus_needed_nominal_ones() -> None:
@@ -191,7 +226,7 @@ def test_the_table_names_every_part_and_what_was_checked() -> None:
     ({"quantization": "nf4"}, r"quantization='nf4' with method='full': integer codes have no gradient; use method='qlora'"),
     ({"quantization": "int8"}, r"quantization='int8' with method='full'"),
     ({"quantization": "nf5"}, r"quantization='nf5' is not modelled.*did you mean 'nf4'"),
-    ({"method": "lora", "adapter_dtype": "int4"}, r"dtype 'int4'"),
+    ({"method": "lora", "adapter_dtype": "int4"}, r"adapter_dtype='int4': expected one of float64, float32"),
     ({"zero_stage": 4}, r"zero_stage=4: expected 0"),
     ({"world_size": 0}, r"world_size=0"),
     ({"tensor_parallel": 3}, r"tensor_parallel=3: the 8 heads of config do not divide"),
@@ -258,6 +293,8 @@ def test_what_a_model_of_this_shape_cannot_be_asked_is_refused() -> None:
         with pytest.raises(MemoryMathError, match=f"sequence_length={length}: {name} has {length - 1} learned positions"):
             predict(name, sequence_length=length)
         predict(name, sequence_length=length - 1, method="inference")
+        with pytest.raises(MemoryMathError, match="learned positions, the virtual tokens included"):
+            predict(name, sequence_length=length - 20, method="prefix")
     for name in ("precision", "optimizer"):
         with pytest.raises(MemoryMathError, match=name):
             small(**{name: ["adamw"]})

@@ -141,6 +141,11 @@ def test_the_savings_that_people_ask_for_are_among_them() -> None:
     assert "batch of one, accumulated" not in short and "fused attention" not in short
 
 
+def test_half_of_a_length_that_nobody_asked_for_is_half_of_what_there_is() -> None:
+    assert {"sequence_length": 512} in [saving.change for saving in savings("gpt2")]
+    assert {"sequence_length": 1024} in [saving.change for saving in savings("smollm2-135m")]
+
+
 def test_a_smaller_batch_keeps_the_rows_of_a_step() -> None:
     turned = {knob.name: change for knob, change, _ in turn_all(SMALL, {"batch_size": 6, "grad_accum_steps": 2, "sequence_length": 64})}
     assert turned["half the batch, accumulated"] == {"batch_size": 3, "grad_accum_steps": 4}

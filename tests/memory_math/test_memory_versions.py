@@ -58,6 +58,15 @@ def test_gradients_stayed_through_the_next_forward_before_pytorch_2() -> None:
     assert old.phases["forward"] - new.phases["forward"] == pytest.approx(4 * 134_515_008, rel=0.01)
 
 
+def test_before_pytorch_2_an_optimizer_on_cuda_took_one_tensor_after_another() -> None:
+    """pytorch pull request 92306; issue 97712 has 5,515 MiB with 1.13.1 and 6,802 with 2.0.0 for one script."""
+    old, new = (predict("smollm2-135m", sequence_length=64, versions={"torch": version}) for version in ("1.13", "2.0"))
+    assert (old.request["optimizer_implementation"], new.request["optimizer_implementation"]) == ("for-loop", "foreach")
+    assert new.phases["optimizer step"] - old.phases["optimizer step"] > 2 * 134_515_008
+    chosen = predict("smollm2-135m", sequence_length=64, versions={"torch": "1.13"}, optimizer_implementation="foreach")
+    assert chosen.phases["optimizer step"] == new.phases["optimizer step"]
+
+
 def test_the_copy_of_the_attentions_output_comes_with_4_48_and_goes_with_4_56() -> None:
     saved = {
         version: predict(MODEL, precision="bf16", sequence_length=1024, device="cuda", versions={"transformers": version}).saved_bytes

@@ -9,8 +9,9 @@ from llama_tools import compiled, saved_for_backward
 from torch import nn
 from torch.testing import assert_close
 
+import lora_lab
 from lora_lab.models.attention import Attention, attention_mask
-from lora_lab.models.blocks import GatedMLP, RMSNorm, RMSNormFunction, SwiGLUFunction, compute_dtype, rotate
+from lora_lab.models.blocks import GatedMLP, RMSNorm, RMSNormFunction, SwiGLUFunction, compute_dtype, project, rotate
 from lora_lab.models.cache import KVCache, LayerCache
 
 EPS = 1e-5
@@ -284,3 +285,43 @@ def test_a_cache_of_pairs_does_not_write_into_the_pairs():
         cache.layers[0].append(*pieces([1])[0])
     assert torch.equal(parts[0][0], before)
     assert parts[0][0].shape[2] == 3
+
+
+# Linear layers of a few rows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_few_rows_are_what_the_layer_makes_of_them(rows: int, bias: bool) -> None:
+    """W x^T reads W as it lies; the sums are the same, in another order."""
+    layer, x = nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16), torch.randn(rows, 1, 64).bfloat16()
+    with torch.no_grad():
+        found, wanted = project(layer, x), layer(x)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_a_layer_that_somebody_listens_to_is_called() -> None:
+    layer, x, heard = nn.Linear(8, 8, dtype=torch.bfloat16), torch.randn(1, 8).bfloat16(), []
+    handle = layer.register_forward_hook(lambda *_: heard.append(1))
+    with torch.no_grad():
+        project(layer, x)
+        assert heard
+        handle.remove()
+        project(layer, x)
+    assert len(heard) == 1
+
+
+def test_an_adapter_is_not_passed_by() -> None:
+    layer, x = lora_lab.inject(nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16)), 2, init="random")[0], torch.randn(1, 8).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(project(layer, x), layer(x))
+        assert not torch.allclose(project(layer, x), F.linear(x, layer.weight, layer.bias), atol=1e-2)
+
+
+def test_a_few_rows_go_through_the_adapter_in_float32() -> None:
+    """Where x is smaller than A, x is cast instead: exact but for the base's own 16 bits, and cheaper."""
+    layer, x = lora_lab.inject(nn.Sequential(nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)), 8, init="random")[0], torch.randn(2, 64).bfloat16()
+    with torch.no_grad():
+        update = F.linear(F.linear(x.float(), layer.lora_A["default"]), layer.lora_B["default"])
+        assert torch.equal(layer(x), F.linear(x, layer.weight) + update.bfloat16())

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 import lora_lab
 from lora_lab import LoraLabError
 from lora_lab.models import losses
-from lora_lab.models.losses import LinearCrossEntropy, is_plain, next_token_loss
+from lora_lab.models.blocks import is_plain
+from lora_lab.models.losses import LinearCrossEntropy, next_token_loss
 
 B, T, H, V = 3, 7, 8, 20
 

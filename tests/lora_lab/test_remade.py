@@ -1,0 +1,113 @@
+"""Inputs that are made again instead of being kept: the same gradients, fewer bytes, and nothing of it where it could not be exact."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_lab
+from lora_lab.models.blocks import GatedMLP, SwiGLUFunction, gated
+from lora_lab.remade import can_be_remade, keeping_inputs, product, recipe_of
+
+
+def a_gated_mlp(dtype: torch.dtype = torch.float64, **request: Any) -> nn.Module:
+    torch.manual_seed(0)
+    mlp = GatedMLP(12, 40, False, dtype=dtype)
+    lora_lab.inject(mlp, 3, alpha=5, init="random", **request)
+    return mlp
+
+
+def gradients(mlp: nn.Module, x: Tensor) -> list[Tensor]:
+    mlp.zero_grad()
+    mlp(x).square().sum().backward()
+    return [p.grad.clone() for p in mlp.parameters() if p.requires_grad]
+
+
+def saved_bytes(run: Any) -> int:
+    """Of distinct storages that autograd keeps, parameters aside."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    assert result is not None  # alive, so that no storage is used twice
+    return sum(seen.values())  # stamps of a selection included, 8 bytes each
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_gradients_are_bit_for_bit_those_of_keeping_the_input(variant: str) -> None:
+    mlp, x = a_gated_mlp(variant=variant), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    remade = gradients(mlp, x)
+    with keeping_inputs():
+        kept = gradients(mlp, x)
+    assert all(map(torch.equal, remade, kept))
+
+
+def test_the_product_of_gate_and_up_is_not_kept() -> None:
+    mlp, x = a_gated_mlp(), torch.randn(2, 50, 12, dtype=torch.float64)
+    with keeping_inputs():
+        kept = saved_bytes(lambda: mlp(x))
+    assert kept - saved_bytes(lambda: mlp(x)) == pytest.approx(2 * 50 * 40 * 8, rel=0.05)
+
+
+def test_second_derivatives_go_through_what_is_made_again() -> None:
+    A = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    gate, up = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def low(gate: Tensor, up: Tensor, A: Tensor) -> Tensor:
+        return product(gated(SwiGLUFunction, gate, up), A)
+
+    assert torch.autograd.gradcheck(low, (gate, up, A))
+    assert torch.autograd.gradgradcheck(low, (gate, up, A))
+
+
+def test_checkpointing_makes_the_recipe_anew() -> None:
+    mlp, x = a_gated_mlp(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    plain = gradients(mlp, x)
+    mlp.zero_grad()
+    checkpoint(mlp, x, use_reentrant=False).square().sum().backward()
+    assert all(map(torch.equal, plain, [p.grad for p in mlp.parameters() if p.requires_grad]))
+
+
+def test_a_frozen_adapter_and_a_pass_without_gradients_remember_nothing() -> None:
+    x = torch.randn(4, 6)
+    assert recipe_of(gated(SwiGLUFunction, x, x)) is None
+    with torch.no_grad():
+        assert recipe_of(gated(SwiGLUFunction, x.requires_grad_(), x)) is None
+    assert recipe_of(gated(SwiGLUFunction, x, x)) is not None
+    with keeping_inputs():
+        assert recipe_of(gated(SwiGLUFunction, x, x)) is None
+
+
+def test_autocast_to_another_dtype_keeps_the_input_as_usual() -> None:
+    """x in float32 is cast by autocast: what would be made again is not what was multiplied."""
+    x, A = torch.randn(4, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    wide = can_be_remade(F.silu(x), F.silu, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(wide, A).grad_fn.name() != "_ProductBackward"
+    assert product(wide, A).grad_fn.name() == "_ProductBackward"
+
+
+def test_what_is_copied_or_changed_has_no_recipe() -> None:
+    """Dropout, a hook or a copy in between: another tensor, which nobody said how to make."""
+    made = gated(SwiGLUFunction, torch.randn(4, 6, requires_grad=True), torch.randn(4, 6))
+    assert recipe_of(made) is not None
+    assert recipe_of(made * 2) is None and recipe_of(F.dropout(made, 0.5)) is None and recipe_of(made.view(24)) is None
+
+
+def test_the_layer_can_be_copied_while_a_graph_is_alive() -> None:
+    mlp, x = a_gated_mlp(), torch.randn(2, 5, 12, dtype=torch.float64)
+    loss = mlp(x).sum()
+    twin = copy.deepcopy(mlp)
+    loss.backward()
+    assert torch.equal(twin(x), mlp(x))
