@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import memory_math
-
 from .commands import compare, evaluate, finetune, generate, inspection, merge, report
-from .errors import LoraLabError
+from .commands.shared import exit_code
 from .version import __version__
 
 COMMANDS = {
@@ -30,25 +27,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parsed = parser().parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            parsed.run(parsed)
-    except (LoraLabError, memory_math.MemoryMathError) as error:
-        print(f"error: {_as_an_option(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:  # training says where it stopped
-        print(_as_an_option(stop) or "interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
-    return 0
-
-
-def _as_an_option(message: object) -> str:
-    """The way out, as it is called here."""
-    return str(message).replace("resume=True", "the same command with --resume")
+    return exit_code(parser().parse_args(arguments))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -23,11 +23,13 @@ from .parameters.layer import refuse_rows
 from .selection import RowSelection
 from .targets import adapter_names, lora_layers
 from .token_rows.rows import refuse_overlap
+from .wrapping import on_base
 
 Model = TypeVar("Model", bound=nn.Module)
 Selection = list[tuple[LoRA, tuple[str, ...]]]
 
 
+@on_base
 def use(model: Model, adapters: str | Sequence[str] | None) -> Model:
     """Make exactly these adapters active, their updates summed; None switches all off. Returns the same model.
 
@@ -56,6 +58,7 @@ def check_names(model: nn.Module, names: Sequence[str], where: str) -> None:
             raise LoraLabError(f"{where}: this model has the adapters {known}{did_you_mean(name, known)}")
 
 
+@on_base
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what it did before `inject`. Call backward() inside, too, under checkpointing."""
@@ -68,6 +71,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         restore_borrowed(owners)
 
 
+@on_base
 @contextlib.contextmanager
 def per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[None]:
     """Inside the block each row of the batch has the adapter of its name, or none: equal to running the rows one by one.

@@ -9,6 +9,7 @@ from torch import nn
 from .parameters.layer import parameter_path
 from .quantization import quantized_layers
 from .targets import lora_layers
+from .wrapping import on_base
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(trainable, in_adapters, sum(p.numel() for p in model.parameters()) - in_adapters + in_codes)
 
 
+@on_base
 def summary(model: nn.Module) -> str:
     """A table of the adapted layers: name, how many, shapes of A and B, adapters, parameters; then the totals."""
     groups: dict[tuple[str, ...], list[int]] = {}

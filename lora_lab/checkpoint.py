@@ -40,7 +40,7 @@ from .peft_files.tokens import rows_for_config, rows_for_file
 from .streaming.shards import NAMES
 from .targets import adapter_names, check_adapter_name, lora_layers
 from .token_rows.rows import own_rows
-from .wrapping import refuse_replaced, refuse_sharded, refuse_wrapped, whole
+from .wrapping import on_base, refuse_replaced, refuse_sharded, refuse_wrapped, whole
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,6 +48,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # Saving ---------------------------------------------------------------------------------------------------------------------
 
 
+@on_base
 def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype: torch.dtype | None = None) -> None:
     """Write one adapter straight into `folder`, so that `load` and PEFT's `PeftModel.from_pretrained(base, folder)` read it.
 
@@ -118,7 +119,7 @@ def _warn_of_the_unsaved(model: nn.Module) -> None:
     left = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in f".{name}" and id(p) not in own]
     if left:
         warnings.warn(f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''} train, but are of no adapter and not in the file: with "
-                      "modules_to_save (or bias) inject makes them part of the adapter", stacklevel=4)  # fmt: skip
+                      "modules_to_save (or bias) inject makes them part of the adapter", stacklevel=5)  # fmt: skip
 
 
 def _ready(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -134,6 +135,7 @@ def _ready(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 # Loading --------------------------------------------------------------------------------------------------------------------
 
 
+@on_base
 def load(model: Model, folder: str | Path, adapter: str = "default", trainable: bool = False, replace: bool = False) -> Model:
     """Read an adapter folder, ours or PEFT's, into the model; it becomes the active one. Returns the same model.
 
@@ -156,7 +158,7 @@ def load(model: Model, folder: str | Path, adapter: str = "default", trainable: 
     elif adapter in adapter_names(model):
         raise LoraLabError(f"adapter={adapter!r} is already in this model: choose another name, or replace=True to overwrite its values")
     if (trained_on := contents.base_sha256) and (here := getattr(model, "base_sha256", None)):  # hashing a large base takes seconds
-        warn_of_another_base(trained_on, here, folder)
+        warn_of_another_base(trained_on, here, folder, stacklevel=4)
     if not replace:
         apply_plan(model, contents.plan, adapter, dtype=contents.dtype if contents.dtype.itemsize >= 4 else None, trainable=trainable)
     _copy_values(model, adapter, contents)

@@ -25,7 +25,7 @@ from .plans import AdapterConfig
 from .targets import adapter_names, check_adapter_name, lora_layers
 from .token_rows.rows import own_rows
 from .variants import LORA, Variant
-from .wrapping import refuse_sharded, refuse_wrapped
+from .wrapping import on_base, refuse_sharded, refuse_wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 METHODS = ("cat", "svd")
@@ -45,6 +45,7 @@ class _Part:
         return self.A.shape[-2 if isinstance(self.variant, OnParameter) else 0]
 
 
+@on_base
 def combine(model: Model, adapters: Mapping[str, float], into: str, *, method: str = "cat", rank: int | None = None) -> Model:
     """Add an adapter `into` whose update is the weighted sum of others'; it becomes the active one, frozen. Returns the same model.
 
@@ -87,6 +88,7 @@ def combine(model: Model, adapters: Mapping[str, float], into: str, *, method: s
     return model
 
 
+@on_base
 def combine_error(model: nn.Module, adapter: str) -> float:
     """Of an adapter made by combine(method="svd"): the largest ||sum - result|| / ||sum|| of a layer; 0 for an exact one."""
     injection = injection_of(model)

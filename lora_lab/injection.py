@@ -25,7 +25,7 @@ from .parameters.layer import OnParameter, ParameterLoRA, part_of
 from .plans import AdapterConfig, Plan
 from .targets import adapter_names, attention_of, check_adapter_name, is_attention_output, lora_layers, make_plan
 from .token_rows.rows import attach_rows, new_rows
-from .wrapping import refuse_sharded, refuse_wrapped
+from .wrapping import on_base, refuse_sharded, refuse_wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,6 +41,7 @@ class Injection:
     places: dict[str, tuple[str, ...]] = field(default_factory=dict)  # adapter -> paths of its layers
 
 
+@on_base
 def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
     """What `inject` with the same arguments would do: a `Plan` to print. Changes nothing.
 
@@ -55,6 +56,7 @@ def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
     return make_plan(model, AdapterConfig(**{"rank": rank, **request, **patterns}))
 
 
+@on_base
 def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_modules: Any = "all-linear",
            exclude_modules: str | Sequence[str] | None = None, layers: Sequence[int] | None = None,
            rank_pattern: dict[str, int] | None = None, alpha_pattern: dict[str, float] | None = None, dropout: float = 0.0,
@@ -98,6 +100,7 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     return model
 
 
+@on_base
 def eject(model: Model) -> Model:
     """Remove every adapter: the layers' own classes come back, and every `requires_grad` is what it was before `inject`.
 

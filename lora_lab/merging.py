@@ -22,7 +22,7 @@ from .layers import LoRA, detach_adapters, reattach_adapters
 from .selection import RowSelection
 from .targets import adapter_names, lora_layers
 from .token_rows.rows import followers
-from .wrapping import refuse_replaced, refuse_sharded
+from .wrapping import on_base, refuse_replaced, refuse_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 ELEMENTS_AT_ONCE = 2**22  # of a weight, in float32
@@ -59,6 +59,7 @@ class MergeReport:
         return f"{' + '.join(self.adapters)} merged into {self.layers} layers, {lost}; {'restorable' if self.restorable else 'for good'}"
 
 
+@on_base
 def merge(model: Model, adapter: str | None = None, *, restorable: bool = True, untie: bool = False) -> Model:
     """Add the update of an adapter to the weights; returns the same model, whose layers are the plain ones they were before `inject`.
 
@@ -98,6 +99,7 @@ def merge(model: Model, adapter: str | None = None, *, restorable: bool = True, 
     return model
 
 
+@on_base
 def unmerge(model: Model) -> Model:
     """Undo `merge`: the weights have the bits they had, the adapters are back and active as before. Returns the same model.
 
@@ -113,6 +115,7 @@ def unmerge(model: Model) -> Model:
     return model
 
 
+@on_base
 def merge_report(model: nn.Module) -> MergeReport | None:
     """What is merged into this model; None where nothing is."""
     report = vars(model).get(RECORD)

@@ -30,11 +30,13 @@ from .kinds import is_conv1d, is_linear
 from .layers import LoRA
 from .parameters.layer import ParameterOwner
 from .targets import ancestors, excluded, is_head, name_matches
+from .wrapping import on_base
 
 Model = TypeVar("Model", bound=nn.Module)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@on_base
 def quantize(model: Model, kind: str = "nf4", *, exclude_modules: str | Sequence[str] | None = None) -> Model:
     """Keep the weights of a model's linear layers in four or eight bits, in place; returns the same model.
 
@@ -66,6 +68,7 @@ def quantize(model: Model, kind: str = "nf4", *, exclude_modules: str | Sequence
     return model
 
 
+@on_base
 def dequantize(model: Model) -> Model:
     """Give quantised layers an ordinary weight again, in place: what their codes stand for, frozen; returns the same model.
 
@@ -107,6 +110,7 @@ class QuantizationReport:
                 f"{self.bits_per_parameter:.3f} bits a weight")  # fmt: skip
 
 
+@on_base
 def quantization_report(model: nn.Module) -> QuantizationReport:
     """Count what a model's quantised layers keep. Raises LoraLabError where there are none.
 

@@ -31,6 +31,7 @@ from .singular_values import (
     subspace_overlap,
 )
 from .targets import adapter_names, lora_layers
+from .wrapping import on_base
 
 __all__ = [
     "Amplification", "IntrinsicRank", "LayerSpectrum", "OverlapGrid", "OverlapReport", "SingularValues", "SpectraReport", "amplification",
@@ -68,6 +69,7 @@ class SpectraReport:
         return columns_of(rows)
 
 
+@on_base
 def spectra(model: nn.Module, adapter: str | None = None, *, energy: float = 0.9, own: bool = False) -> SpectraReport:
     """Singular values, intrinsic rank and amplification of every layer an adapter changes; of a stack of experts a line for each. Changes nothing.
 
@@ -110,6 +112,7 @@ class OverlapReport:
         return columns_of(rows)
 
 
+@on_base
 def overlaps(model: nn.Module, first: str, second: str, side: str = "A") -> OverlapReport:
     """How much two adapters of one model use the same directions, for every layer both change; their ranks may differ.
 

@@ -1,4 +1,4 @@
-"""What PyTorch wraps a model in or divides it into: DistributedDataParallel, torch.compile's wrapper, fully_shard.
+"""What PyTorch wraps a model in or divides it into: DistributedDataParallel, torch.compile's wrapper, fully_shard; and our own model around a model.
 
 Adapters go into the model first, the wrapper around it afterwards. The other way round much would still run, and be wrong without a word: new
 adapters whose gradients no process exchanges, files whose names begin with "module.", layers that lose the class fully_shard gave them.
@@ -6,13 +6,34 @@ adapters whose gradients no process exchanges, files whose names begin with "mod
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .errors import LoraLabError
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
 WRAPPERS = {"DistributedDataParallel": "module", "FullyShardedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+
+
+def base_of(model: Any) -> Any:
+    """The model that adapters belong to: what a model around another one (a prompted model) names as its `lora_base`, else the model itself."""
+    return getattr(model, "lora_base", model)
+
+
+def on_base(verb: Verb) -> Verb:
+    """The verb, which given a model around another one works on that one. Where it returns the model, it returns what it was given."""
+
+    @functools.wraps(verb)
+    def called(model: Any, *args: Any, **options: Any) -> Any:
+        base = base_of(model)
+        result = verb(base, *args, **options)
+        return model if result is base else result
+
+    return called  # type: ignore[return-value]
 
 
 def refuse_wrapped(model: nn.Module, verb: str) -> None:

@@ -131,15 +131,15 @@ def _label(row: Any, where: str) -> Any:
 
 def _prompt(row: Any, template: str) -> Any:
     """Text/label rows in the template's place; others are rendered as for training."""
-    if "label" not in row:
-        return row
-    if "{text}" not in template:
-        raise LoraLabError(f"--template {template!r} has no {{text}}, where the row's text is to stand")
-    return template.replace("{text_pair}", str(row.get("text_pair", ""))).replace("{text}", str(row.get("text", "")))
+    from ..data import filled
+
+    return filled(template, row) if "label" in row else row
 
 
 def _choices(rows: Any, options: argparse.Namespace) -> tuple[Sequence[str], list[int]]:
     """The answers to choose from, and the place among them of each row's own."""
+    from ..data.verbalizing import place_of
+
     by_number = any("label" in row for row in rows)
     if by_number and not options.choices:
         raise LoraLabError("the rows have a label and this model writes text: --choices names the answer that stands for each label, in their order")
@@ -147,13 +147,4 @@ def _choices(rows: Any, options: argparse.Namespace) -> tuple[Sequence[str], lis
     choices = options.choices or list(dict.fromkeys(own))
     if len(choices) > MOST_CHOICES and not options.choices:
         raise LoraLabError(f"the rows have {len(choices)} different outputs, so they are no classes: give --choices, or --metric rouge")
-    return choices, [_place(label, choices, rows.where(index)) for index, label in enumerate(own)]
-
-
-def _place(label: Any, choices: Sequence[str], where: str) -> int:
-    if isinstance(label, int) and 0 <= label < len(choices):
-        return label
-    matching = [index for index, choice in enumerate(choices) if isinstance(label, str) and choice.strip() == label.strip()]
-    if not matching:
-        raise LoraLabError(f"{where}: its answer {label!r:.60} is none of the choices {list(choices)!r:.200}")
-    return matching[0]
+    return choices, [place_of(label, choices, rows.where(index)) for index, label in enumerate(own)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import memory_math
 
-from .shared import load_model, model_options, precision_of, targets_of
+from .shared import load_model, model_options, precision_of, story_of, targets_of
 
 # Options that are fields of TrainConfig, which has their defaults
 SETTINGS = (
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     result = fit(model, examples, config, tokenizer=tokenizer, eval_data=held_out)
     if everyone.first or divided:  # the pieces of a divided adapter are gathered by all processes, which write the same
         save(model, options.out)
-    say(_story(result))
+    say(story_of(result))
     say(f"adapter saved to {options.out}")
     everyone.leave()
 
@@ -100,19 +100,6 @@ def _config(options: argparse.Namespace, precision: str) -> Any:
 
     given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__ if hasattr(options, name)}
     return TrainConfig(**{**given, "precision": precision, "output_dir": options.out})
-
-
-def _story(result: Any) -> str:
-    lines = []
-    if result.eval_losses:
-        lines.append(f"held-out loss {result.eval_losses[0]:.3f} -> {result.eval_losses[-1]:.3f}")
-    if result.best_step is not None:
-        lines.append(f"the weights are those after step {result.best_step}, whose held-out loss was the lowest, {min(result.eval_losses):.3f}")
-    ended = ", stopped early" if result.stopped_early else ""
-    lines.append(f"training loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {result.steps} steps{ended}, {result.tokens:,} tokens "
-                 f"({result.label_tokens:,} with a label), {result.tokens_per_second:.0f} tokens/s, "
-                 f"peak {result.peak_bytes / 2**30:.2f} GiB")  # fmt: skip
-    return "\n".join(lines)
 
 
 def _prediction(model: Any, options: argparse.Namespace, config: Any, longest: int, processes: int) -> str:

@@ -1,13 +1,39 @@
-"""Options and steps that several commands have in common."""
+"""Options and steps that several commands have in common, those of prompt_tuning_lab among them."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import memory_math
+
 from ..errors import LoraLabError, did_you_mean
+
+
+def exit_code(parsed: argparse.Namespace) -> int:
+    """Run the command that was parsed. A mistake in what was asked for is one line on stderr and 2, Ctrl-C is 130, the rest 0."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            parsed.run(parsed)
+    except (LoraLabError, memory_math.MemoryMathError) as error:
+        print(f"error: {_as_an_option(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:  # training says where it stopped
+        print(_as_an_option(stop) or "interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+    return 0
+
+
+def _as_an_option(message: object) -> str:
+    """The way out, as it is called here."""
+    return str(message).replace("resume=True", "the same command with --resume")
 
 
 def model_options(command: argparse.ArgumentParser, precision: str = "auto") -> None:
@@ -88,3 +114,17 @@ def check_new_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LoraLabError(f"--out {folder} is there and not empty: choose a new folder (nothing is overwritten)")
     check_writable(folder)
+
+
+def story_of(result: Any) -> str:
+    """What a run of training gave, in a few lines."""
+    lines = []
+    if result.eval_losses:
+        lines.append(f"held-out loss {result.eval_losses[0]:.3f} -> {result.eval_losses[-1]:.3f}")
+    if result.best_step is not None:
+        lines.append(f"the weights are those after step {result.best_step}, whose held-out loss was the lowest, {min(result.eval_losses):.3f}")
+    ended = ", stopped early" if result.stopped_early else ""
+    lines.append(f"training loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f} in {result.steps} steps{ended}, {result.tokens:,} tokens "
+                 f"({result.label_tokens:,} with a label), {result.tokens_per_second:.0f} tokens/s, "
+                 f"peak {result.peak_bytes / 2**30:.2f} GiB")  # fmt: skip
+    return "\n".join(lines)

@@ -7,8 +7,9 @@ from .packing import collate_packed
 from .padding import BatchCost, PaddingReport, padding_report
 from .seq2seq import encode_answers, question_of
 from .templates import Example, encode_rows, messages_of, prompt_of
+from .verbalizing import filled, verbalize
 
 __all__ = [
     "Batch", "BatchCost", "Example", "Mixture", "PaddingReport", "Row", "Rows", "collate", "collate_packed", "encode_answers", "encode_rows",
-    "length_buckets", "load", "messages_of", "mixture", "padding_report", "padding_share", "prompt_of", "question_of", "read",
+    "filled", "length_buckets", "load", "messages_of", "mixture", "padding_report", "padding_share", "prompt_of", "question_of", "read", "verbalize",
 ]  # fmt: skip

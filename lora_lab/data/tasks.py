@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import LoraLabError
+from ..wrapping import base_of
 from .batching import Batch, collate, collate_classes
 from .classification import encode_labelled
 from .formats import Row
@@ -113,7 +114,7 @@ def task_of(model: nn.Module) -> Task:
 
     Raises LoraLabError for one that `fit` does not train: it would take the labels for something else, without a word.
     """
-    name, config = type(model).__name__, getattr(model, "config", None)
+    name, config = type(base_of(model)).__name__, getattr(model, "config", None)
     if name.endswith("ForSequenceClassification"):
         return ClassificationTask(config.num_labels, config.problem_type)  # type: ignore[union-attr]
     if getattr(config, "is_encoder_decoder", False) and name.endswith(SEQ2SEQ):

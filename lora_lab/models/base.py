@@ -100,6 +100,13 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def context_of(model: nn.Module) -> int | None:
+    """Tokens of text a row may have, where the model says so: some of its positions are not for text, or taken by virtual tokens before it."""
+    config: Any = getattr(model, "config", None)
+    length: int | None = getattr(config, "context_length", getattr(config, "max_position_embeddings", None))
+    return None if length is None else length - getattr(model, "virtual_tokens", 0)
+
+
 def check_ids(name: str, ids: Tensor, vocabulary: int, also: int = 0) -> None:
     """Raise LoraLabError for an id outside 0 .. vocabulary - 1 that is not `also`. On the CPU only: elsewhere looking would wait for the device."""
     if torch.compiler.is_compiling() or ids.device.type != "cpu":

@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import LoraLabError, did_you_mean
 from ..files import json_object, read_json
-from .base import PretrainedModel, in_mode
+from ..wrapping import base_of
+from .base import PretrainedModel, context_of, in_mode
 
 MODES = ("mean", "cls", "max", "mean_sqrt_len")
 # sentence-transformers' name for each, in 1_Pooling/config.json
@@ -105,7 +106,7 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: in
 
 def pooling_of(model: nn.Module) -> Pooling:
     """The pooling of the folder the model was loaded from."""
-    folder = getattr(model, "source_folder", None)
+    folder = getattr(base_of(model), "source_folder", None)
     return Pooling.of_folder(folder) if isinstance(folder, Path) else Pooling()
 
 
@@ -121,9 +122,7 @@ def _vectors(model: nn.Module, rows: list[list[int]], pad: int, pooling: Pooling
 
 
 def _longest(model: nn.Module, pooling: Pooling) -> int | None:
-    config = getattr(model, "config", None)
-    limits = pooling.max_length, getattr(config, "context_length", getattr(config, "max_position_embeddings", None))
-    return min((limit for limit in limits if limit is not None), default=None)
+    return min((limit for limit in (pooling.max_length, context_of(model)) if limit is not None), default=None)
 
 
 # sentence-transformers' files ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from .base import PretrainedModel, in_mode, is_encoder_decoder
+from ..wrapping import base_of
+from .base import PretrainedModel, context_of, in_mode, is_encoder_decoder
 from .causal import CausalLM
 
 OnToken = Callable[[int, int, str], None]
@@ -75,10 +76,11 @@ def generate(model: nn.Module, prompts: Sequence[str] | Sequence[Sequence[int]] 
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     answers = is_encoder_decoder(model)
-    if isinstance(model, PretrainedModel) and not (answers or isinstance(model, CausalLM)):
-        raise LoraLabError(f"a {type(model).__name__} reads text and writes none: generate needs a causal language model or an encoder-decoder")
+    if isinstance(base := base_of(model), PretrainedModel) and not (answers or isinstance(base, CausalLM)):
+        raise LoraLabError(f"a {type(base).__name__} reads text and writes none: generate needs a causal language model or an encoder-decoder")
     rows = _encode(prompts, tokenizer, special_tokens=answers)
-    limits = _limits(model, [[0]] * len(rows) if answers else rows, max_new_tokens)  # what the encoder reads takes no room from the answer
+    # what the encoder reads takes no room from the answer
+    limits = _limits(base, [[0]] * len(rows), max_new_tokens) if answers else _limits(model, rows, max_new_tokens)
     ends = getattr(tokenizer, "end_ids", None) or _eos(model.config if answers and tokenizer is None else tokenizer)
     given = stop_ids if isinstance(stop_ids, Iterable) or stop_ids is None else [stop_ids]
     stops = frozenset(_whole_numbers(given, "stop_ids") if given is not None else ends)
@@ -236,7 +238,7 @@ def _limits(model: nn.Module, rows: list[list[int]], wanted: int) -> list[int]:
     """How many tokens each row may get: as many as it would alone."""
     if not isinstance(wanted, int) or wanted < 1:
         raise LoraLabError(f"max_new_tokens={wanted!r}: expected a whole number of at least 1")
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_of(model)
     longest = max(map(len, rows))
     if context is not None and longest >= context:
         raise LoraLabError(f"a prompt has {longest} tokens, the model's context is {context}: shorten the prompt")

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Recomputable(nn.Module):
     """A block of a model: `compute` is its forward pass, which checkpointing may run again."""
 
     recompute = False
+    recompute_in_eval = False
 
     def compute(self, x: Tensor, *args: Any) -> Tensor:
         raise NotImplementedError
@@ -48,13 +50,14 @@ class Recomputable(nn.Module):
     @property
     def recomputes(self) -> bool:
         """Is checkpointing at work in a forward pass made now?"""
-        return self.recompute and self.training and torch.is_grad_enabled()
+        return self.recompute and (self.training or self.recompute_in_eval) and torch.is_grad_enabled()
 
 
 class RecomputableCore(nn.Module):
     """An attention whose core, softmax(q k^T) v, checkpointing may run again; `attend` asks."""
 
     recompute_core = False
+    recompute_in_eval = False
 
 
 def set_recompute(model: nn.Module, mode: Mode) -> None:
@@ -72,3 +75,16 @@ def set_recompute(model: nn.Module, mode: Mode) -> None:
 def recompute_mode(model: nn.Module) -> bool:
     """Whether any part of the model is recomputed in training."""
     return any(getattr(module, "recompute", False) or getattr(module, "recompute_core", False) for module in model.modules())
+
+
+@contextlib.contextmanager
+def recomputing_in_eval(model: nn.Module) -> Iterator[None]:
+    """Inside the block checkpointing is at work in eval mode, too: dropout is off in a frozen model, but a prompt before it trains through it."""
+    parts = [module for module in model.modules() if isinstance(module, (Recomputable, RecomputableCore))]
+    try:
+        for part in parts:
+            part.recompute_in_eval = True
+        yield
+    finally:
+        for part in parts:
+            part.recompute_in_eval = False

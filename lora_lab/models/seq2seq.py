@@ -48,8 +48,11 @@ class Seq2SeqLM(PretrainedModel):
 
     decoder_path: ClassVar[str] = "decoder"
 
-    def encode(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        """x: [B, S, H] embeddings.  padding: [B, S], 1 for text.  Returns [B, S, H]."""
+    def encode(self, x: Tensor, padding: Tensor | None, past: EncoderDecoderCache | None = None) -> Tensor:
+        """x: [B, S, H] embeddings.  padding: [B, past + S], 1 for text.  Returns [B, S, H].
+
+        past: keys and values that each layer looks at, too, before those of the text (a prefix); these are added to it.
+        """
         raise NotImplementedError
 
     def decode(self, x: Tensor, encoded: Tensor, encoder_padding: Tensor | None, padding: Tensor | None, cache: EncoderDecoderCache | None) -> Tensor:

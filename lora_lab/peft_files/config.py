@@ -39,6 +39,7 @@ READ = {
 }  # fmt: skip
 # Which layers: the tensors say it themselves, and are compared with these (see request.py).
 COMPARED = {"exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"}
+PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "LORA_LAB_PREFIX")  # files of another method
 # Where an adapter came from, or what mattered while it was trained: the function is the same without.
 PROVENANCE = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision",
@@ -177,7 +178,8 @@ def from_peft(config: dict[str, Any], path: Path, not_here: Collection[str] = ()
     base, and whose change the caller computes again.
     """
     if config.get("peft_type") != "LORA":
-        raise LoraLabError(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+        prompt = ": prompt_tuning_lab.load reads it" if config.get("peft_type") in PROMPTS else ""
+        raise LoraLabError(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'{prompt}")
     if (init := initialisation(config)) not in (*HARMLESS_INITIALISATIONS, *found_again):
         raise LoraLabError(f"{path}: init_lora_weights={init!r} changed the base weights while training{_why_not(init)}; convert the adapter with "
                            "PEFT first (save_pretrained with path_initial_model_for_weight_conversion)")  # fmt: skip

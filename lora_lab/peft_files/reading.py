@@ -46,7 +46,7 @@ CONTAINERS = {  # name in a file -> container of the layer
 def read_contents(model: nn.Module, folder: Path) -> Contents:
     """Raises LoraLabError for a missing or damaged file, one of another model, and a feature that is not read here."""
     stored, metadata = _read_tensors(folder)
-    written = read_config(folder, metadata, stacklevel=4)
+    written = read_config(folder, metadata, stacklevel=5)
     config = of_this_model(model, from_peft(written, folder / CONFIG, found_again=FOUND_AGAIN))
     by_parameter = parameters_from_file(model, stored, config.target_parameters, metadata, PREFIX, folder)
     without_rows, rows = rows_from_file(by_parameter)

@@ -33,7 +33,7 @@ def rows_for_file(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """An adapter's rows by their names in a file; warns where PEFT computes something else from them."""
     for path, layer in model.named_modules():
         if isinstance(layer, LoRA) and isinstance(layer.lora_variant.get(adapter), TiedRows) and getattr(layer, "bias", None) is not None:
-            warnings.warn(f"{path!r} has a bias, which PEFT (0.21 at least) leaves out where trained token rows are tied", stacklevel=4)
+            warnings.warn(f"{path!r} has a bias, which PEFT (0.21 at least) leaves out where trained token rows are tied", stacklevel=5)
     return {f"{PREFIX}{path}{ROWS}": layer.lora_extra("lora_tokens")[adapter] for path, layer in own_rows(model, adapter).items()}
 
 

@@ -18,8 +18,9 @@ from .precision import fastest_precision
 from .result import FitResult
 from .run import Interrupted
 from .sharding import shard
+from .sweeps import Sweep, Trial, grid, sweep
 
 __all__ = [
-    "FitResult", "Interrupted", "TrainConfig", "accuracy", "answers", "best_choices", "evaluate", "f1", "fastest_precision", "fit", "forgetting",
-    "perplexity", "predict_classes", "rouge", "samples", "score_choices", "shard",
+    "FitResult", "Interrupted", "Sweep", "TrainConfig", "Trial", "accuracy", "answers", "best_choices", "evaluate", "f1", "fastest_precision", "fit",
+    "forgetting", "grid", "perplexity", "predict_classes", "rouge", "samples", "score_choices", "shard", "sweep",
 ]  # fmt: skip

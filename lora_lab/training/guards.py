@@ -15,11 +15,15 @@ from ..errors import LoraLabError
 from ..models.base import PretrainedModel
 from ..models.recompute import Mode
 from ..targets import lora_layers
-from ..wrapping import gathered
+from ..wrapping import base_of, gathered
 from .pieces import piece
 
 NOTHING_LEARNS = ("the loss depends on no weight that requires grad: is the adapter that trains switched on (lora_lab.use)? "
                   "Reentrant checkpointing over frozen inputs cuts the graph, too (use_reentrant=False)")  # fmt: skip
+
+
+class Diverged(LoraLabError):
+    """The loss or a gradient is not a number any more."""
 
 
 class WhichLayersRan:
@@ -67,6 +71,7 @@ def _drop_gradients(parameters: list[nn.Parameter]) -> None:
 @contextlib.contextmanager
 def checkpointing(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Gradient checkpointing for the run, where the model does not use it already."""
+    model = base_of(model)
     if not mode or _member(model, "is_{}_checkpointing"):
         yield
         return
@@ -141,6 +146,7 @@ def out_of_memory_explained(model: nn.Module, request: dict[str, Any], longest: 
 
 
 def _prediction(model: nn.Module, request: dict[str, Any]) -> str:
+    model = base_of(model)
     try:
         savings = memory_math.savings(model, **request)
     except memory_math.MemoryMathError as error:

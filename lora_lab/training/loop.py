@@ -23,7 +23,7 @@ from ..data.tasks import Task, packed_task_of, task_of
 from ..data.templates import IGNORE
 from ..errors import LoraLabError
 from ..merging import refuse_merged
-from ..models.base import in_mode
+from ..models.base import context_of, in_mode
 from ..models.causal import refuse_per_sample
 from ..targets import lora_layers
 from .batches import Examples, epoch_batches
@@ -178,9 +178,7 @@ def _check_settings(config: TrainConfig, held_out: Examples) -> None:
 
 def _longest_row(model: nn.Module, config: TrainConfig) -> int | None:
     """Tokens a row may have: no more than max_length, and no more than the model's context."""
-    its = getattr(model, "config", None)
-    limits = config.max_length, getattr(its, "context_length", getattr(its, "max_position_embeddings", None))  # some positions are not for text
-    return min((limit for limit in limits if limit is not None), default=None)
+    return min((limit for limit in (config.max_length, context_of(model)) if limit is not None), default=None)
 
 
 def _request(model: nn.Module, config: TrainConfig, longest: int, everyone: World) -> dict[str, Any]:
@@ -192,4 +190,5 @@ def _request(model: nn.Module, config: TrainConfig, longest: int, everyone: Worl
     return {"method": method, "precision": config.precision, "batch_size": rows, "sequence_length": longest,
             "grad_accum_steps": config.grad_accum_steps, "gradient_checkpointing": config.gradient_checkpointing, "optimizer": config.optimizer,
             "optimizer_in_backward": config.optimizer_in_backward, "offload_activations": config.activation_offload,
-            "world_size": everyone.size, "zero_stage": 3 if is_sharded(model) else 0, **({"rank": max(ranks)} if ranks else {})}  # fmt: skip
+            "world_size": everyone.size, "zero_stage": 3 if is_sharded(model) else 0, **({"rank": max(ranks)} if ranks else {}),
+            **({} if layers else getattr(model, "memory_request", {}))}  # fmt: skip

@@ -23,13 +23,13 @@ from ..data.tasks import Task
 from ..errors import LoraLabError
 from ..learning_rates import parameter_groups
 from ..models.base import PretrainedModel, in_mode
-from ..wrapping import gathered
+from ..wrapping import base_of, gathered
 from . import snapshots, state
 from .accounting import Log, peak_bytes, reset_peak
 from .batches import Examples, count_steps, step_batches
 from .config import TrainConfig
 from .distributed import ALONE, World, accumulating, agree_on_weights, data_parallel, same_random_numbers
-from .guards import NOTHING_LEARNS, WhichLayersRan, first_gradient_not_finite, first_not_finite
+from .guards import NOTHING_LEARNS, Diverged, WhichLayersRan, first_gradient_not_finite, first_not_finite
 from .memory_saving import StepsInBackward, offloaded_activations
 from .optimizers import learning_rate_share, make_optimizer
 from .pieces import joined_like, piece
@@ -274,8 +274,8 @@ class Run:
         if place == "the loss" and what != "loss":
             place = first_gradient_not_finite(self.model) or place
         rows, place = next((found for found in self.world.gather((rows, place)) if found[1] != "the loss"), (rows, place))
-        raise LoraLabError(f"the {what} is {value} at step {step}: in rows {rows} the first tensor that is not finite is {place}. Lower learning_rate"
-                           f" ({self.config.learning_rate}), warm up longer, or train in fp32; the weights are those before this step")  # fmt: skip
+        raise Diverged(f"the {what} is {value} at step {step}: in rows {rows} the first tensor that is not finite is {place}. Lower learning_rate"
+                       f" ({self.config.learning_rate}), warm up longer, or train in fp32; the weights are those before this step")  # fmt: skip
 
     # Evaluation ---------------------------------------------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ def evaluate(model: nn.Module, task: Task, examples: Examples, config: TrainConf
     lengths = [len(example["input_ids"]) for example in examples]
     total = tokens = 0.0
     with in_mode(model, training=False), PRECISIONS[config.precision].autocast(device):
-        if isinstance(model, PretrainedModel):
+        if isinstance(base_of(model), PretrainedModel):
             model.training = True  # the top module alone: dropout stays off, and only labelled positions get logits
         batches, shown = world.mine(length_buckets(lengths, config.micro_batch_size)), config.progress and world.first
         for indices, counts in tqdm(batches, "evaluate", disable=not shown, leave=False, delay=2):

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ...data.batching import length_buckets
 from ...errors import LoraLabError, did_you_mean
-from ...models.base import is_encoder_decoder
+from ...models.base import context_of, is_encoder_decoder
 from ...models.cache import KVCache
 from ...models.generation import decoder_start, left_pad, right_pad
-from .passes import Prompt, context_of, evaluating, in_batches, prompt_ids
+from .passes import Prompt, evaluating, in_batches, prompt_ids
 
 Choice = str | Sequence[int]
 Ids = tuple[int, ...]

@@ -15,7 +15,8 @@ from ...data.classification import MULTI, REGRESSION, encode_labelled, problem_o
 from ...data.formats import Rows
 from ...data.tasks import ClassificationTask, task_of
 from ...errors import LoraLabError
-from .passes import context_of, evaluating, in_batches
+from ...models.base import context_of
+from .passes import evaluating, in_batches
 
 Class = Hashable | Sequence[int]
 NO_LABEL = {MULTI: lambda labels: [0] * labels, REGRESSION: lambda labels: [0.0] * labels if labels > 1 else 0.0}

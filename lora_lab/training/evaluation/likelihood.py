@@ -10,10 +10,11 @@ from torch import nn
 
 from ...data.tasks import ClassificationTask, task_of
 from ...errors import LoraLabError
+from ...models.base import context_of
 from ...targets import lora_layers
 from ..config import TrainConfig
 from ..run import evaluate
-from .passes import check_batch_size, context_of
+from .passes import check_batch_size
 
 
 def perplexity(model: nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any = None, *, batch_size: int = 8, max_length: int | None = None,

@@ -67,10 +67,3 @@ def _ids(prompt: Prompt, where: str, tokenizer: Any, answers: bool) -> list[int]
     if not ids:
         raise LoraLabError(f"{where} is empty: expected at least one token")
     return list(ids)
-
-
-def context_of(model: nn.Module) -> int | None:
-    """Tokens a row may have, where the model says so."""
-    config: Any = getattr(model, "config", None)
-    length: int | None = getattr(config, "context_length", getattr(config, "max_position_embeddings", None))  # some positions are not for text
-    return length
