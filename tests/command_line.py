@@ -35,13 +35,13 @@ class Shop:
         return {str(path): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
 
 
-def run(command, **options):
-    """main() with --name value for each option; a value of None leaves the option out, True is a switch, a list several words."""
+def run(command, by=main, **options):
+    """main(), or another one, with --name value for each option; a value of None leaves the option out, True is a switch, a list several words."""
     words = [command]
     for name, value in options.items():
         if value is not None:
             words += [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
-    return main(words)
+    return by(words)
 
 
 def check_refusal(code, capsys, message):

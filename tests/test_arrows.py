@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("lora_lab", "memory_math")
+PACKAGES = ("lora_lab", "memory_math", "prompt_tuning_lab")
 WORKSHOP = ("models", "data", "training", "commands", "__main__", "demo")  # every other file of lora_lab is LoRA itself: torch and safetensors only
 LAZILY = {"merge": "tqdm"}  # a progress bar, imported when it is shown
 
@@ -65,7 +65,8 @@ def test_lora_itself_needs_no_models_no_data_no_training():
 
 @pytest.mark.parametrize(
     ("statement", "absent"),
-    [("import lora_lab", ["tokenizers", "gguf", "jinja2", "transformers", "memory_math", "huggingface_hub"]),
+    [("import lora_lab", ["tokenizers", "gguf", "jinja2", "transformers", "memory_math", "huggingface_hub", "prompt_tuning_lab"]),
+     ("import prompt_tuning_lab", ["transformers", "peft", "memory_math", "matplotlib"]),
      ("import memory_math; memory_math.predict('llama-2-7b')", ["torch", "numpy", "lora_lab"])],
 )  # fmt: skip
 def test_importing_brings_in_no_more_than_it_says(statement, absent):

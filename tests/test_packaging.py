@@ -20,7 +20,8 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "lora_lab", "memory_math"):  # a build must not write into the checkout
+    # a build must not write into the checkout
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "lora_lab", "memory_math", "prompt_tuning_lab"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -30,7 +31,7 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_holds_every_module_the_bundled_data_and_the_licence(wheel):
-    for package in ("lora_lab", "memory_math"):
+    for package in ("lora_lab", "memory_math", "prompt_tuning_lab"):
         for path in (ROOT / package).rglob("*"):
             if path.suffix in (".py", ".jsonl", ".typed"):
                 assert path.relative_to(ROOT).as_posix() in wheel
@@ -40,7 +41,8 @@ def test_the_wheel_holds_every_module_the_bundled_data_and_the_licence(wheel):
 
 def test_the_wheels_commands_and_version_are_ours(wheel):
     points = next(text.decode() for name, text in wheel.items() if name.endswith("entry_points.txt"))
-    assert "lora-lab = lora_lab.__main__:main" in points and "memory-math = memory_math.__main__:main" in points
+    for name, package in (("lora-lab", "lora_lab"), ("memory-math", "memory_math"), ("prompt-tuning-lab", "prompt_tuning_lab")):
+        assert f"{name} = {package}.__main__:main" in points
     metadata = next(text.decode() for name, text in wheel.items() if name.endswith("METADATA"))
     assert f"Version: {lora_lab.__version__}" in metadata
 

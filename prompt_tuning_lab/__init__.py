@@ -1,0 +1,39 @@
+"""Soft prompts written by hand: a task as a few trained vectors before the text of a model that stays as it is.
+
+>>> import torch
+>>> from lora_lab.models import GPT2Config, GPT2LMHeadModel
+>>> model = GPT2LMHeadModel(GPT2Config.from_dict({"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64})).eval()
+>>> prompted = inject(model, 20)                                       # the model is frozen; only 20 rows of 16 numbers train now
+>>> print(count_parameters(prompted))
+320 of 8,736 parameters are trainable (3.66 %)
+>>> ids = torch.arange(12).view(2, 6)
+>>> prompted(input_ids=ids).logits.shape                               # the text's: virtual tokens are read and not answered
+torch.Size([2, 6, 50])
+>>> prompted = inject(prompted, 5, task="other")                       # a second task beside the same model
+>>> with per_sample(prompted, ["default", "other"]):                   # each row of the batch with its own
+...     logits = prompted(input_ids=ids).logits
+>>> torch.equal(use(prompted, None)(input_ids=ids).logits, model(input_ids=ids).logits)
+True
+"""
+
+from __future__ import annotations
+
+from lora_lab.errors import LoraLabError
+
+from .checkpoint import load, save
+from .counting import count_parameters
+from .initialization import Initialization
+from .injection import inject
+from .insertion import insert_prompts
+from .interpretation import drift, nearest_tokens, similarity
+from .mixed_tasks import Ensemble, ensemble, per_sample, use
+from .prefix import Prefix, insert_prefixes
+from .prompted_model import PromptedModel
+from .reparameterization import PrefixMLP, PTuning, ResidualPrompt
+from .soft_prompt import Prompt, SoftPrompt
+
+__all__ = [
+    "Ensemble", "Initialization", "LoraLabError", "PTuning", "Prefix", "PrefixMLP", "Prompt", "PromptedModel", "ResidualPrompt", "SoftPrompt",
+    "count_parameters", "drift", "ensemble", "inject", "insert_prefixes", "insert_prompts", "load", "nearest_tokens", "per_sample", "save",
+    "similarity", "use",
+]  # fmt: skip

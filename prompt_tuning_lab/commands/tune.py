@@ -1,0 +1,144 @@
+"""python -m prompt_tuning_lab tune: train a prompt before a model that stays as it is."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from lora_lab.commands.shared import model_options, precision_of, story_of
+from lora_lab.errors import LoraLabError
+
+from .lessons import Lesson, lesson_of
+from .memory import bytes_of, memory_of_a_step
+
+# Options that are fields of TrainConfig, which has their defaults
+SETTINGS = (
+    (("steps", "max-steps"), int, "optimizer steps; default: --epochs"), (("epochs",), float, "passes over the data, 1 if not given"),
+    (("batch-size", "micro-batch-size"), int, "rows in one forward and backward pass"), (("grad-accum-steps",), int, "batches in a step"),
+    (("learning-rate",), float, "default: derived from the size of the model's embedding, see --share"),
+    (("schedule",), str, "linear, cosine or constant"), (("warmup-steps",), int, "default: 5 %% of the steps"), (("weight-decay",), float, None),
+    (("optimizer",), str, "adamw, adam, sgd, momentum, adafactor or lion"), (("max-length",), int, "tokens a row may have"),
+    (("eval-every",), int, "steps between evaluations; default: before the first and after the last"),
+    (("early-stopping",), int, "stop after so many evaluations without a better loss"),
+    (("save-every",), int, "steps between snapshots of the whole run, from which --resume goes on; Ctrl-C takes one, too"),
+)  # fmt: skip
+SWITCHES = (
+    ("keep-best", "end with the prompt of the best evaluation, not the last"), ("resume", "go on from the newest snapshot in --output"),
+    ("gradient-checkpointing", "compute each block again in backward instead of keeping it"),
+)  # fmt: skip
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    model_options(command)
+    command.add_argument("--data", required=True, help="'reviews' (bundled), or a .json/.jsonl file of instruction/input/output, messages or "
+                         "text/label rows")  # fmt: skip
+    command.add_argument("--eval-data", help="held-out rows; the bundled data brings its own")
+    command.add_argument("--output", required=True, type=Path, help="folder for the prompt, log.jsonl and snapshots")
+    command.add_argument("--method", default="prompt", help="prompt, prefix, p-tuning or residual")
+    command.add_argument("--num-virtual-tokens", type=int, default=20)
+    command.add_argument("--init", help="vocab, random, text, labels, or a path of a prompt; default: what --text or --labels say, else vocab")
+    command.add_argument("--text", help="the words the prompt begins as")
+    command.add_argument("--labels", nargs="+", metavar="WORD", help="the words for the classes, a virtual token each, as a start")
+    command.add_argument("--placement", default="front", help="front or after-bos")
+    command.add_argument("--encoder-hidden-size", type=int, help="of the network of p-tuning or residual")
+    command.add_argument("--choices", nargs="+", metavar="ANSWER", help="of text/label rows, a language model's answer for each label")
+    command.add_argument("--template", default="{text}", help="and what it reads before the answer, with {text} in it")
+    command.add_argument("--share", type=float, help="how far a step moves each number, as a part of the size of a word's; default: 0.1")
+    command.add_argument("--samples", type=int, default=3, help="rows whose texts are shown before and after; 0 shows none")
+    command.add_argument("--seed", type=int, default=0)
+    for names, kind, says in SETTINGS:
+        dest = names[-1].replace("-", "_")
+        command.add_argument(*(f"--{name}" for name in names), dest=dest, type=kind, default=argparse.SUPPRESS, help=says)
+    for name, says in SWITCHES:
+        command.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=says)
+
+
+def run(options: argparse.Namespace) -> None:
+    from lora_lab import data
+    from lora_lab.data.tasks import task_of
+    from lora_lab.files import check_writable
+    from lora_lab.training import TrainConfig, fit
+
+    from .. import count_parameters, save, use
+
+    precision = precision_of(options)
+    given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__ if hasattr(options, name)}
+    TrainConfig.of(given | {"precision": precision, "output_dir": options.output})  # before anything is loaded
+    rows, held_out = data.load(options.data)
+    if options.eval_data:
+        held_out = data.load(options.eval_data)[0]
+    lesson = lesson_of(options, rows, held_out, precision)
+    prompted = _injected(lesson, options)
+    learned, task = lesson.learned(rows), task_of(prompted)
+    examples = data.Rows(task.encode(learned, lesson.tokenizer, given.get("max_length")), rows.source, rows.lines)
+    config = _config(prompted, examples, options, given | {"precision": precision, "output_dir": options.output})
+    check_writable(options.output)
+    print(f"{prompted.prompt().num_virtual_tokens} virtual tokens: {prompted.prompt().initialization}")
+    print(f"{count_parameters(prompted)}\n{_rate(prompted, config, options)}\n{memory_of_a_step(prompted, examples, config)}")
+    use(prompted, None)
+    texts, right = lesson.texts(prompted, options.samples, config.seed), lesson.accuracy(prompted, precision, config.micro_batch_size)
+    use(prompted, "default")
+    result = fit(prompted, examples, config, tokenizer=lesson.tokenizer, eval_data=lesson.learned(held_out))
+    save(prompted, options.output)
+    print(story_of(result))
+    _show(lesson, prompted, texts, right, config, options)
+    print(_files(options.output, prompted))
+
+
+def _injected(lesson: Lesson, options: argparse.Namespace) -> Any:
+    from .. import inject
+
+    init = options.init or ("text" if options.text is not None else "labels" if options.labels else "vocab")
+    prompted = inject(lesson.model, options.num_virtual_tokens, method=options.method, init=init, text=options.text, labels=options.labels,
+                      tokenizer=lesson.tokenizer, placement=options.placement, encoder_hidden_size=options.encoder_hidden_size,
+                      seed=options.seed)  # fmt: skip
+    if lesson.new_head:
+        prompted.base.classifier.requires_grad_(True)
+    return prompted
+
+
+def _config(prompted: Any, examples: Any, options: argparse.Namespace, given: dict[str, Any]) -> Any:
+    from ..tuning import SHARE, training_config
+
+    if options.share is not None and "learning_rate" in given:
+        raise LoraLabError(f"--share {options.share:g} with --learning-rate {given['learning_rate']:g}: they say the same in two ways; give one")
+    return training_config(prompted, examples, SHARE if options.share is None else options.share, **given)
+
+
+def _rate(prompted: Any, config: Any, options: argparse.Namespace) -> str:
+    """The learning rate, and what it comes from where it is derived."""
+    from ..tuning import SHARE, gain, scale
+
+    said = f"learning rate {config.learning_rate:.3g}, {config.warmup_steps} steps of warm-up"
+    if "learning_rate" in options:
+        return said
+    prompt, share = prompted.prompt(), SHARE if options.share is None else options.share
+    what, moved = "the size of its keys and values" if prompt.method == "prefix" else "the size of a word", gain(prompt)
+    network = f", / {moved:.3g}, the gain of its network" if abs(moved - 1) > 1e-6 else ""
+    return f"{said}: {share:g} x {scale(prompted, prompt):.3g}, {what}{network}"
+
+
+# What came of it ------------------------------------------------------------------------------------------------------------------
+
+
+def _show(lesson: Lesson, prompted: Any, texts: list[str], right: float, config: Any, options: argparse.Namespace) -> None:
+    from lora_lab.data import question_of
+    from lora_lab.training.evaluation import Samples
+
+    if not math.isnan(right):
+        after = lesson.accuracy(prompted, config.precision, config.micro_batch_size)
+        print(f"held-out accuracy {right:.4f} without the prompt, {after:.4f} with it ({len(lesson.held_out)} rows)")
+    if texts:
+        asked = [question if isinstance(question, str) else question_of(question) for question in lesson.questions(options.samples)]
+        columns = {"without the prompt": texts, "with it": lesson.texts(prompted, options.samples, config.seed)}
+        print(f"\n{Samples(asked, columns)}\n")
+
+
+def _files(folder: Path, prompted: Any) -> str:
+    from ..peft_files.description import describe
+
+    whole = sum(map(bytes_of, prompted.base.parameters()))
+    files = " and ".join(f"{size:,} bytes of {name}" for name, size in describe(folder).files.items())
+    return f"saved to {folder}: {files}; the model has {whole:,}"

@@ -1,0 +1,66 @@
+"""Models with a head that pools hidden states or points at them: classes of a text or of its tokens, answer spans, words under masks.
+
+    hidden = backbone([prompt; text])      the prompt is put in before the backbone
+    logits = head(hidden of the text)      and taken out right behind it
+
+So the head, its pooling, labels and start and end positions see the text alone: BERT's head reads [CLS] and not a virtual token, GPT-2's
+finds the last word by the ids it knows, positions of an answer are the text's own (traps T15 and T15b).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lab.errors import LoraLabError
+
+from .insertion import Inserted
+
+Insert = Callable[[dict[str, Any]], Inserted]
+
+
+@contextlib.contextmanager
+def inserted_before(
+    backbone: nn.Module, arguments: Sequence[str], insert: Insert, text_only: Callable[[Any, Inserted], Any]
+) -> Iterator[None]:
+    """Inside the block a call of `backbone` reads the prompt, too, and gives back what belongs to the text. For one call: hooks, gone after it.
+
+    arguments: of the backbone's forward, in their order.  insert: from what it is called with to what it is called with instead.
+    text_only: takes the prompt out of the output again.
+    """
+    calls: list[Inserted] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        inputs = {**dict(zip(arguments, args, strict=False)), **given}
+        inputs.pop("cache_position", None)  # transformers 4 counts the text's; without it the model counts its cache
+        calls.append(insert(inputs))
+        return (), calls[-1].inputs
+
+    def after(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
+        return text_only(out, calls.pop())
+
+    handles = [backbone.register_forward_pre_hook(before, with_kwargs=True), backbone.register_forward_hook(after, with_kwargs=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pooled(backbone: Any, hidden: Tensor, before: Tensor) -> Tensor:
+    """The pooler's output for the text's own first position. hidden: [B, T, H].  before: [B, H], what it made of a virtual token.
+
+    Raises LoraLabError for a pooler that is no function of the hidden states.
+    """
+    pooler, result = getattr(backbone, "pooler", None), None
+    if isinstance(pooler, nn.Linear):  # ALBERT keeps its pooler in two parts
+        result = backbone.pooler_activation(pooler(hidden[:, 0]))
+    elif pooler is not None:
+        result = pooler(hidden)
+    if not isinstance(result, Tensor) or result.shape != before.shape:
+        raise LoraLabError(f"a {type(backbone).__name__} makes its pooler_output in a way that is not known here, so it cannot be made again of the "
+                           "text alone: use a prefix, which has no positions among the text's")  # fmt: skip
+    return result
