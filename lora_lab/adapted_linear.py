@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import few_rows
 from .autocast import autocast_dtype
 from .remade import recipe_of
 
@@ -28,7 +29,13 @@ def is_simple(layer: Any, x: Tensor) -> bool:
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """x: [..., in], weight: [out, in], A: [r, in], B: [out, r], all of one dtype -> [..., out]."""
+    """x: [..., in], weight: [out, in], A: [r, in], B: [out, r] -> [..., out], in x's and the weight's dtype.
+
+    Of x and A the smaller one is cast: A and B in a step of training, in one of generation the few tokens' x.
+    """
+    if not torch.is_grad_enabled() and x.numel() <= A.numel():
+        return few_rows.linear(x, weight, bias).add_(F.linear(F.linear(x.to(A.dtype), A), B), alpha=scaling)
+    A, B = A.to(x.dtype), B.to(x.dtype)
     if not torch.is_grad_enabled():
         return _AdaptedLinear.forward(x, weight, bias, A, B, scaling, None)[0]
     make, sources = recipe_of(x) or (None, ())

@@ -107,8 +107,8 @@ class LoRA:
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input: [..., in].  Returns [..., out] in the base layer's dtype."""
         x = remember_selection(input, self.lora_active)
-        if type(self) is LoRALinear and (adapter := self._only_plain_adapter(x)) is not None and is_simple(self, x):
-            A, B = (tensor.to(x.dtype) for tensor in self.lora_variant[adapter].pair(self, adapter))
+        if type(self) is LoRALinear and (adapter := self._only_plain_adapter()) is not None and is_simple(self, x):
+            A, B = self.lora_variant[adapter].pair(self, adapter)
             return self._remembered(adapted_linear(x, self.weight, self.bias, A, B, self.lora_scaling[adapter]), x)
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if isinstance(self.lora_active, RowSelection):
@@ -136,15 +136,10 @@ class LoRA:
             places.append(rows)
         return y.index_add(dim, torch.cat(places), self._remembered(torch.cat(updates, dim), x)) if updates else y
 
-    def _only_plain_adapter(self, x: Tensor) -> str | None:
-        """The active adapter where it is one, the same for every row, and plain; None where not, and for the few rows of `lora_update`."""
-        if len(self.lora_active) != 1 or isinstance(self.lora_active, RowSelection) or not self._is_plain(self.lora_active[0]):
-            return None
-        return None if self._is_smaller(x, self.lora_active[0]) else self.lora_active[0]
-
-    def _is_smaller(self, x: Tensor, adapter: str) -> bool:
-        """Whether x is smaller than A, as the few tokens of a step of generation are."""
-        return not torch.is_grad_enabled() and x.numel() <= self.lora_A[adapter].numel()
+    def _only_plain_adapter(self) -> str | None:
+        """The active adapter where it is one, the same for every row, and plain; else None."""
+        active = self.lora_active
+        return active[0] if len(active) == 1 and not isinstance(active, RowSelection) and self._is_plain(active[0]) else None
 
     def _is_plain(self, adapter: str) -> bool:
         """Whether the update is two products and nothing else."""
@@ -168,14 +163,9 @@ class LoRA:
         return torch.baddbmm(y.reshape(len(selected.rows), -1, y.shape[-1]), low, B.mT).view_as(y)
 
     def lora_update(self, adapter: str, x: Tensor) -> Tensor:
-        """``scaling * (B A x + bias)``: [..., in] -> [..., out], in training with dropout.
-
-        Casts the small A and B to x's dtype, not x to theirs; where x is the smaller one, x.
-        """
+        """``scaling * (B A x + bias)``: [..., in] -> [..., out], in training with dropout. Casts the small A and B to x's dtype, not x to theirs."""
         A, B = self.lora_variant[adapter].pair(self, adapter)
         kind, scaling = self.lora_kind, self.lora_scaling[adapter]
-        if kind.by_product and self._is_smaller(x, adapter):
-            x = x.to(A.dtype)
         dtype, dropout = kind.dtype(self, x), self.lora_dropout[adapter] if self.training else 0.0
         update = kind.update(self, x, A.to(dtype), B.to(dtype), scaling, dropout)
         if adapter not in self.lora_extra("lora_B_bias"):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import few_rows
 from ..autocast import autocast_dtype
 from ..remade import can_be_remade
 
@@ -26,22 +27,13 @@ def applied(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
 
 # Linear layers of a few rows ------------------------------------------------------------------------------------------------
 
-FEW_ROWS = 32  # tokens of one step of generation, up to which reading the weight is what a product costs
-
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)`` of a linear layer; for the few rows of a step of generation on a CPU as W x^T, which reads W as it lies.
-
-    F.linear rearranges a 16-bit W for every product, which for a few rows takes as long as the product itself.
-    """
-    rows = x.numel() // x.shape[-1]
-    slow_otherwise = x.dtype == torch.bfloat16 and x.is_cpu and rows <= FEW_ROWS
-    if not slow_otherwise or torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(layer):
+    """``layer(x)`` of a linear layer, for the few rows of a step of generation as few_rows.py makes it."""
+    if not few_rows.are_few(x) or not is_plain(layer):
         return layer(x)
     assert isinstance(layer, nn.Linear)
-    weight, bias = layer.weight, layer.bias
-    y = torch.mv(weight, x.reshape(-1)) if rows == 1 else torch.mm(weight, x.reshape(rows, -1).mT).mT
-    return y.reshape(*x.shape[:-1], -1) if bias is None else y.reshape(*x.shape[:-1], -1) + bias
+    return few_rows.linear(x, layer.weight, layer.bias)
 
 
 def is_plain(layer: nn.Module) -> bool:
