@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def theirs(grouped: bool) -> dict[str, Any]:
     before = evaluate(model, held_out, config)
     options = {"train_sampling_strategy": "group_by_length"} if grouped else {}
     arguments = transformers.TrainingArguments(
-        output_dir="unused", num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=RATE, lr_scheduler_type="linear",
+        output_dir=tempfile.mkdtemp(), num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=RATE, lr_scheduler_type="linear",
         bf16=True, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
         weight_decay=0.0, **options,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from .frozen_base import learning_through
 from .generating import generate
 from .heads import inserted_before, pooled
 from .insertion import Inserted, insert_prompts
-from .prefix import cache_asked_for, insert_prefixes
+from .prefix import cache_asked_for, insert_prefixes, without_cache
 from .soft_prompt import Prompt
 
 
@@ -198,8 +198,8 @@ class PromptedModel(nn.Module):
 
         Of attention, the text's rows: what each word looks at, virtual tokens among it.
         """
-        if inserted.drop_cache and getattr(out, "past_key_values", None) is not None:
-            out.past_key_values = None  # that the prefix was put into
+        if inserted.drop_cache:
+            out = without_cache(out)  # that the prefix was put into
         if inserted.length == 0 or self.inner_kind.encodes:
             return out
         if getattr(out, "logits", None) is not None and self.kind.causal:

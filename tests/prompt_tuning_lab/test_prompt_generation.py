@@ -232,3 +232,13 @@ def test_models_that_write_nothing_are_told() -> None:
         prompted = inject(both("BertForSequenceClassification", torch.float32)[side], 3)
         with pytest.raises(LoraLabError, match="a BertForSequenceClassification reads text and writes none"):
             prompted.generate([[5, 6]])
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_an_encoder_decoders_beams_are_the_same_without_a_cache(method: str) -> None:
+    """The cache that a prefix comes in is not given back: transformers refuses to reorder it (trap T7)."""
+    prompted = inject(model("theirs", "t5-deep-encoder"), 4, method=method, init="random", seed=1)
+    settings = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False}
+    ids = torch.tensor([ROWS[0], ROWS[0][::-1]])
+    cached, again = (prompted.generate(input_ids=ids, use_cache=use_cache, **settings) for use_cache in (True, False))
+    assert torch.equal(cached, again)
