@@ -27,13 +27,16 @@ from .injection import inject
 from .insertion import insert_prompts
 from .interpretation import drift, nearest_tokens, similarity
 from .mixed_tasks import Ensemble, ensemble, per_sample, use
+from .picture import picture
 from .prefix import Prefix, insert_prefixes
 from .prompted_model import PromptedModel
 from .reparameterization import PrefixMLP, PTuning, ResidualPrompt
 from .soft_prompt import Prompt, SoftPrompt
+from .summary import summary
+from .tuning import learning_rate, training_config
 
 __all__ = [
     "Ensemble", "Initialization", "LoraLabError", "PTuning", "Prefix", "PrefixMLP", "Prompt", "PromptedModel", "ResidualPrompt", "SoftPrompt",
-    "count_parameters", "drift", "ensemble", "inject", "insert_prefixes", "insert_prompts", "load", "nearest_tokens", "per_sample", "save",
-    "similarity", "use",
+    "count_parameters", "drift", "ensemble", "inject", "insert_prefixes", "insert_prompts", "learning_rate",
+    "load", "nearest_tokens", "per_sample", "picture", "save", "similarity", "summary", "training_config", "use",
 ]  # fmt: skip

@@ -4,8 +4,8 @@
     fit(prompted, rows, config, tokenizer=tokenizer)
 
 Adam moves each number by about the learning rate in a step, so a rate is a distance, and what is far depends on the model: the numbers of
-SmolLM2's embedding have a root mean square of 0.136, MiniLM's of 0.056, T5's of tens. (The 0.3 of the paper is T5's; for SmolLM2 it would be
-twice a word in each step.) So the rate is told as a share:
+SmolLM2's embedding have a root mean square of 0.136, MiniLM's of 0.056. (The 0.3 of Lester et al. 2021 is for T5 and Adafactor; for SmolLM2 it
+would be twice a word's size in each step.) So the rate is told as a share:
 
     learning rate = share * scale / gain
 
@@ -33,15 +33,16 @@ from .initialization import embedding_rms, rms
 from .prompted_model import PromptedModel
 from .soft_prompt import Prompt
 
-SHARE, SHARES = 0.1, (0.01, 0.03, 0.1, 0.3)
+SHARE, PREFIX_SHARE, SHARES = 0.1, 0.02, (0.01, 0.03, 0.1, 0.3)  # a prefix speaks to all layers at once
 WARMUP = 0.05  # of the steps
 TINY = 1e-6  # far from rounding in float64, and from a ReLU's other side
 Rows = Sequence[dict[str, Any]]
 
 
-def learning_rate(prompted: PromptedModel, share: float = SHARE, task: str | None = None) -> float:
-    """The rate at which a step moves each number that a task inserts by about `share` of the scale of its kind. task: None is the active one.
+def learning_rate(prompted: PromptedModel, share: float | None = None, task: str | None = None) -> float:
+    """The rate at which a step moves each number that a task inserts by about `share` of the scale of its kind.
 
+    share: None is the usual one, 0.1, of a prefix 0.02.  task: None is the active one.
     Raises LoraLabError for an unknown task, and a share that is no number above 0.
 
     >>> from lora_lab.models import GPT2Config, GPT2LMHeadModel
@@ -52,9 +53,16 @@ def learning_rate(prompted: PromptedModel, share: float = SHARE, task: str | Non
     >>> round(learning_rate(inject(model, 4, method="prompt"), share=0.1), 6)
     0.02
     """
-    check_share(share)
     prompt = prompted.prompt(task)
-    return share * scale(prompted, prompt) / gain(prompt)
+    return usual_share(prompt, share) * scale(prompted, prompt) / gain(prompt)
+
+
+def usual_share(prompt: Prompt, share: float | None = None) -> float:
+    """The share that is given, or the one for prompts of this kind. Raises LoraLabError for one that is no number above 0."""
+    if share is None:
+        return PREFIX_SHARE if prompt.method == "prefix" else SHARE
+    check_share(share)
+    return share
 
 
 def check_share(share: Any) -> None:
@@ -66,7 +74,7 @@ def scale(prompted: PromptedModel, prompt: Prompt) -> float:
     """Root mean square of what numbers of this kind are usually: words; of a prefix the median over its layers' keys, and values."""
     if prompt.method != "prefix":
         return embedding_rms(prompted.base)
-    states: Tensor = prompt.initial.detach().double()  # type: ignore[operator]
+    states: Tensor = prompt.initial.detach().cpu().double()  # type: ignore[operator]
     return float(states.square().mean((2, 3, 4)).sqrt().median())
 
 
@@ -76,7 +84,7 @@ def gain(prompt: Prompt) -> float:
     The first step of Adam moves by the sign of the gradient. So for a random gradient r of what is inserted, J its Jacobian: rms(J sign(J' r)), by a
     small step in float64.
     """
-    values = {name: parameter.detach().double().requires_grad_() for name, parameter in prompt.named_parameters()}
+    values = {name: parameter.detach().cpu().double().requires_grad_() for name, parameter in prompt.named_parameters()}
     now = torch.func.functional_call(prompt, values, ())
     wanted = torch.randn(now.shape, generator=torch.Generator().manual_seed(0)).to(now)
     gradients = torch.autograd.grad((now * wanted).sum(), list(values.values()))
@@ -84,7 +92,7 @@ def gain(prompt: Prompt) -> float:
     return rms(torch.func.functional_call(prompt, moved, ()) - now) / TINY
 
 
-def training_config(prompted: PromptedModel, rows: Rows, share: float = SHARE, **settings: Any) -> TrainConfig:
+def training_config(prompted: PromptedModel, rows: Rows, share: float | None = None, **settings: Any) -> TrainConfig:
     """How to train the active task on these rows: the rate derived, the first 5 % of the steps to warm up, no weight decay, clipped at 1.
 
     settings: fields of TrainConfig, which go before.
@@ -103,15 +111,15 @@ def sweep(make: Callable[..., PromptedModel], train_rows: Rows, validation_rows:
     """`lora_lab.training.sweep` of prompts: a candidate may have a `share` in place of a learning rate, and all warm up for 5 % of their steps.
 
     make: called with a candidate's other settings; returns a prompted model, begun anew. One frozen base may serve all.
-    candidates: None tries the shares 0.01, 0.03, 0.1 and 0.3.  options: its tokenizer, metric, higher_is_better.
+    candidates: None tries the shares 0.01, 0.03, 0.1 and 0.3; one with neither share nor rate has the usual share, or the rate of config where that
+        is a TrainConfig or names one.  options: its tokenizer, metric, higher_is_better.
 
         sweep(lambda **settings: inject(base, tokenizer=tokenizer, **settings), train_rows, validation_rows,
               grid(share=[0.03, 0.1], num_virtual_tokens=[8, 20]), {"max_steps": 300}, tokenizer=tokenizer)
     """
     given, common = grid(share=SHARES) if candidates is None else check_candidates(candidates), TrainConfig.of(config)
     chosen = isinstance(config, TrainConfig) or "learning_rate" in (config or {})
-    shared = [each if chosen or "learning_rate" in each else {"share": SHARE, **each} for each in given]
-    remaining = iter(shared)
+    remaining = iter(given)
 
     def tell(trial: Trial) -> None:
         told = _with_share(trial, next(remaining))
@@ -120,17 +128,18 @@ def sweep(make: Callable[..., PromptedModel], train_rows: Rows, validation_rows:
             on_trial(told)
 
     trials: list[Trial] = []
-    resolved = [_resolved(each, common, train_rows) for each in shared]
+    resolved = [_resolved(each, common, train_rows, chosen) for each in given]
     return replace(sweep_settings(make, train_rows, validation_rows, resolved, common, on_trial=tell, **options), trials=trials)
 
 
-def _resolved(candidate: Settings, common: TrainConfig, rows: Rows) -> Settings:
-    """The candidate in words of TrainConfig and of make: the share as a function of the model, the warm-up in steps."""
-    settings = {name: value for name, value in candidate.items() if name != "share"}
-    if "share" in candidate:
-        if "learning_rate" in candidate:
-            raise LoraLabError(f"candidate {candidate}: share and learning_rate say the same in two ways; give one")
-        check_share(share := candidate["share"])
+def _resolved(candidate: Settings, common: TrainConfig, rows: Rows, chosen: bool) -> Settings:
+    """The candidate in words of TrainConfig and of make: the share as a function of the model, the warm-up in steps. chosen: config has a rate."""
+    settings, share = {name: value for name, value in candidate.items() if name != "share"}, candidate.get("share")
+    if "share" in candidate and "learning_rate" in candidate:
+        raise LoraLabError(f"candidate {candidate}: share and learning_rate say the same in two ways; give one")
+    if share is not None:
+        check_share(share)
+    if "share" in candidate or not (chosen or "learning_rate" in candidate):
         settings["learning_rate"] = lambda prompted: learning_rate(prompted, share)
     if "warmup_steps" not in candidate and not common.warmup_steps:
         settings["warmup_steps"] = warmup_steps(with_settings(common, settings), rows)

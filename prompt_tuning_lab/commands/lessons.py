@@ -22,6 +22,15 @@ TEXT: dict[str, Any] = {"max_new_tokens": 60, "temperature": 0.4, "top_p": 0.9, 
 
 
 @dataclass(frozen=True)
+class Effect:
+    """texts: what a model writes after the questions.  accuracy: on held-out rows, NaN where there are none, or no labels."""
+
+    questions: list[str]
+    texts: list[str]
+    accuracy: float
+
+
+@dataclass(frozen=True)
 class Lesson:
     """rows: for `fit`.  held_out: as they were given, or None.  kind: "text", "words" (for labels) or "classes".
 
@@ -46,22 +55,19 @@ class Lesson:
             return rows
         return verbalize(rows, self.tokenizer, self.template, self.choices, encodes=is_encoder_decoder(self.model))
 
-    def questions(self, count: int) -> list[Any]:
-        """The first so many, of held-out rows where there are some, without their answers."""
-        from lora_lab.data import filled
-
-        rows = list(self.held_out or self.rows)[:count] if self.kind != "classes" else []
-        return [filled(self.template, row) if self.kind == "words" else row for row in rows]
-
-    def texts(self, model: Any, count: int, seed: int) -> list[str]:
-        """What the model writes of the questions, with the same random numbers in every call."""
+    def effect(self, model: Any, samples: int, config: Any) -> Effect:
+        """What the model does now, with the same random numbers in every call. samples: rows that it answers.  config: of the training."""
+        from lora_lab.data import filled, question_of
         from lora_lab.training import answers
 
-        asked = self.questions(count)
-        return answers(model, asked, self.tokenizer, seed=seed, **(ANSWER if self.kind == "words" else TEXT)) if asked else []
+        rows = list(self.held_out or self.rows)[:samples] if self.kind != "classes" else []
+        asked = [filled(self.template, row) if self.kind == "words" else row for row in rows]
+        shown = [question if isinstance(question, str) else question_of(question) for question in asked]
+        settings = ANSWER if self.kind == "words" else TEXT
+        texts = answers(model, asked, self.tokenizer, seed=config.seed, **settings) if asked else []
+        return Effect(shown, texts, self.accuracy(model, config.precision, config.micro_batch_size))
 
     def accuracy(self, model: Any, precision: str, batch_size: int) -> float:
-        """On the held-out rows; NaN where there are none, or no labels."""
         from lora_lab.data import filled
         from lora_lab.data.verbalizing import place_of
         from lora_lab.training import accuracy, best_choices, predict_classes, score_choices

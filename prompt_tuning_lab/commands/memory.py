@@ -52,7 +52,7 @@ def _labels(prompted: Any, rows: list[Any]) -> dict[str, Any]:
 
 
 def measured_bytes(prompted: Any, rows: list[Any], config: Any) -> int:
-    """At the peak of two steps: from the second on, the optimizer's numbers are there all the time."""
+    """The model, and what two steps add at their peak: from the second on, the optimizer's numbers are there all the time."""
     import torch
 
     from lora_lab.training import TrainConfig, fit
@@ -65,7 +65,7 @@ def measured_bytes(prompted: Any, rows: list[Any], config: Any) -> int:
     with torch.no_grad():
         for parameter, values in zip(trained, before, strict=True):
             parameter.copy_(values)
-    return int(measured.peak_bytes) - sum(map(bytes_of, before))
+    return int(measured.peak_bytes - measured.start_bytes) + sum(map(bytes_of, [*prompted.parameters(), *prompted.buffers()]))
 
 
 def bytes_of(tensor: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,12 @@ def load_tasks(model: Any, folders: Sequence[Path], names: Sequence[str] | None 
 
 
 def task_names(folders: Sequence[Path], names: Sequence[str] | None) -> list[str]:
-    tasks = [folder.resolve().name for folder in folders] if names is None else list(names)
+    """A name for each folder.
+
+    >>> task_names([Path("adapters/my prompt.v2"), Path("adapters/other")], None)
+    ['my-prompt-v2', 'other']
+    """
+    tasks = [re.sub(r"[^A-Za-z0-9_-]", "-", folder.resolve().name)[:64] for folder in folders] if names is None else list(names)
     if len(tasks) != len(folders):
         raise LoraLabError(f"--tasks names {len(tasks)} tasks for {len(folders)} folders: expected one each")
     if twice := [name for name, count in Counter(tasks).items() if count > 1]:

@@ -10,7 +10,7 @@ from typing import Any
 from lora_lab.commands.shared import model_options, precision_of, story_of
 from lora_lab.errors import LoraLabError
 
-from .lessons import Lesson, lesson_of
+from .lessons import Effect, Lesson, lesson_of
 from .memory import bytes_of, memory_of_a_step
 
 # Options that are fields of TrainConfig, which has their defaults
@@ -45,7 +45,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--encoder-hidden-size", type=int, help="of the network of p-tuning or residual")
     command.add_argument("--choices", nargs="+", metavar="ANSWER", help="of text/label rows, a language model's answer for each label")
     command.add_argument("--template", default="{text}", help="and what it reads before the answer, with {text} in it")
-    command.add_argument("--share", type=float, help="how far a step moves each number, as a part of the size of a word's; default: 0.1")
+    command.add_argument("--share", type=float, help="how far a step goes, as a part of the size of a word; default: 0.1, of a prefix 0.02")
     command.add_argument("--samples", type=int, default=3, help="rows whose texts are shown before and after; 0 shows none")
     command.add_argument("--seed", type=int, default=0)
     for names, kind, says in SETTINGS:
@@ -56,35 +56,38 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from lora_lab import data
-    from lora_lab.data.tasks import task_of
     from lora_lab.files import check_writable
-    from lora_lab.training import TrainConfig, fit
+    from lora_lab.training import fit
 
-    from .. import count_parameters, save, use
+    from .. import save, use
 
-    precision = precision_of(options)
+    lesson, given = _lesson(options)
+    prompted = _injected(lesson, options)
+    examples = _examples(prompted, lesson, given.get("max_length"))
+    config = _config(prompted, examples, options, given)
+    check_writable(options.output)
+    print(_beginning(prompted, examples, config, options))
+    before = lesson.effect(use(prompted, None), options.samples, config)
+    result = fit(use(prompted, "default"), examples, config, tokenizer=lesson.tokenizer, eval_data=lesson.learned(lesson.held_out))
+    save(prompted, options.output)
+    print(story_of(result))
+    print(_side_by_side(lesson, before, lesson.effect(prompted, options.samples, config)) + _files(options.output, prompted))
+
+
+def _lesson(options: argparse.Namespace) -> tuple[Lesson, dict[str, Any]]:
+    """What is to be learned, and the fields of TrainConfig that are given."""
+    from lora_lab import data
+    from lora_lab.training import TrainConfig
+
+    if options.samples < 0:
+        raise LoraLabError(f"--samples {options.samples}: expected a number of rows, or 0 for none")
     given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__ if hasattr(options, name)}
-    TrainConfig.of(given | {"precision": precision, "output_dir": options.output})  # before anything is loaded
+    given |= {"precision": precision_of(options), "output_dir": options.output}
+    TrainConfig.of(given)  # what makes no sense is told before anything is loaded
     rows, held_out = data.load(options.data)
     if options.eval_data:
         held_out = data.load(options.eval_data)[0]
-    lesson = lesson_of(options, rows, held_out, precision)
-    prompted = _injected(lesson, options)
-    learned, task = lesson.learned(rows), task_of(prompted)
-    examples = data.Rows(task.encode(learned, lesson.tokenizer, given.get("max_length")), rows.source, rows.lines)
-    config = _config(prompted, examples, options, given | {"precision": precision, "output_dir": options.output})
-    check_writable(options.output)
-    print(f"{prompted.prompt().num_virtual_tokens} virtual tokens: {prompted.prompt().initialization}")
-    print(f"{count_parameters(prompted)}\n{_rate(prompted, config, options)}\n{memory_of_a_step(prompted, examples, config)}")
-    use(prompted, None)
-    texts, right = lesson.texts(prompted, options.samples, config.seed), lesson.accuracy(prompted, precision, config.micro_batch_size)
-    use(prompted, "default")
-    result = fit(prompted, examples, config, tokenizer=lesson.tokenizer, eval_data=lesson.learned(held_out))
-    save(prompted, options.output)
-    print(story_of(result))
-    _show(lesson, prompted, texts, right, config, options)
-    print(_files(options.output, prompted))
+    return lesson_of(options, rows, held_out, given["precision"]), given
 
 
 def _injected(lesson: Lesson, options: argparse.Namespace) -> Any:
@@ -99,22 +102,40 @@ def _injected(lesson: Lesson, options: argparse.Namespace) -> Any:
     return prompted
 
 
+def _examples(prompted: Any, lesson: Lesson, max_length: int | None) -> Any:
+    from lora_lab.data import Rows
+    from lora_lab.data.tasks import task_of
+    from lora_lab.models.base import context_of
+
+    limits = [limit for limit in (max_length, context_of(prompted)) if limit is not None]
+    encoded = task_of(prompted).encode(lesson.learned(lesson.rows), lesson.tokenizer, min(limits, default=None))
+    return Rows(encoded, lesson.rows.source, lesson.rows.lines)
+
+
 def _config(prompted: Any, examples: Any, options: argparse.Namespace, given: dict[str, Any]) -> Any:
-    from ..tuning import SHARE, training_config
+    from ..tuning import training_config
 
     if options.share is not None and "learning_rate" in given:
         raise LoraLabError(f"--share {options.share:g} with --learning-rate {given['learning_rate']:g}: they say the same in two ways; give one")
-    return training_config(prompted, examples, SHARE if options.share is None else options.share, **given)
+    return training_config(prompted, examples, options.share, **given)
+
+
+def _beginning(prompted: Any, examples: Any, config: Any, options: argparse.Namespace) -> str:
+    from .. import count_parameters
+
+    prompt = prompted.prompt()
+    return (f"{prompt.num_virtual_tokens} virtual tokens: {prompt.initialization}\n{count_parameters(prompted)}\n"
+            f"{_rate(prompted, config, options)}\n{memory_of_a_step(prompted, examples, config)}")  # fmt: skip
 
 
 def _rate(prompted: Any, config: Any, options: argparse.Namespace) -> str:
     """The learning rate, and what it comes from where it is derived."""
-    from ..tuning import SHARE, gain, scale
+    from ..tuning import gain, scale, usual_share
 
     said = f"learning rate {config.learning_rate:.3g}, {config.warmup_steps} steps of warm-up"
     if "learning_rate" in options:
         return said
-    prompt, share = prompted.prompt(), SHARE if options.share is None else options.share
+    share = usual_share(prompt := prompted.prompt(), options.share)
     what, moved = "the size of its keys and values" if prompt.method == "prefix" else "the size of a word", gain(prompt)
     network = f", / {moved:.3g}, the gain of its network" if abs(moved - 1) > 1e-6 else ""
     return f"{said}: {share:g} x {scale(prompted, prompt):.3g}, {what}{network}"
@@ -123,17 +144,15 @@ def _rate(prompted: Any, config: Any, options: argparse.Namespace) -> str:
 # What came of it ------------------------------------------------------------------------------------------------------------------
 
 
-def _show(lesson: Lesson, prompted: Any, texts: list[str], right: float, config: Any, options: argparse.Namespace) -> None:
-    from lora_lab.data import question_of
+def _side_by_side(lesson: Lesson, before: Effect, after: Effect) -> str:
     from lora_lab.training.evaluation import Samples
 
-    if not math.isnan(right):
-        after = lesson.accuracy(prompted, config.precision, config.micro_batch_size)
-        print(f"held-out accuracy {right:.4f} without the prompt, {after:.4f} with it ({len(lesson.held_out)} rows)")
-    if texts:
-        asked = [question if isinstance(question, str) else question_of(question) for question in lesson.questions(options.samples)]
-        columns = {"without the prompt": texts, "with it": lesson.texts(prompted, options.samples, config.seed)}
-        print(f"\n{Samples(asked, columns)}\n")
+    said = ""
+    if not math.isnan(before.accuracy):
+        said = f"held-out accuracy {before.accuracy:.4f} without the prompt, {after.accuracy:.4f} with it ({len(lesson.held_out)} rows)\n"
+    if before.texts:
+        said += f"\n{Samples(before.questions, {'without the prompt': before.texts, 'with it': after.texts})}\n\n"
+    return said
 
 
 def _files(folder: Path, prompted: Any) -> str:

@@ -13,6 +13,7 @@ from lora_lab.streaming.shards import StoredTensor, read_shard
 
 from ..initialization import Initialization
 from .config import OWN_PREFIX, PREFIX, REFUSED, ROWS
+from .heads import PREFIX as OF_THE_BASE
 from .reading import KEY, initialization_in
 from .trainable import path_of
 
@@ -88,8 +89,8 @@ def describe(folder: str | Path) -> Description:
     tensor, tokens = shard.tensors.get(KEY), config.get("num_virtual_tokens")
     if tensor is None or len(tensor.shape) != 2 or not isinstance(tokens, int):
         raise LoraLabError(f"{folder}: expected {KEY!r} [rows, numbers] in {TENSORS} and num_virtual_tokens in {CONFIG}: the prompt is incomplete")
-    network, heads = _network(folder), config.get("modules_to_save") or ()
-    return Description(str(peft_type), tokens, tensor, _sizes(folder), network, str(config.get("placement", "front")), tuple(heads),
+    network, heads = _network(folder), {key.removeprefix(OF_THE_BASE).split(".")[0] for key in shard.tensors if key != KEY}
+    return Description(str(peft_type), tokens, tensor, _sizes(folder), network, str(config.get("placement", "front")), tuple(sorted(heads)),
                        config.get("task_type"), _text(config.get("base_model_name_or_path")), shard.metadata.get("base_sha256"),
                        initialization_in(shard.metadata, folder))  # fmt: skip
 

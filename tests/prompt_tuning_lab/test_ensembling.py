@@ -62,7 +62,7 @@ def test_of_one_task_it_is_that_task():
 def test_the_longest_member_takes_its_part_of_the_context():
     """T28."""
     prompted = several("ours", "gpt2")
-    room = prompted.config.context_length - 5
+    room = prompted.config.max_position_embeddings - 5
     with pytest.raises(LoraLabError, match=f"context is {room}"):
         generate(Ensembled(prompted, ["b", "a"]), [[3] * room], max_new_tokens=1)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny_workshop import our_llama, plain_tokenizer
 
 from lora_lab.models.bert import BertModel
 from lora_lab.models.bert_config import BertConfig
+from lora_lab.training.guards import Diverged
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -82,7 +84,7 @@ def test_the_parts_are_disjoint_balanced_and_the_same_every_time(folder: Path) -
     parts = sentiment_data.splits(folder, validation=8)
     texts = [{review.text for review in part} for part in (parts.train, parts.validation, parts.test)]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
-    assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [42, 8, 6] == [len(each) for each in texts]  # 27 - 2 lines of a kind
+    assert [*map(len, (parts.train, parts.validation, parts.test))] == [*map(len, texts)] == [42, 8, 6]  # 27 - 2 lines of a kind to learn from
     assert parts == sentiment_data.splits(folder, validation=8)
     for part in (parts.train[:12], parts.validation, parts.test):
         assert [review.label for review in part] == [0, 1] * (len(part) // 2)
@@ -159,6 +161,21 @@ def test_without_test_nothing_but_validation_is_read(study: sentiment.Study, rea
     assert len(read) == 3 and all(reviews is study.splits.validation for _, reviews in read)
 
 
+def test_a_rate_that_diverges_is_recorded_and_not_chosen(study: sentiment.Study, read: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the end of a study of hours."""
+    made_up = sentiment_methods.METHODS["made-up"]
+
+    def teach(reader: Any, train: list[Review], choice: dict[str, Any], seed: int) -> sentiment_methods.Taught:
+        if choice["rate"] == 3:
+            raise Diverged("the loss is nan at step 7")
+        return made_up.teach(reader, train, choice, seed)
+
+    monkeypatch.setitem(sentiment_methods.METHODS, "made-up", replace(made_up, teach=teach))
+    study.run(LM, "made-up")
+    assert [record.get("diverged", False) for record in study.results.of(stage="validation")] == [False, True, False]
+    assert {record["setting"]["choice"]["rate"] for record in study.results.of(stage="test")} == {2}
+
+
 def test_an_estimate_goes_by_what_was_measured(study: sentiment.Study, read: list[Any]) -> None:
     setting = next(study.missing(LM, "made-up"))
     assert study.estimate(setting) == sentiment.work(setting) * sentiment.SECONDS_A_ROW[LM]
@@ -183,9 +200,10 @@ def test_a_line_that_was_cut_short_is_no_result_and_spoils_no_other(tmp_path: Pa
 def test_the_table_is_made_from_the_file_alone(tmp_path: Path) -> None:
     results = sentiment_results.Results(tmp_path / "r.jsonl")
     setting = {"model": LM, "method": "lora", "stage": "test", "choice": {"rate": 1e-3, "epochs": 1}, "rows": 2000}
+    figures = {"validation": 0.8, "trained": 2_442_240, "bytes": 9_823_896, "seconds": 60}
     for seed, test in enumerate((0.80, 0.82, 0.84)):
-        results.append({"setting": {**setting, "seed": seed}, "validation": 0.8, "test": test, "trained": 2_442_240, "bytes": 9_823_896, "seconds": 60})
-    results.append({"setting": {**setting, "rows": 64, "seed": 0}, "validation": 0.1, "test": 0.1, "trained": 1, "bytes": 1, "seconds": 1})
+        results.append({"setting": {**setting, "seed": seed}, "test": test, **figures})
+    results.append({"setting": {**setting, "rows": 64, "seed": 0}, "test": 0.1, **figures})
     lines = sentiment_results.table(sentiment_results.Results(results.path), LM, sentiment_methods.METHODS, rows=2000).splitlines()
     assert lines[2:] == ["| LoRA, rank 8, all linear layers | 2,442,240 | 9,823,896 | 60 | 80.0 ± 0.0 (3) | 82.0 ± 2.0 (3) | rate 0.001, epochs 1 |"]
 
@@ -219,7 +237,7 @@ def test_features_do_not_know_of_padding_and_are_made_once(study: sentiment.Stud
 def test_a_language_models_features_are_what_its_answer_is_made_of(study: sentiment.Study) -> None:
     """The hidden state of the last token before the answer, after the last norm: the head's logits of it are the model's own."""
     model, tokenizer = tiny_lm(torch.float32)
-    text = sentiment_models.LanguageModel.template.format(x="ab")
+    text = sentiment_models.LanguageModel.template.format(text="ab")
     expected = model(input_ids=torch.tensor([tokenizer.encode(text, add_special_tokens=False)])).logits[0, -1]
     features = study.readers[LM].features([Review("ab", 0)])
     torch.testing.assert_close(model.lm_head(features)[0], expected, rtol=0, atol=1e-4)

@@ -15,7 +15,7 @@ from lora_lab import LoraLabError
 from lora_lab.models import GPT2Config, GPT2LMHeadModel
 from lora_lab.training import TrainConfig, fit, grid
 from prompt_tuning_lab import inject, use
-from prompt_tuning_lab.tuning import SHARE, SHARES, gain, learning_rate, scale, sweep, training_config
+from prompt_tuning_lab.tuning import PREFIX_SHARE, SHARE, SHARES, gain, learning_rate, scale, sweep, training_config
 
 METHODS = {"prompt": {}, "p-tuning": {"encoder_hidden_size": 24}, "residual": {"encoder_hidden_size": 8}, "prefix": {},
            "prefix-mlp": {"prefix_projection": True, "encoder_hidden_size": 24}}  # fmt: skip
@@ -101,6 +101,13 @@ def test_a_prefix_is_measured_by_its_keys_and_values():
     assert math.isclose(scale(model, model.prompt()), sizes[1], rel_tol=1e-5)  # of four, the lower of the middle ones
 
 
+def test_a_prefix_has_a_smaller_share():
+    """SmolLM2, 30 steps on sentiments: at 0.1 the loss first rises to 4.4, at 0.01 and 0.03 it falls to 1.01, lower than a prompt's."""
+    rows, states = prompted(), prompted("prefix")
+    assert learning_rate(rows) == learning_rate(rows, SHARE) and learning_rate(states) == learning_rate(states, PREFIX_SHARE)
+    assert PREFIX_SHARE < SHARE
+
+
 def test_the_rate_is_of_the_task_that_is_named_and_changes_nothing():
     model = prompted("residual")
     inject(model, 3, task="other", seed=1)
@@ -113,7 +120,7 @@ def test_the_rate_is_of_the_task_that_is_named_and_changes_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("share", [0, -0.1, float("nan"), float("inf"), True, "0.1", None])
+@pytest.mark.parametrize("share", [0, -0.1, float("nan"), float("inf"), True, "0.1"])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(LoraLabError, match="share=.*expected a number above 0"):
         learning_rate(prompted(), share)
