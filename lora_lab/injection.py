@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -43,12 +44,13 @@ class Injection:
 
 @on_base
 def plan(model: nn.Module, rank: int = 8, **request: Any) -> Plan:
-    """What `inject` with the same arguments would do: a `Plan` to print. Changes nothing.
+    """What `inject` with the same arguments, and no others, would do: a `Plan` to print. Changes nothing.
 
     >>> print(plan(nn.Sequential(nn.Linear(512, 64)), rank=8))
     0         1 x rank 8 * (512 in + 64 out) =        4,608
     total     1 layers, 4,608 parameters
     """
+    inspect.signature(inject).bind(model, rank, **request)
     adapter = request.pop("adapter", "default")
     check_dtype(request.pop("dtype", None))
     _check_new_adapter(model, adapter)

@@ -107,9 +107,10 @@ class LoRA:
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input: [..., in].  Returns [..., out] in the base layer's dtype."""
         x = remember_selection(input, self.lora_active)
-        if type(self) is LoRALinear and (adapter := self._only_plain_adapter()) is not None and is_simple(self, x):
+        if type(self) is LoRALinear and (adapter := self._only_plain_adapter()) is not None:
             A, B = self.lora_variant[adapter].pair(self, adapter)
-            return self._remembered(adapted_linear(x, self.weight, self.bias, A, B, self.lora_scaling[adapter]), x)
+            if is_simple(self, x, A):
+                return adapted_linear(x, self.weight, self.bias, self._remembered(A, x), B, self.lora_scaling[adapter])
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if isinstance(self.lora_active, RowSelection):
             return self._add_by_row(self.lora_active, x, y)
@@ -119,7 +120,7 @@ class LoRA:
         return result
 
     def _remembered(self, update: Tensor, x: Tensor) -> Tensor:
-        """The selection goes with the update where the input (of a first layer, of an embedding) has no gradient to go with."""
+        """The selection goes with the update, or with A, where the input (of a first layer, of an embedding) has no gradient to go with."""
         return update if x.requires_grad else remember_selection(update, self.lora_active)
 
     def _add_by_row(self, selected: RowSelection, x: Tensor, y: Tensor) -> Tensor:

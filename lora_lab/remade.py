@@ -2,7 +2,8 @@
 
 The gradient of A needs the layer's input x. Behind a gate, ``x = silu(gate) * up``, autograd has gate and up already, so that x, the widest
 activation of a transformer, need not be kept beside them: backward makes it again, which is one pass over memory. The model says so where it
-makes x; a LoRA layer that gets this very tensor acts on it, and everything else sees an ordinary tensor.
+makes x; a LoRA layer that gets this very tensor acts on it, and everything else sees an ordinary tensor. Second derivatives go through gate and
+up, and not through x.
 """
 
 from __future__ import annotations
@@ -16,28 +17,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import autocast_dtype
+from .autocast import autocast_dtype, is_eager
 
-Recipe = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
-_keeping: ContextVar[bool] = ContextVar("keeping", default=False)
+_keeping: ContextVar[Any] = ContextVar("keeping", default=False)
+
+
+class Recipe:
+    """``make(*sources)``, of a tensor and its sources as they are now."""
+
+    def __init__(self, x: Tensor, make: Callable[..., Tensor], sources: tuple[Tensor, ...]) -> None:
+        self.make, self.sources = make, sources
+        self.versions = _versions(x, *sources)
+
+    def still_makes(self, x: Tensor) -> bool:
+        """Nobody has changed x or a source in place."""
+        return self.versions == _versions(x, *self.sources)
+
+    def __reduce__(self) -> Any:
+        """In a file a tensor is its numbers."""
+        return set, ()
 
 
 def can_be_remade(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     """x, remembering that ``make(*sources)`` is x again, bit for bit, and that backward keeps the sources in any case. Returns x."""
-    if not torch.compiler.is_compiling() and x.requires_grad and not _keeping.get():
-        x.lora_recipe = make, sources  # type: ignore[attr-defined]
+    if x.requires_grad and is_eager() and _keeping.get() != _hooks_on_what_is_kept():
+        x.lora_recipe = Recipe(x, make, sources)  # type: ignore[attr-defined]
     return x
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
-    """How x can be made again; None where nobody said."""
-    return None if torch.compiler.is_compiling() else getattr(x, "lora_recipe", None)
+    """How x can be made again; None where nobody said, or x is no longer what was said."""
+    recipe = getattr(x, "lora_recipe", None) if is_eager() else None
+    return recipe if isinstance(recipe, Recipe) and recipe.still_makes(x) else None
 
 
 @contextlib.contextmanager
 def keeping_inputs() -> Iterator[None]:
-    """Inside the block everything is kept as usual: where what is kept moves elsewhere, the sources would move twice."""
-    token = _keeping.set(True)
+    """Inside the block everything is kept as usual: where what is kept moves elsewhere, the sources would move twice.
+
+    It is about the hooks on saved tensors that are set now. Those of checkpointing, which come on top, keep nothing; and backward, which may be
+    outside the block, has to compute again what the forward pass did.
+    """
+    token = _keeping.set(_hooks_on_what_is_kept())
     try:
         yield
     finally:
@@ -49,7 +70,7 @@ def product(x: Tensor, A: Tensor) -> Tensor:
     recipe = recipe_of(x)
     if recipe is None or not A.requires_grad or autocast_dtype(x) not in (None, x.dtype):
         return F.linear(x, A)
-    result: Tensor = _Product.apply(x, A, recipe[0], *recipe[1])
+    result: Tensor = _Product.apply(x, A, recipe.make, *recipe.sources)
     return result
 
 
@@ -69,5 +90,18 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (A, *sources), grad = ctx.saved_tensors, grads[0]
         grad_x = grad @ A if ctx.needs_input_grad[0] else None
-        grad_A = grad.flatten(0, -2).mT @ ctx.make(*sources).flatten(0, -2) if ctx.needs_input_grad[1] else None
+        grad_A = rows(grad).T @ rows(ctx.make(*sources)) if ctx.needs_input_grad[1] else None
         return grad_x, grad_A, None, *(None for _ in sources)
+
+
+def rows(x: Tensor) -> Tensor:
+    """[..., n] as a matrix, [rows, n]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
+
+
+def _hooks_on_what_is_kept() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

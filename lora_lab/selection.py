@@ -66,7 +66,7 @@ def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and _saved_tensor_hooks_are_set()):
         return x
     checked = _SelectionCheck.apply(x, torch.tensor(stamp(active)), active)
-    return checked if (recipe := recipe_of(x)) is None else can_be_remade(checked, recipe[0], *recipe[1])
+    return checked if (recipe := recipe_of(x)) is None else can_be_remade(checked, recipe.make, *recipe.sources)
 
 
 def stamp(active: tuple[str, ...]) -> int:

@@ -30,7 +30,7 @@ FEW_PRESETS = "llama-3-8b, mistral-7b-v0.1, gpt2, opt-1.3b, pythia-1b, falcon-7b
 
 # What a parameter is of a model that is not known by its config: the first whose words are in the path, between dots.
 PARTS_BY_NAME = tuple((part, re.compile(rf"(^|\.)({words})(\.|$)", re.IGNORECASE)) for part, words in (
-    ("adapters", r"lora_\w+|soft_prompt|prompt_encoder"),
+    ("adapters", r"lora_\w+|soft_prompt|prompt_encoder|tasks"),
     ("norms", r"\w*norm\d?|ln|ln_\w+|\w+_ln"),
     ("relative positions", r"relative_attention_bias"),
     ("biases", r"\w*bias"),
@@ -85,6 +85,11 @@ class ParameterCount(int):
     __str__ = table
 
 
+def base_of(source: object) -> object:
+    """The model that a model around another one (a prompted model) names as its `lora_base`; anything else is itself."""
+    return getattr(source, "lora_base", source)
+
+
 def count_parameters(source: object) -> ParameterCount:
     """The exact number of parameters, part by part, each shared tensor once.
 
@@ -104,9 +109,11 @@ def count_parameters(source: object) -> ParameterCount:
 
 def _count_tensors(module: object, parameters: Iterable[tuple[str, Any]]) -> ParameterCount:
     """The parts by the architecture where the module's config is understood and has this tensor, otherwise by its name."""
-    known = _known_tensors(module)
+    base: Any = base_of(module)
+    known, paths = _known_tensors(base), {} if base is module else {id(parameter): path for path, parameter in base.named_parameters()}
     parts: dict[str, int] = {}
     for path, parameter in parameters:
+        path = paths.get(id(parameter), path)
         if not parameter.is_floating_point():
             raise MemoryMathError(f"{path} holds {parameter.dtype}: packed weights cannot be counted; give the original's config")
         tensor = known.get(path)
@@ -135,8 +142,9 @@ def _part_of(path: str) -> str:
 def architecture_of(source: object) -> Architecture:
     """The architecture of a preset name, a config, its dict, a path, or an object with a .config, such as a model.
 
-    A model is of the class that it has, whatever its config says, and tied if it is.
+    A model is of the class that it has, whatever its config says, and tied if it is; a prompted model is the one that its prompts stand before.
     """
+    source = base_of(source)
     if isinstance(source, Architecture):
         return source
     if isinstance(source, Mapping):

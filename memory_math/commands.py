@@ -30,10 +30,11 @@ from .time_and_cost import training_flops, training_time
 WHOLE = ("batch_size", "sequence_length", "target_length", "rank", "num_virtual_tokens", "grad_accum_steps", "zero_stage", "world_size",
          "tensor_parallel", "label_tokens")  # fmt: skip
 FLAGS = ("compile", "offload_optimizer", "offload_activations", "optimizer_in_backward")
-WORDS = ("method", "precision", "quantization", "optimizer", "attention", "loss", "adapter_dtype", "optimizer_implementation", "implementation",
-         "device")  # fmt: skip
+WORDS = ("method", "prompt", "precision", "quantization", "optimizer", "attention", "loss", "adapter_dtype", "optimizer_implementation",
+         "implementation", "device")  # fmt: skip
 HELP = {
-    "method": ", ".join(METHODS), "precision": ", ".join(PRECISIONS), "quantization": f"of frozen linear layers: {', '.join(QUANTIZATIONS)}",
+    "method": ", ".join(METHODS), "prompt": "what stands before the text in inference: prompt or prefix (lora_lab)",
+    "precision": ", ".join(PRECISIONS), "quantization": f"of frozen linear layers: {', '.join(QUANTIZATIONS)}",
     "optimizer": ", ".join(OPTIMIZERS), "attention": "eager, sdpa, flash", "adapter_dtype": "of adapters and prompts; float32 if not given",
     "loss": "cross_entropy, chunked, hf_legacy, mean, none; if not given, the implementation's own",
     "optimizer_implementation": "fused, foreach, for-loop, rounded; if not given, the code's own",

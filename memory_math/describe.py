@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .request import ADAPTED, VIRTUAL, Request
+from .request import ADAPTED, USUAL_TOKENS, Request
 
 if TYPE_CHECKING:
     from .simulate import Simulation
@@ -22,10 +22,11 @@ def asked_of(request: Request) -> dict[str, Any]:
 
 def idle_keywords(request: Request) -> tuple[str, ...]:
     """Keywords that were given another value than their default and change nothing with this method."""
-    adapters, virtual, trains = request.method in ADAPTED, request.method in VIRTUAL, request.trains
+    adapters, virtual, trains = request.method in ADAPTED, request.virtual is not None, request.trains
     settings = {
         "rank": (request.rank != 8, adapters), "target_modules": (request.target_modules != "all-linear", adapters),
-        "num_virtual_tokens": (request.num_virtual_tokens != 20, virtual), "adapter_dtype": (request.adapter_dtype is not None, adapters or virtual),
+        "num_virtual_tokens": (request.num_virtual_tokens != USUAL_TOKENS, virtual),
+        "adapter_dtype": (request.adapter_dtype is not None, adapters or virtual),
         "optimizer": (request.optimizer != "adamw", trains), "offload_optimizer": (request.offload_optimizer, trains),
         "compile": (request.compile, trains),
     }  # fmt: skip
@@ -46,7 +47,7 @@ def how(request: Request, run: Simulation) -> dict[str, str]:
         "activations": f"kept for backward: {every} x {tokens:,} tokens" if request.trains else f"keys and values of {tokens:,} tokens",
         "logits": f"loss {request.loss!r} over {words:,} words" if request.trains else "last position of each row",
         "workspace": "gradients on their way, temporaries" + (", 16-bit weight copies" if copies else ""),
-        "other": "token ids, labels, rotary tables",
+        "other": "token ids, labels, rotary tables" + (", how the prompt began" if request.virtual and request.implementation == "lora_lab" else ""),
     }
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 from . import hardware
 from .allocator import CachingAllocator
-from .architectures import architecture_of
+from .architectures import architecture_of, base_of
 from .describe import asked_of, checked_text, how, idle_keywords, unchecked
 from .errors import MemoryMathError
 from .limits import limit_of
+from .prompted import with_prompt_of
 from .report import footprint_html, footprint_json, footprint_svg, footprint_table
-from .request import USUAL_LENGTH, Request, check
+from .request import USUAL_LENGTH, USUAL_TOKENS, Request, check
 from .simulate import Simulation, simulate
 from .tape import Ledger
 
@@ -171,7 +172,8 @@ def predict(
     loss: str | None = None,
     rank: int = 8,
     target_modules: str | Sequence[str] = "all-linear",
-    num_virtual_tokens: int = 20,
+    num_virtual_tokens: int = USUAL_TOKENS,
+    prompt: str | None = None,
     dropout: float = 0.0,
     adapter_dtype: object = None,
     grad_accum_steps: int = 1,
@@ -195,6 +197,8 @@ def predict(
     method: what trains: "full" everything; "lora", "dora", "qlora" adapters on a frozen, under "qlora" quantised, model; "prompt", "prefix"
     `num_virtual_tokens` vectors before the text or keys and values in every block; "frozen" nothing, but gradients reach the embeddings;
     or "inference": a prompt of sequence_length for each of batch_size rows, keys and values kept, logits of the last position.
+    num_virtual_tokens, prompt: how many there are, beside the text's sequence_length; and what they are in inference, "prompt" or "prefix". Left
+    out they are those of the active task where source is a prompted model, else 20 and None, nothing.
     precision: "fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"; see precision.py. quantization: of the frozen linear layers, "none", "nf4",
     "nf4-dq", "int8"; see quantization.py; embeddings, norms and head stay in the precision's 16 bit, PEFT's prepare_model_for_kbit_training,
     which makes them 32 bit, is not called. adapter_dtype: of adapters and prompts, None is float32.
@@ -220,14 +224,14 @@ def predict(
     """
     asked = {name: value for name, value in locals().items() if name != "source"}
     asked["implementation"] = implementation_of(source) if implementation is None else implementation
-    request = check(architecture_of(source), **asked)
+    request = check(architecture_of(source), **with_prompt_of(source, asked))
     ledger = CachingAllocator() if request.device == "cuda" else Ledger()
     return _footprint(request, simulate(request, ledger), ledger)
 
 
 def implementation_of(source: object) -> str:
-    """Whose code a live model is."""
-    return "lora_lab" if type(source).__module__.startswith("lora_lab.") else "transformers"
+    """Whose code a live model is; of one around another, that one's."""
+    return "lora_lab" if type(base_of(source)).__module__.startswith("lora_lab.") else "transformers"
 
 
 def _footprint(request: Request, run: Simulation, ledger: Ledger) -> Footprint:

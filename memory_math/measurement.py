@@ -106,7 +106,7 @@ class Measurement:
     def __exit__(self, *exception: object) -> None:
         if self._saved is not None:
             self._saved.__exit__()
-            self.saved_bytes = self._saved.most_bytes
+            self.saved_bytes, self._saved = self._saved.most_bytes, None
         for hook in self._hooks:
             hook.remove()
         self.end_bytes = self._watch.stop()
@@ -250,13 +250,14 @@ class SavedTensors:
 
     def __init__(self) -> None:
         self.most_bytes: int | None = None
-        self._owned: set[int] = set()
+        self._owned: dict[int, torch.UntypedStorage] = {}  # held, so that none of them goes and leaves its address to another tensor
         self._kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
         self._grown = False
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> SavedTensors:
-        self._owned = {tensor.untyped_storage()._cdata for tensor in _parameters_and_buffers()}
+        storages = (tensor.untyped_storage() for tensor in _parameters_and_buffers())
+        self._owned = {storage._cdata: storage for storage in storages}
         self._hooks.__enter__()
         return self
 

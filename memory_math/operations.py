@@ -13,17 +13,19 @@ from .tape import Leaf, Ledger, Sized, Storage, Tape
 
 
 class Weight(Sized):
-    """A weight matrix [rows, columns] (a vector has one row). `leaf` is where its gradient arrives; None where it is frozen.
+    """A weight matrix [rows, columns] (a vector has one row), or so many in one tensor. `leaf` is where its gradient arrives; None: it is frozen.
 
     shards: devices that hold a part of it each; one part is in the ledger.
     """
 
-    __slots__ = ("columns", "leaf", "name", "rows")
+    __slots__ = ("columns", "leaf", "matrices", "name", "rows")
 
-    def __init__(self, ledger: Ledger, name: str, rows: int, columns: int, itemsize: int, leaf: Leaf | None, shards: int = 1) -> None:
-        self.name, self.rows, self.columns, self.leaf = name, rows, columns, leaf
-        stored = -(-rows * columns // shards) * itemsize
-        super().__init__(rows * columns, itemsize, Storage(ledger, stored, "weights"), leaf)
+    def __init__(
+        self, ledger: Ledger, name: str, rows: int, columns: int, itemsize: int, leaf: Leaf | None, shards: int = 1, matrices: int = 1
+    ) -> None:  # fmt: skip
+        self.name, self.rows, self.columns, self.leaf, self.matrices = name, rows, columns, leaf, matrices
+        stored = -(-matrices * rows * columns // shards) * itemsize
+        super().__init__(matrices * rows * columns, itemsize, Storage(ledger, stored, "weights"), leaf)
 
 
 class QuantizedWeight(Weight):
@@ -37,6 +39,7 @@ class QuantizedWeight(Weight):
     def __init__(self, ledger: Ledger, name: str, shape: tuple[int, int], itemsize: int, packed: int, dequantized: int, keeps_input: bool) -> None:
         self.name, self.leaf, self.dequantized, self.keeps_input = name, None, dequantized, keeps_input
         self.rows, self.columns = shape
+        self.matrices = 1
         Sized.__init__(self, self.rows * self.columns, itemsize, Storage(ledger, packed, "weights"))
 
 

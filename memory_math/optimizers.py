@@ -20,15 +20,16 @@ CODES_8BIT = 2 * 256 * 4  # bitsandbytes' two codebooks, made for each tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """One trained tensor: [rows, columns] of itemsize bytes each; a vector has one row."""
+    """One trained tensor: [rows, columns] of itemsize bytes each, or so many matrices of these sizes; a vector has one row."""
 
     rows: int
     columns: int
     itemsize: int
+    matrices: int = 1
 
     @property
     def numel(self) -> int:
-        return self.rows * self.columns
+        return self.matrices * self.rows * self.columns
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +61,8 @@ def _adam_8bit(tensor: Shape) -> int:
 
 def _adafactor(tensor: Shape) -> int:
     """torch.optim.Adafactor: sums of rows and of columns for matrices, one number per element for vectors; the dtype is the gradient's."""
-    sums = tensor.numel if tensor.rows == 1 else tensor.rows + tensor.columns
+    vector = tensor.rows == tensor.matrices == 1
+    sums = tensor.numel if vector else tensor.matrices * (tensor.rows + tensor.columns)
     return sums * tensor.itemsize + STEP_COUNTER_BYTES
 
 

@@ -24,15 +24,14 @@ ATTENTIONS = {"transformers": ("eager", "sdpa", "flash"), "lora_lab": ("sdpa",)}
 LOSSES = {"transformers": ("cross_entropy", "chunked", "hf_legacy", "mean", "none"), "lora_lab": ("chunked",)}
 DEVICES = ("cuda", "cpu")
 OWN_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "adafactor", "lion")  # lora_lab.training.optimizers.OPTIMIZERS
-OWN_METHODS = ("full", "frozen", "lora", "dora", "qlora", "inference")  # what lora_lab's models are modelled with today
 IDLE_IN_INFERENCE = {"gradient_checkpointing": False, "grad_accum_steps": 1, "offload_activations": False, "optimizer_in_backward": False}
 
 
 class Usual(int):
-    """A length that nobody has asked for, and that a model with fewer positions need not have."""
+    """A number that nobody has asked for, and that a model with fewer positions, or another prompt, need not have."""
 
 
-USUAL_LENGTH = Usual(2048)
+USUAL_LENGTH, USUAL_TOKENS = Usual(2048), Usual(20)
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Request:
     loss: str
     rank: int
     num_virtual_tokens: int
+    prompt: str | None
     dropout: float
     adapter_itemsize: int
     grad_accum_steps: int
@@ -70,14 +70,19 @@ class Request:
     adapted: dict[str, LinearLayer] = field(default_factory=dict)
 
     @property
+    def virtual(self) -> str | None:
+        """What stands before the text: "prompt" or "prefix", whether it trains or is there for inference; or nothing."""
+        return self.method if self.method in VIRTUAL else self.prompt
+
+    @property
     def positions(self) -> int:
         """Positions in one row, the virtual tokens of a prompt included."""
-        return self.sequence_length + (self.num_virtual_tokens if self.method == "prompt" else 0)
+        return self.sequence_length + (self.num_virtual_tokens if self.virtual == "prompt" else 0)
 
     @property
     def prefix(self) -> int:
         """Virtual keys and values in front of every block's own."""
-        return self.num_virtual_tokens if self.method == "prefix" else 0
+        return self.num_virtual_tokens if self.virtual == "prefix" else 0
 
     @property
     def tokens(self) -> int:
@@ -87,6 +92,11 @@ class Request:
     @property
     def trains(self) -> bool:
         return self.method != "inference"
+
+    @property
+    def drops(self) -> bool:
+        """Whether the base's dropout is at work: prompt_tuning_lab keeps it in eval mode under a prompt that trains."""
+        return self.trains and not (self.implementation == "lora_lab" and self.method in VIRTUAL)
 
     @property
     def divided_masters(self) -> bool:
@@ -137,6 +147,7 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     asked["quantization"] = one_of("quantization", asked["quantization"], QUANTIZATIONS)
     if method == "qlora" and asked["quantization"] == "none":
         asked["quantization"] = "nf4"
+    asked["prompt"] = None if asked["prompt"] is None else one_of("prompt", asked["prompt"], VIRTUAL)
     asked["versions"] = versions_of(asked["versions"])
     if asked["versions"].before("transformers", "5"):
         architecture = architecture.of_transformers_4()
@@ -169,7 +180,7 @@ def _length(architecture: Architecture, asked: dict[str, Any]) -> int:
     length, longest = whole("sequence_length", asked["sequence_length"]), architecture.learned_positions
     if longest is None or not isinstance(asked["sequence_length"], Usual):
         return int(length)
-    virtual = asked["num_virtual_tokens"] if asked["method"] in VIRTUAL else 0
+    virtual = asked["num_virtual_tokens"] if asked["prompt"] or asked["method"] in VIRTUAL else 0
     return max(min(int(length), longest - virtual), 1)
 
 
@@ -196,12 +207,11 @@ def _check_together(request: Request) -> None:
         raise MemoryMathError("label_tokens is for implementation='lora_lab': transformers computes the logits of every position")
     if request.optimizer_in_backward and request.grad_accum_steps > 1:
         raise MemoryMathError("optimizer_in_backward=True with grad_accum_steps > 1: a gradient that is used at once cannot be accumulated")
-    if method == "prefix" and request.gradient_checkpointing:
-        raise MemoryMathError("gradient_checkpointing with method='prefix': the prefix is in the key/value cache, which checkpointing turns off")
+    _check_virtual(request)
     if method == "inference":
         _check_inference(request)
-    if request.implementation == "lora_lab":
-        _check_own(request)
+    if request.compile and request.implementation == "lora_lab":
+        raise MemoryMathError("compile=True is not modelled with implementation='lora_lab': leave it at False")
 
 
 def _check_attention(request: Request) -> None:
@@ -218,12 +228,19 @@ def _check_inference(request: Request) -> None:
             raise MemoryMathError(f"{name}={value!r} does nothing with method='inference', which has no backward pass: leave it out")
 
 
-def _check_own(request: Request) -> None:
-    """lora_lab's own models: what is not written there yet."""
-    if request.method not in OWN_METHODS:
-        raise MemoryMathError(f"method={request.method!r} is not modelled with implementation='lora_lab'; modelled now: {', '.join(OWN_METHODS)}")
-    if request.compile:
-        raise MemoryMathError("compile=True is not modelled with implementation='lora_lab': leave it at False")
+def _check_virtual(request: Request) -> None:
+    """What stands before the text, and what goes with it."""
+    theirs = request.implementation != "lora_lab"
+    if theirs and request.method == "prefix" and request.gradient_checkpointing:
+        raise MemoryMathError("gradient_checkpointing with method='prefix': the prefix is in the key/value cache, which checkpointing turns off in "
+                              "transformers; with implementation='lora_lab' it stays on")  # fmt: skip
+    if request.prompt is None:
+        return
+    if request.trains:
+        raise MemoryMathError(f"prompt={request.prompt!r} is what stands before the text in inference, and method={request.method!r} trains: use "
+                              f"method={request.prompt!r}, or method='inference'")  # fmt: skip
+    if theirs:
+        raise MemoryMathError(f"prompt={request.prompt!r} with method='inference' is modelled with implementation='lora_lab' only")
 
 
 def one_of(name: str, value: Any, choices: Collection[str], implementation: str | None = None) -> str:
@@ -279,6 +296,8 @@ def _most_labels(architecture: Architecture, asked: Mapping[str, Any]) -> tuple[
     batch, family = asked["batch_size"], architecture.family
     if family == "t5":
         return batch * asked["target_length"], "batch_size * target_length"
+    if family != "bert" and asked["method"] == "prompt":  # the last virtual token predicts the text's first
+        return batch * asked["sequence_length"], "batch_size * sequence_length"
     if family != "bert":
         return batch * (asked["sequence_length"] - 1), "batch_size * (sequence_length - 1)"
     if architecture.task == "ForSequenceClassification":

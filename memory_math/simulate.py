@@ -9,9 +9,10 @@ from .errors import MemoryMathError
 from .hardware import CUBLAS_BYTES
 from .models import MODELS
 from .models.base import Model
+from .operations import Weight
 from .optimizers import Shape, state_sizes, step_sizes
 from .parallel import communication_bytes
-from .request import VIRTUAL, Request
+from .request import Request
 from .tape import Ledger, Storage
 
 
@@ -43,7 +44,7 @@ def _check_shape(request: Request) -> None:
     if arch.family in ("llama", "mixtral") and arch.attention_dropout and request.trains:
         raise MemoryMathError(f"{arch.name}: attention_dropout={arch.attention_dropout} is not modelled for {arch.family}: set it to 0")
     if longest is not None and request.prefix + request.positions > longest:
-        virtual = ", the virtual tokens included" if request.method in VIRTUAL else ""
+        virtual = ", the virtual tokens included" if request.virtual else ""
         raise MemoryMathError(f"sequence_length={request.sequence_length}: {arch.name} has {longest} learned positions{virtual}")
 
 
@@ -52,7 +53,7 @@ def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
     ledger = ledger or Ledger()
     model = model_of(request, ledger)
     _steps_in_backward(request, model)
-    tensors = [Shape(weight.rows, weight.columns, weight.itemsize) for weight in model.trained]
+    tensors = [_shape(weight) for weight in model.trained]
     trained = sum(tensor.numel for tensor in tensors)
     standing = [
         *(Storage(ledger, size, "optimizer_states") for size in _states(request, tensors)),
@@ -68,6 +69,10 @@ def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
     result = Simulation(ledger, model.tape.kept_by_name, elements, trained)
     del standing
     return result
+
+
+def _shape(weight: Weight) -> Shape:
+    return Shape(weight.rows, weight.columns, weight.itemsize, weight.matrices)
 
 
 def _states(request: Request, tensors: list[Shape]) -> list[int]:
@@ -123,7 +128,7 @@ def _steps_in_backward(request: Request, model: Model) -> None:
     for weight in model.trained:
         assert weight.leaf is not None
         squared = 4 * weight.numel * (1 if weight.itemsize == 4 else 2)
-        step = step_sizes(request.optimizer, request.optimizer_implementation, [Shape(weight.rows, weight.columns, weight.itemsize)])
+        step = step_sizes(request.optimizer, request.optimizer_implementation, [_shape(weight)])
         weight.leaf.scratch = max(squared, 0 if request.offload_optimizer else sum(step))
 
 

@@ -215,13 +215,15 @@ class Tape:
 
     device: "cpu" or "cuda", where an operation's rule depends on it. offload: what is kept for backward and has at least so many bytes waits
     in the host's memory, and comes back for the operation that needs it; None: nothing does. keeps_input: operations that keep their input
-    although today's PyTorch does not. weight_copies: autocast's cache of cast weights.
+    although today's PyTorch does not. weight_copies: autocast's cache of cast weights. within: what the checkpointed stretch that is running
+    holds until it has run.
     kept_by_name: bytes by the first operation that kept them; their sum is what saved_tensors_hooks sees of one forward pass.
     """
 
     def __init__(self, ledger: Ledger, device: str = "cuda", offload: int | None = None, keeps_input: frozenset[str] = frozenset()) -> None:
         self.ledger, self.device, self.offload, self.keeps_input = ledger, device, offload, keeps_input
         self.weight_copies: dict[int, Sized] = {}
+        self.within: list[Sized] = []
         self.kept_by_name: dict[str, int] = {}
         self._seen: set[int] = set()
         self._to_come: dict[Leaf, int] = {}
@@ -312,13 +314,14 @@ class Tape:
         except _Recomputed:
             return None
         finally:
-            self._frame, self.weight_copies = None, copies
+            self._frame, self.weight_copies, self.within = None, copies, []
 
     def checkpoint(self, function: Callable[..., Sized], *inputs: Sized) -> Sized:
-        """Run `function` and keep only its inputs; backward runs it again."""
+        """Run `function` and keep only its inputs, where there will be something to ask for; backward runs it again."""
         frame = Frame(function, inputs)
-        self._count("checkpoint", frame.kept)
         result = self.run_in(frame)
+        if frame.slots:
+            self._count("checkpoint", frame.kept)
         assert result is not None
         if self.offload is not None:
             frame.send_away(self.offload)

@@ -18,6 +18,9 @@ True
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lora_lab.errors import LoraLabError
 
 from .checkpoint import load, save
@@ -27,16 +30,26 @@ from .injection import inject
 from .insertion import insert_prompts
 from .interpretation import drift, nearest_tokens, similarity
 from .mixed_tasks import Ensemble, ensemble, per_sample, use
-from .picture import picture
 from .prefix import Prefix, insert_prefixes
 from .prompted_model import PromptedModel
 from .reparameterization import PrefixMLP, PTuning, ResidualPrompt
 from .soft_prompt import Prompt, SoftPrompt
 from .summary import summary
-from .tuning import learning_rate, training_config
 
 __all__ = [
     "Ensemble", "Initialization", "LoraLabError", "PTuning", "Prefix", "PrefixMLP", "Prompt", "PromptedModel", "ResidualPrompt", "SoftPrompt",
     "count_parameters", "drift", "ensemble", "inject", "insert_prefixes", "insert_prompts", "learning_rate",
     "load", "nearest_tokens", "per_sample", "picture", "save", "similarity", "summary", "training_config", "use",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+    from .drawing import picture
+    from .tuning import learning_rate, training_config
+
+LATER = {"picture": "drawing", "learning_rate": "tuning", "training_config": "tuning"}  # what trains or draws is imported when first used
+
+
+def __getattr__(name: str) -> Any:
+    if name in LATER:
+        return getattr(importlib.import_module(f".{LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

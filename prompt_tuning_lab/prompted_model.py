@@ -9,6 +9,7 @@ that are keys and values, each for its rows of the batch; then the base; then th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -145,7 +146,8 @@ class PromptedModel(nn.Module):
         if tuples:
             inputs["return_dict"] = True  # an output with names, to take the prompt out of
         inserting = any(name is not None for name in ([self.active] if self.rows is None else self.rows))
-        out = self._prompted(inputs) if inserting else self._called(inputs)
+        with learning_through(self.base) if self.training else contextlib.nullcontext():
+            out = self._prompted(inputs) if inserting else self.base(**inputs)
         return out.to_tuple() if wanted is False or (tuples and wanted is None) else out
 
     def arguments(self, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
@@ -159,14 +161,8 @@ class PromptedModel(nn.Module):
     def _prompted(self, inputs: dict[str, Any]) -> Any:
         if not self.kind.backbone:
             inserted = self.insert(inputs)
-            return self.text_only(self._called(inserted.inputs), inserted)
+            return self.text_only(self.base(**inserted.inputs), inserted)
         with inserted_before(self.backbone, self.inner_kind.arguments, self.insert, self.text_only):
-            return self._called(inputs)
-
-    def _called(self, inputs: dict[str, Any]) -> Any:
-        if not self.training:
-            return self.base(**inputs)
-        with learning_through(self.base):
             return self.base(**inputs)
 
     def insert(self, inputs: dict[str, Any]) -> Inserted:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import few_rows
 from ..autocast import autocast_dtype
@@ -33,7 +34,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     if not few_rows.are_few(x) or not is_plain(layer):
         return layer(x)
     assert isinstance(layer, nn.Linear)
-    return few_rows.linear(x, layer.weight, layer.bias)
+    return few_rows.product(x, layer.weight, layer.bias) if few_rows.suits(layer.weight, x) else layer(x)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -42,7 +43,8 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def is_called_plainly(layer: nn.Module) -> bool:
-    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or "forward" in vars(layer))
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or _has_any_global_hook()
+    return not (hooks or "forward" in vars(layer))
 
 
 # Norm -----------------------------------------------------------------------------------------------------------------------
@@ -57,6 +59,8 @@ def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 class RMSNormFunction(torch.autograd.Function):
     """``weight * x / sqrt(mean(x**2) + eps)``; keeps x and weight (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4)."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -105,6 +109,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 class _GateFunction(torch.autograd.Function):
     """``activation(gate) * up``; keeps gate and up."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -60,10 +60,15 @@ class RecomputableCore(nn.Module):
     recompute_in_eval = False
 
 
-def set_recompute(model: nn.Module, mode: Mode) -> None:
-    """Switch checkpointing on or off. Raises LoraLabError for a mode that is none."""
+def check_mode(mode: Any) -> None:
+    """Raise LoraLabError for what is no mode of checkpointing."""
     if mode != "attention" and (not isinstance(mode, int) or mode < 0):
         raise LoraLabError(f"gradient_checkpointing={mode!r}: expected True, False, a number n (every n-th block), or 'attention'")
+
+
+def set_recompute(model: nn.Module, mode: Mode) -> None:
+    """Switch checkpointing on or off. Raises LoraLabError for a mode that is none."""
+    check_mode(mode)
     blocks = [module for module in model.modules() if isinstance(module, Recomputable)]
     for index, block in enumerate(blocks):
         block.recompute = mode is True or (isinstance(mode, int) and mode > 0 and index % mode == 0)

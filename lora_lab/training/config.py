@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraLabError, did_you_mean
+from ..models.recompute import check_mode
 from .distributed import KINDS
 from .optimizers import OPTIMIZERS, SCHEDULES
 from .precision import PRECISIONS
@@ -95,6 +96,7 @@ class TrainConfig:
             self._check(name, right, "a number of at least 0" if zero else "a number above 0")
         for name in SWITCHES:
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        check_mode(self.gradient_checkpointing)
         for name in ("save_every", "resume"):
             if getattr(self, name) and self.output_dir is None:
                 raise LoraLabError(f"{name}={getattr(self, name)} needs an output_dir")

@@ -55,7 +55,8 @@ def attend(model: Model, q: Sized, k: Sized, v: Sized, given: Scores) -> Sized:
     def core(q: Sized, k: Sized, v: Sized) -> Sized:
         return product(model, q, k, v, given)
 
-    return model.tape.checkpoint(core, q, k, v) if model.request.gradient_checkpointing == "attention" else core(q, k, v)
+    again = model.request.gradient_checkpointing == "attention"
+    return model.tape.checkpoint(core, q, k, v) if again else core(q, k, v)
 
 
 def product(model: Model, q: Sized, k: Sized, v: Sized, given: Scores) -> Sized:
@@ -64,7 +65,7 @@ def product(model: Model, q: Sized, k: Sized, v: Sized, given: Scores) -> Sized:
     if model.autocast is not None:
         q, k, v = (ops.cast(tape, tensor, model.autocast) for tensor in (q, k, v))
     mask, sizes = _numbers(model, given.mask, q.itemsize), Sizes.of(model, q, k, given)
-    dropped = given.dropout > 0 and model.request.trains
+    dropped = given.dropout > 0 and model.request.drops
     if not _fused(tape.device, sizes, mask, dropped):
         return by_hand(model, q, k, v, mask, given)
     if tape.device == "cuda" and mask is not None:
@@ -104,7 +105,7 @@ def by_hand(model: Model, q: Sized, k: Sized, v: Sized, mask: Sized | None, give
     def weights(s: Sized) -> Sized:
         inside = tape.inside_kernel(s.numel * (s.itemsize + 1))
         s = tape.record("attention softmax", [s], lambda: tape.new(s.numel, s.itemsize), keeps_after=lambda y: [y], busy=inside)
-        return ops.dropout(tape, s) if given.dropout and model.request.trains else s
+        return ops.dropout(tape, s) if given.dropout and model.request.drops else s
 
     y = in_parts(tape, q, k, v, scores, weights, lambda s, v: ops.matmul(tape, "attention", s, _laid_out(model, v, width, given), q.numel))
     del written
@@ -117,9 +118,10 @@ def _laid_out(model: Model, x: Sized, numel: int, given: Scores) -> Sized:
     return x if as_it_is else ops.copy(model.tape, "attention", x, numel)
 
 
-def window_mask(model: Model, window: int | None) -> Sized | None:
-    """attention_mask of rows without padding: who is seen, [T, T] of true and false; None where plain causality says it all."""
-    pairs = model.sequence**2
-    if window is None or model.sequence <= window:
+def attention_mask(model: Model, window: int | None = None) -> Sized | None:
+    """attention_mask of rows without padding: who is seen, [T, P + T] of true and false behind a prefix; None where plain causality says it all."""
+    total = model.request.prefix + model.sequence
+    pairs, cut = model.sequence * total, window is not None and total > window
+    if not cut and (total == model.sequence or model.sequence == 1):
         return None
-    return model.tape.record("window", [], lambda: model.tape.new(pairs, 1, "other"), busy=2 * pairs)
+    return model.tape.record("attention mask", [], lambda: model.tape.new(pairs, 1, "other"), busy=0 if window is None else 2 * pairs)

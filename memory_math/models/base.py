@@ -78,9 +78,10 @@ class Model(abc.ABC):
         leaf = request.leaf() if request.method == "full" else None
         return Weight(self.ledger, name, rows, columns, request.weight_itemsize, leaf, parallel.weight_shards)
 
-    def trainable(self, name: str, rows: int, columns: int) -> Weight:
-        """A small tensor that is trained beside the frozen model."""
-        return Weight(self.ledger, name, rows, columns, self.request.adapter_itemsize, self.request.leaf(), self.request.parallel.weight_shards)
+    def trainable(self, name: str, rows: int, columns: int, matrices: int = 1) -> Weight:
+        """A small tensor beside the frozen model; what trains, if anything does."""
+        request, leaf = self.request, self.request.leaf() if self.request.trains else None
+        return Weight(self.ledger, name, rows, columns, request.adapter_itemsize, leaf, request.parallel.weight_shards, matrices)
 
     def _adapter(self, path: str, inputs: int, outputs: int) -> Adapter:
         rank = self.request.rank
@@ -134,7 +135,7 @@ class Model(abc.ABC):
     def generation_pass(self) -> None:
         """The prompt of every row at once, without gradients: keys and values of all blocks stay, logits are made for the last position."""
         self.tape = self._tape()
-        ids, cache = self.ids(self.tokens), list[Sized]()
+        ids, cache = self.ids(self.request.batch_size * self.request.sequence_length), list[Sized]()
         hidden = self.hidden_states(ids, cache)
         self.ledger.enter("logits")
         last = self.tape.new(self.request.batch_size * self.head.columns, hidden.itemsize)

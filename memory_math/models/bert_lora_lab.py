@@ -16,14 +16,14 @@ from ..tape import Ledger, Sized
 from .activations import keeps_result as tanh
 from .attention_dropout import expanded
 from .attention_lora_lab import Scores, attend
-from .base import Model
 from .bert import MASKED_HEAD
 from .causal_lora_lab import labelled_loss
 from .layers_lora_lab import activate, dropped, lora_linear
 from .norms import layer_norm
+from .prompts_lora_lab import BlockPast, Prompted
 
 
-class LoraLabBert(Model):
+class LoraLabBert(Prompted):
     """BertForSequenceClassification, BertForMaskedLM, BertModel, and RoBERTa's."""
 
     arch: Bert
@@ -50,31 +50,38 @@ class LoraLabBert(Model):
         if not words:
             return self.classification_loss(x, labels)
         bias = self.weights[f"{MASKED_HEAD[self.arch.roberta][0]}.{'bias' if self.arch.tied else 'decoder.bias'}"]
-        return labelled_loss(self, x, labels, self.tokens, bias=bias)
+        return labelled_loss(self, x, labels, self.text_tokens, bias=bias)
 
     def generation_pass(self) -> None:
         """One pass without gradients, head and all: an encoder has no next token."""
         self.tape = self._tape()
         top = {"ForMaskedLM": self.features, "Model": self.pooler}.get(self.arch.task, self.classify)
-        x = top(self.hidden_states(self.ids(self.tokens)))
+        x = top(self.hidden_states(self.ids(self.text_tokens)))
         self.ledger.enter("logits")
         if self.arch.task == "ForMaskedLM":
             ops.linear(self.tape, x, self.head, part="logits")
 
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
-        """BertModel without its pooler."""
-        embedded = x = self.embeddings(ids)  # the name lives as long as the forward does
-        for layer in range(self.arch.layers):
-            x = self.run_block(layer, Block(self, f"{self.arch.root}encoder.layer.{layer}").forward, x)
-        del embedded
-        return x
+        """BertModel without its pooler; of a text behind a prompt its own positions."""
+        pasts, words = self.pasts(), self.words(ids)
+        given = words if self.request.virtual == "prompt" else None  # as inputs_embeds, which the caller holds
+        embedded = x = self.embeddings(words)  # the name lives as long as the forward does
+        del words
+        for layer, past in enumerate(pasts):
+            x = self.run_block(layer, Block(self, f"{self.arch.root}encoder.layer.{layer}", past).forward, x)
+        del embedded, given, pasts
+        count = self.text_tokens * self.arch.hidden
+        return x if x.numel == count else self.tape.record("text", [x], lambda: Sized(count, x.itemsize, x.storage))
 
-    def embeddings(self, ids: Sized) -> Sized:
-        """BertEmbeddings: one token type for all, positions of one row; RoBERTa counts those of every row."""
+    def words(self, ids: Sized) -> Sized:
+        words = ops.embedding(self.tape, ids, self.weights[f"{self.arch.root}embeddings.word_embeddings"])
+        return self.source(words) if self.request.method == "frozen" else self.with_rows(words)
+
+    def embeddings(self, words: Sized) -> Sized:
+        """BertEmbeddings: one token type for all, positions of one row; of every row where a prefix moves them, or RoBERTa looks at the ids."""
         tape, path, count = self.tape, f"{self.arch.root}embeddings", self.tokens * self.arch.hidden
-        words = ops.embedding(tape, ids, self.weights[f"{path}.word_embeddings"])
-        words = self.source(words) if self.request.method == "frozen" else words
-        numbers = self.ids(1), self.ids(self.tokens if self.arch.roberta else self.sequence)
+        counted = self.request.prefix or (self.arch.roberta and self.tokens == self.text_tokens)
+        numbers = self.ids(1), self.ids(self.tokens if counted else self.sequence)
         types = ops.embedding(tape, numbers[0], self.weights[f"{path}.token_type_embeddings"])
         x = ops.add(tape, "embeddings", words, expanded(self, types, count))
         places = ops.embedding(tape, numbers[1], self.weights[f"{path}.position_embeddings"])
@@ -112,8 +119,8 @@ class LoraLabBert(Model):
 class Block:
     """BertLayer."""
 
-    def __init__(self, model: LoraLabBert, path: str) -> None:
-        self.model, self.path = model, path
+    def __init__(self, model: LoraLabBert, path: str, past: BlockPast) -> None:
+        self.model, self.path, self.past = model, path, past
 
     def forward(self, x: Sized) -> Sized:
         x = self.output(self.attention(x), x, f"{self.path}.attention.output")
@@ -121,6 +128,7 @@ class Block:
 
     def attention(self, x: Sized) -> Sized:
         q, k, v = (lora_linear(self.model, x, f"{self.path}.attention.self.{name}") for name in ("query", "key", "value"))
+        k, v = self.past.append(k, v)
         return attend(self.model, q, k, v, Scores(causal=False, dropout=self.model.arch.attention_dropout))
 
     def intermediate(self, x: Sized) -> Sized:

@@ -10,31 +10,39 @@ import abc
 from .. import operations as ops
 from ..operations import Weight
 from ..tape import Sized
+from .attention_lora_lab import attention_mask
 from .base import Model
+from .prompts_lora_lab import BlockPast, Prompted
 
 CHUNK_BYTES = 32 * 2**20  # lora_lab.models.losses.CHUNK_BYTES, held equal by a test
 
 
-class CausalLM(Model):
+class CausalLM(Prompted):
     """CausalLM.forward with labels; a family writes down `decode`."""
 
     def loss(self, ids: Sized, labels: Sized) -> Sized:
-        embedded, positions = self.embed(ids), self.ids(self.sequence)
-        hidden = self.decode(embedded, positions)  # forward holds on to all three names until it returns
+        pasts, whole = self.pasts(), self.with_virtual_labels(labels)
+        embedded, mask, positions = self.embed(ids), attention_mask(self), self.ids(self.sequence)
+        hidden = self.decode(embedded, positions, mask, pasts)
         self.ledger.enter("loss")
-        return next_token_loss(self, hidden, labels)
+        return next_token_loss(self, hidden, whole)  # until here forward holds on to all of these names
 
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
-        embedded, positions = self.embed(ids), self.ids(self.sequence)
-        return self.decode(embedded, positions, cache)
+        pasts = self.pasts(cache)
+        embedded, mask, positions = self.embed(ids), attention_mask(self), self.ids(self.sequence)
+        return self.decode(embedded, positions, mask, pasts)
 
     def embed(self, ids: Sized) -> Sized:
         embedded = ops.embedding(self.tape, ids, self.weights[self.embedding_path])
-        return self.source(embedded) if self.request.method == "frozen" else embedded
+        return self.source(embedded) if self.request.method == "frozen" else self.with_rows(embedded)
+
+    def with_virtual_labels(self, labels: Sized) -> Sized:
+        """-100 for the virtual tokens, beside the caller's."""
+        return labels if self.tokens == self.text_tokens else self.ids(self.tokens)
 
     @abc.abstractmethod
-    def decode(self, x: Sized, positions: Sized, cache: list[Sized] | None = None) -> Sized:
-        """Decoder.forward: x [B, T, H] through every block and the last norm; `cache` collects the keys and values."""
+    def decode(self, x: Sized, positions: Sized, mask: Sized | None, pasts: list[BlockPast]) -> Sized:
+        """Decoder.forward: x [B, T, H] through every block, each with its past, and the last norm. mask: see `attention_mask`."""
 
 
 def next_token_loss(model: Model, hidden: Sized, labels: Sized) -> Sized:

@@ -7,12 +7,12 @@ from ..families.gpt2 import GPT2
 from ..operations import Weight
 from ..tape import Sized
 from .attention_lora_lab import Scores, attend
-from .base import cached
 from .blocks import plus_positions, split
 from .causal_lora_lab import CausalLM
 from .gpt2 import CONV1D
 from .layers_lora_lab import activate, dropped, lora_linear
 from .norms import layer_norm
+from .prompts_lora_lab import BlockPast
 
 
 class LoraLabGPT2(CausalLM):
@@ -27,32 +27,31 @@ class LoraLabGPT2(CausalLM):
         shape = (columns, rows) if name.endswith(CONV1D) else (rows, columns)
         return super()._weight(name, *shape, quantized)
 
-    def decode(self, x: Sized, positions: Sized, cache: list[Sized] | None = None) -> Sized:
+    def decode(self, x: Sized, positions: Sized, mask: Sized | None, pasts: list[BlockPast]) -> Sized:
         """GPT2Model."""
         x = plus_positions(self, x, ops.embedding(self.tape, positions, self.weights["transformer.wpe"]))
         x = dropped(self, x, self.arch.embedding_dropout)
-        for layer in range(self.arch.layers):
-            x = self.run_block(layer, Block(self, f"transformer.h.{layer}", cache).forward, x)
+        for layer, past in enumerate(pasts):
+            x = self.run_block(layer, Block(self, f"transformer.h.{layer}", past).forward, x, *([] if mask is None else [mask]))
         return layer_norm(self, x, "transformer.ln_f")
 
 
 class Block:
     """GPT2Block with its GPT2Attention and GPT2MLP."""
 
-    def __init__(self, model: LoraLabGPT2, path: str, cache: list[Sized] | None) -> None:
-        self.model, self.tape, self.path, self.cache = model, model.tape, path, cache
+    def __init__(self, model: LoraLabGPT2, path: str, past: BlockPast) -> None:
+        self.model, self.tape, self.path, self.past = model, model.tape, path, past
 
-    def forward(self, x: Sized) -> Sized:
-        x = ops.add(self.tape, "residual", x, self.attention(layer_norm(self.model, x, f"{self.path}.ln_1")))
+    def forward(self, x: Sized, mask: Sized | None = None) -> Sized:
+        x = ops.add(self.tape, "residual", x, self.attention(layer_norm(self.model, x, f"{self.path}.ln_1"), mask))
         return ops.add(self.tape, "residual", x, self.mlp(layer_norm(self.model, x, f"{self.path}.ln_2")))
 
-    def attention(self, x: Sized) -> Sized:
+    def attention(self, x: Sized, mask: Sized | None) -> Sized:
         """q, k and v are views of one tensor."""
         width = x.numel
         q, k, v = split(self.tape, lora_linear(self.model, x, f"{self.path}.attn.c_attn"), width, width, width)
-        if self.cache is not None:
-            self.cache += [cached(k), cached(v)]
-        y = attend(self.model, q, k, v, Scores(dropout=self.model.arch.attention_dropout))
+        k, v = self.past.append(k, v)
+        y = attend(self.model, q, k, v, Scores(mask, dropout=self.model.arch.attention_dropout))
         return dropped(self.model, lora_linear(self.model, y, f"{self.path}.attn.c_proj"), self.model.arch.dropout)
 
     def mlp(self, x: Sized) -> Sized:

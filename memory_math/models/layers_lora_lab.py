@@ -83,8 +83,8 @@ def rotate(tape: Tape, x: Sized, angles: Sized) -> Sized:
 
 
 def dropped(model: Model, x: Sized, share: float) -> Sized:
-    """nn.Dropout: nothing at all without training or where the share is 0."""
-    return ops.dropout(model.tape, x) if share and model.request.trains else x
+    """nn.Dropout: nothing at all in eval mode or where the share is 0."""
+    return ops.dropout(model.tape, x) if share and model.request.drops else x
 
 
 # LoRA ---------------------------------------------------------------------------------------------------------------------------

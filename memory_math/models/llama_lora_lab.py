@@ -10,10 +10,10 @@ from ..errors import MemoryMathError
 from ..families.llama import Llama
 from ..request import Request
 from ..tape import Ledger, Sized
-from .attention_lora_lab import Scores, attend, window_mask
-from .base import cached
+from .attention_lora_lab import Scores, attend, attention_mask
 from .causal_lora_lab import CausalLM
 from .layers_lora_lab import gated, lora_linear, rms_norm, rotate
+from .prompts_lora_lab import BlockPast
 
 Masks = dict[int | None, Sized | None]
 
@@ -27,21 +27,21 @@ class LoraLabLlama(CausalLM):
         super().__init__(request, ledger)
         _check(self.arch)
 
-    def decode(self, x: Sized, positions: Sized, cache: list[Sized] | None = None) -> Sized:
+    def decode(self, x: Sized, positions: Sized, mask: Sized | None, pasts: list[BlockPast]) -> Sized:
         """LlamaModel: a window's mask is one for all blocks that have it."""
         rotary = self.tape.new(self.sequence * self.arch.head_dim, 4, "other")  # cos and sin of half a head each, float32
-        masks: Masks = {window: window_mask(self, window) for window in {*self.arch.windows}}
-        for layer in range(self.arch.layers):
-            block, mask = Block(self, f"model.layers.{layer}", rotary, cache), masks.get(self.arch.window(layer))
-            x = self.run_block(layer, block.forward, x, *([] if mask is None else [mask]))
+        masks: Masks = {None: mask, **{window: attention_mask(self, window) for window in {*self.arch.windows} - {None}}}
+        for layer, past in enumerate(pasts):
+            block, own = Block(self, f"model.layers.{layer}", rotary, past), masks[self.arch.window(layer)]
+            x = self.run_block(layer, block.forward, x, *([] if own is None else [own]))
         return rms_norm(self, x, "model.norm")
 
 
 class Block:
     """LlamaDecoderLayer with its Attention and GatedMLP."""
 
-    def __init__(self, model: LoraLabLlama, path: str, rotary: Sized, cache: list[Sized] | None) -> None:
-        self.model, self.tape, self.path, self.rotary, self.cache = model, model.tape, path, rotary, cache
+    def __init__(self, model: LoraLabLlama, path: str, rotary: Sized, past: BlockPast) -> None:
+        self.model, self.tape, self.path, self.rotary, self.past = model, model.tape, path, rotary, past
 
     def forward(self, x: Sized, mask: Sized | None = None) -> Sized:
         x = ops.add(self.tape, "residual", x, self.attention(self.norm(x, "input_layernorm"), mask))
@@ -56,8 +56,7 @@ class Block:
             q, k = self.norm(q, "self_attn.q_norm"), self.norm(k, "self_attn.k_norm")
         angles = ops.cast(self.tape, self.rotary, q.itemsize)
         q, k = rotate(self.tape, q, angles), rotate(self.tape, k, angles)
-        if self.cache is not None:
-            self.cache += [cached(k), cached(v)]
+        k, v = self.past.append(k, v)
         y = attend(self.model, q, k, v, Scores(mask))
         return lora_linear(self.model, y, f"{self.path}.self_attn.o_proj")
 

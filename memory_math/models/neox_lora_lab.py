@@ -6,11 +6,11 @@ from .. import operations as ops
 from ..families.neox import NeoX
 from ..tape import Sized
 from .attention_lora_lab import Scores, attend
-from .base import cached
 from .blocks import split
 from .causal_lora_lab import CausalLM
 from .layers_lora_lab import activate, dropped, lora_linear, rotate
 from .norms import layer_norm
+from .prompts_lora_lab import BlockPast
 
 
 class LoraLabNeoX(CausalLM):
@@ -19,23 +19,23 @@ class LoraLabNeoX(CausalLM):
     arch: NeoX
     embedding_path = "gpt_neox.embed_in"
 
-    def decode(self, x: Sized, positions: Sized, cache: list[Sized] | None = None) -> Sized:
+    def decode(self, x: Sized, positions: Sized, mask: Sized | None, pasts: list[BlockPast]) -> Sized:
         """GPTNeoXModel."""
         rotary = self.tape.new(self.sequence * self.arch.rotary_width, 4, "other")  # cos and sin of half of what turns each, float32
         x = dropped(self, x, self.arch.dropout)
-        for layer in range(self.arch.layers):
-            x = self.run_block(layer, Block(self, f"gpt_neox.layers.{layer}", rotary, cache).forward, x)
+        for layer, past in enumerate(pasts):
+            x = self.run_block(layer, Block(self, f"gpt_neox.layers.{layer}", rotary, past).forward, x, *([] if mask is None else [mask]))
         return layer_norm(self, x, "gpt_neox.final_layer_norm")
 
 
 class Block:
     """GPTNeoXLayer with its GPTNeoXAttention and GPTNeoXMLP."""
 
-    def __init__(self, model: LoraLabNeoX, path: str, rotary: Sized, cache: list[Sized] | None) -> None:
-        self.model, self.tape, self.path, self.rotary, self.cache = model, model.tape, path, rotary, cache
+    def __init__(self, model: LoraLabNeoX, path: str, rotary: Sized, past: BlockPast) -> None:
+        self.model, self.tape, self.path, self.rotary, self.past = model, model.tape, path, rotary, past
 
-    def forward(self, x: Sized) -> Sized:
-        attended = ops.add(self.tape, "residual", x, self.dropped(self.attention(self.norm(x, "input_layernorm"))))
+    def forward(self, x: Sized, mask: Sized | None = None) -> Sized:
+        attended = ops.add(self.tape, "residual", x, self.dropped(self.attention(self.norm(x, "input_layernorm"), mask)))
         fed = self.mlp(self.norm(x if self.model.arch.parallel_residual else attended, "post_attention_layernorm"))
         return ops.add(self.tape, "residual", attended, self.dropped(fed))
 
@@ -45,15 +45,14 @@ class Block:
     def dropped(self, x: Sized) -> Sized:
         return dropped(self.model, x, self.model.arch.dropout)
 
-    def attention(self, x: Sized) -> Sized:
+    def attention(self, x: Sized, mask: Sized | None) -> Sized:
         """q and k are turned into new tensors and v is copied, so that the fused one goes."""
         width = x.numel
         q, k, v = split(self.tape, lora_linear(self.model, x, f"{self.path}.attention.query_key_value"), width, width, width)
         angles = ops.cast(self.tape, self.rotary, q.itemsize)
         q, k, v = rotate(self.tape, q, angles), rotate(self.tape, k, angles), ops.copy(self.tape, "value", v)
-        if self.cache is not None:
-            self.cache += [cached(k), cached(v)]
-        y = attend(self.model, q, k, v, Scores(dropout=self.model.arch.attention_dropout))
+        k, v = self.past.append(k, v)
+        y = attend(self.model, q, k, v, Scores(mask, dropout=self.model.arch.attention_dropout))
         return lora_linear(self.model, y, f"{self.path}.attention.dense")
 
     def mlp(self, x: Sized) -> Sized:

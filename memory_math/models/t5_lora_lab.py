@@ -14,14 +14,14 @@ from ..request import Request
 from ..tape import Ledger, Sized
 from .activations import keeps_result
 from .attention_lora_lab import Scores, attend
-from .base import Model, cached
 from .causal_lora_lab import labelled_loss
 from .layers_lora_lab import dropped, gated, lora_linear, rms_norm
+from .prompts_lora_lab import BlockPast, Prompted
 
 BUCKET_BYTES = 45  # per pair of positions, while their buckets are computed: five tensors of int64, one of float32, and a truth value
 
 
-class LoraLabT5(Model):
+class LoraLabT5(Prompted):
     """T5ForConditionalGeneration in training mode, with labels; T5EncoderModel."""
 
     arch: T5
@@ -51,37 +51,49 @@ class LoraLabT5(Model):
     def loss(self, ids: Sized, labels: Sized) -> Sized:
         """Seq2SeqLM.forward: both inputs are embedded before the encoder runs."""
         shifted = self.ids(labels.numel)
-        source, target = self.embed(ids), self.embed(shifted)
-        encoded = self.encode(source)
+        prefix, source = self.prefix_table(copied=False), self.with_rows(self.embed(ids))
+        if prefix is None:
+            target = self.embed(shifted)
+            encoded = self.encode(source, None)
+        else:  # the encoder reads before the model is called
+            encoded = self.encode(source, prefix)
+            del source
+            target = self.embed(shifted)
         self.hold(encoded)
-        hidden = self.decode(target, encoded)
+        hidden = self.decode(target, encoded, prefix)
         self.ledger.enter("loss")
         return labelled_loss(self, hidden, labels, labels.numel)
 
     def generation_pass(self) -> None:
         """The whole input through the encoder, and the first token of the decoder, which leaves keys and values of both attentions."""
         self.tape = self._tape()
-        cache = list[Sized]()
-        x = self.hidden_states(self.ids(self.tokens))
+        cache, prefix = list[Sized](), self.prefix_table(copied=False)
+        source = self.with_rows(self.embed(self.ids(self.text_tokens)))
+        x = self.encode(source, prefix)
+        del source
         if self.arch.task == "ForConditionalGeneration":
-            x = self.decode(self.embed(self.ids(self.request.batch_size)), x, cache)
+            x = self.decode(self.embed(self.ids(self.request.batch_size)), x, prefix, cache)
             self.ledger.enter("logits")
             ops.linear(self.tape, x, self.head, part="logits")
 
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
         """The encoder's."""
-        embedded = self.embed(ids)
-        return self.encode(embedded)
+        embedded = self.with_rows(self.embed(ids))
+        return self.encode(embedded, self.prefix_table(copied=False))
 
     def embed(self, ids: Sized) -> Sized:
         embedded = ops.embedding(self.tape, ids, self.weights["shared"])
         return self.source(embedded) if self.request.method == "frozen" else embedded
 
-    def encode(self, x: Sized) -> Sized:
-        return Stack(self, "encoder", None).forward(x)
+    @property
+    def blocks(self) -> int:
+        return self.arch.layers + self.arch.decoder_layers
 
-    def decode(self, x: Sized, encoded: Sized, cache: list[Sized] | None = None) -> Sized:
-        hidden = Stack(self, "decoder", cache).forward(x, encoded)
+    def encode(self, x: Sized, prefix: Sized | None) -> Sized:
+        return Stack(self, "encoder", prefix, None).forward(x)
+
+    def decode(self, x: Sized, encoded: Sized, prefix: Sized | None, cache: list[Sized] | None = None) -> Sized:
+        hidden = Stack(self, "decoder", prefix, cache).forward(x, encoded)
         return ops.elementwise(self.tape, "scale", hidden) if self.arch.scaled_head else hidden
 
     def norm(self, x: Sized, path: str) -> Sized:
@@ -91,29 +103,41 @@ class LoraLabT5(Model):
 
 
 class Stack:
-    """T5Stack."""
+    """T5Stack. prefix: of both stacks."""
 
-    def __init__(self, model: LoraLabT5, name: str, cache: list[Sized] | None) -> None:
-        self.model, self.tape, self.name, self.cache, self.decodes = model, model.tape, name, cache, name == "decoder"
+    def __init__(self, model: LoraLabT5, name: str, prefix: Sized | None, cache: list[Sized] | None) -> None:
+        self.model, self.tape, self.name, self.prefix, self.cache, self.decodes = model, model.tape, name, prefix, cache, name == "decoder"
         self.first = model.arch.layers if self.decodes else 0  # checkpointing counts the blocks of both
         self.layers = model.arch.decoder_layers if self.decodes else model.arch.layers
 
     def forward(self, x: Sized, encoded: Sized | None = None) -> Sized:
-        model, mask = self.model, self.position_bias(x)
+        model, pasts, mask = self.model, self.pasts(x), self.position_bias(x)
         x = dropped(model, x, model.arch.dropout)
-        for layer in range(self.layers):
-            block = Block(model, f"{self.name}.block.{layer}.layer", self.cache)
-            x = model.run_block(self.first + layer, block.forward, x, mask, *([] if encoded is None else [encoded]))
+        for layer, past in enumerate(pasts):
+            block, given = Block(model, f"{self.name}.block.{layer}.layer", past), [mask, *([] if encoded is None else [encoded])]
+            x = model.run_block(self.first + layer, block.forward, x, *given)
         return dropped(model, model.norm(x, f"{self.name}.final_layer_norm"), model.arch.dropout)
 
+    def length(self, x: Sized) -> int:
+        return x.numel // self.model.arch.hidden // self.model.request.batch_size
+
+    def pasts(self, x: Sized) -> list[BlockPast]:
+        """The stack's own layers of the prefix, whose slice has a gradient as large as all of it."""
+        if self.prefix is None:
+            return self.model.pasts_of(self.layers, None, 0, self.cache)
+        table, count = self.prefix, self.prefix.numel // self.model.blocks * self.layers
+        own = self.tape.record("prefix", [table], lambda: Sized(count, table.itemsize, table.storage))
+        return self.model.pasts_of(self.layers, own, self.length(x), self.cache)
+
     def position_bias(self, x: Sized) -> Sized:
-        """position_bias, [1, a, T, T]: a number for each distance, in a decoder -infinity for what comes later, where the truth values are kept."""
+        """position_bias, [1, a, T, P + T]: a number for each distance, in a decoder -infinity for what comes later, where the truth values are
+        kept."""
         model, tape = self.model, self.tape
-        pairs = (x.numel // model.arch.hidden // model.request.batch_size) ** 2
+        pairs = self.length(x) * (self.length(x) + model.request.prefix)
         buckets = tape.record("buckets", [], lambda: model.ids(pairs), busy=(BUCKET_BYTES - 8) * pairs)
         bias = ops.embedding(tape, buckets, model.weights[f"{self.name}.block.0.layer.0.SelfAttention.relative_attention_bias"])
         bias = ops.cast(tape, bias, model.autocast or x.itemsize)
-        if not self.decodes or pairs == 1:
+        if not self.decodes or self.length(x) == 1:
             return bias
         return ops.elementwise(tape, "position bias", bias, keeps=[tape.new(pairs, 1, "other")], busy=pairs)
 
@@ -121,8 +145,8 @@ class Stack:
 class Block:
     """T5Block: its T5Layers, with T5Attention and T5MLP."""
 
-    def __init__(self, model: LoraLabT5, path: str, cache: list[Sized] | None) -> None:
-        self.model, self.tape, self.path, self.cache = model, model.tape, path, cache
+    def __init__(self, model: LoraLabT5, path: str, past: BlockPast) -> None:
+        self.model, self.tape, self.path, self.past = model, model.tape, path, past
 
     def forward(self, x: Sized, mask: Sized, encoded: Sized | None = None) -> Sized:
         x = self.added(x, self.attention("0.SelfAttention", self.norm(x, 0), mask))
@@ -142,8 +166,10 @@ class Block:
     def attention(self, name: str, x: Sized, mask: Sized | None, source: Sized | None = None) -> Sized:
         path, arch = f"{self.path}.{name}", self.model.arch
         k, v = (lora_linear(self.model, source or x, f"{path}.{part}") for part in "kv")
-        if self.cache is not None:
-            self.cache += [cached(k), cached(v)]
+        if source is None:
+            k, v = self.past.append(k, v)
+        else:
+            self.past.leave(k, v)
         q = lora_linear(self.model, x, f"{path}.q")
         y = attend(self.model, q, k, v, Scores(mask, causal=False, dropout=arch.attention_dropout))
         return lora_linear(self.model, y, f"{path}.o")

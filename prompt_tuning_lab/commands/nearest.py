@@ -49,7 +49,7 @@ def table(positions: Sequence[Sequence[Any]]) -> str:
 def _draw(prompted: Any, tokenizer: Any, path: Path) -> None:
     from lora_lab.files import saving, write_file
 
-    from ..picture import picture
+    from ..drawing import picture
 
     drawn = picture(prompted, tokenizer)
     with saving("the picture", path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lora_lab
 import lora_lab.layers
@@ -74,13 +79,14 @@ def test_a_layer_takes_it_and_gives_what_the_sum_gives(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("case", ["trained weight", "another dtype", "autocast", "trained bias"])
 def test_it_stays_out_where_it_would_not_be_the_same(case: str) -> None:
     layer, x = lora_lab.LoRALinear(6, 5, rank=3), torch.randn(4, 6)
-    assert is_simple(layer, x)
+    A = layer.lora_A["default"]
+    assert is_simple(layer, x, A)
     if case == "trained weight":
         layer.weight.requires_grad_()
     if case == "trained bias":
         layer.bias.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        assert not is_simple(layer, x.double() if case == "another dtype" else x)
+        assert not is_simple(layer, x.double() if case == "another dtype" else x, A)
 
 
 @pytest.mark.parametrize("case", ["two adapters", "dora", "dropout", "by row"])
@@ -112,3 +118,146 @@ def test_kept_for_backward_are_x_once_and_small_tensors() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = [layer(x) for layer in layers]
     assert len(outputs) == 3 and sum(sizes.values()) <= x.nbytes + 3 * (50 * 2 * 4) + 3 * 8  # x, each A x, stamps of the selection
+
+
+# What is done to a layer ----------------------------------------------------------------------------------------------------
+
+
+def a_layer(base: torch.dtype = torch.float64, bias: bool = True, **request: Any) -> Any:
+    """From 6 to 5 numbers."""
+    torch.manual_seed(0)
+    return lora_lab.inject(nn.Sequential(nn.Linear(6, 5, bias=bias, dtype=base)), 3, init="random", **request)[0]
+
+
+def sum_of(layer: Any, x: Tensor) -> Tensor:
+    A, B = (container["default"].to(x.dtype) for container in (layer.lora_A, layer.lora_B))
+    return the_sum(x, layer.weight, layer.bias, A, B, layer.lora_scaling["default"])
+
+
+def gradients(layer: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Of a loss of run(x), with respect to A, B and, where it wants one, x."""
+    wanted = [layer.lora_A["default"], layer.lora_B["default"], *([x] if x.requires_grad else [])]
+    return torch.autograd.grad(run(x).abs().square().sum(), wanted)
+
+
+def assert_same_gradients(layer: Any, x: Tensor, run: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor]) -> None:
+    for ours, theirs in zip(gradients(layer, x, run), gradients(layer, x, wanted), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3), ()])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_output_can_be_changed_in_place(shape: tuple[int, ...], bias: bool, first: bool) -> None:
+    """nn.ReLU(inplace=True) behind a layer. first: x has no gradient, as that of a first layer."""
+    layer, x = a_layer(bias=bias), torch.randn(*shape, 6, dtype=torch.float64, requires_grad=not first)
+    assert_same_gradients(layer, x, lambda x: F.relu(layer(x), inplace=True), lambda x: F.relu(sum_of(layer, x)))
+    assert_same_gradients(layer, x, lambda x: layer(x).mul_(2).add_(1), lambda x: sum_of(layer, x) * 2 + 1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_so_it_can_under_checkpointing(first: bool) -> None:
+    layer, x = a_layer(), torch.randn(4, 6, dtype=torch.float64, requires_grad=not first)
+    again = functools.partial(checkpoint, lambda x: F.relu(layer(x), inplace=True), use_reentrant=False)
+    assert_same_gradients(layer, x, again, lambda x: F.relu(sum_of(layer, x)))
+
+
+def test_selective_checkpointing_may_keep_the_products() -> None:
+    """It refuses results of operations that are changed afterwards."""
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    layer, x = a_layer(), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    assert_same_gradients(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False, context_fn=contexts), lambda x: sum_of(layer, x))
+
+
+def test_gradients_of_every_row_and_of_every_adapter_by_vmap() -> None:
+    layer, x = a_layer(), torch.randn(4, 6, dtype=torch.float64)
+    adapter = {name: tensor.detach() for name, tensor in layer.named_parameters() if "lora" in name}
+
+    def loss(adapter: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, adapter, (x,)).square().sum()
+
+    by_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(adapter, x)
+    for row in range(4):
+        for name, wanted in zip(("lora_A.default", "lora_B.default"), gradients(layer, x[row], lambda x: sum_of(layer, x)), strict=True):
+            torch.testing.assert_close(by_row[name][row], wanted)
+    two = {name: torch.stack((tensor, 2 * tensor)) for name, tensor in adapter.items()}
+    losses = torch.func.vmap(loss, in_dims=(0, None))(two, x)
+    torch.testing.assert_close(losses[0], sum_of(layer, x).square().sum())
+
+
+def test_forward_mode_derivatives_are_those_of_the_sum() -> None:
+    layer, x, change = a_layer(), *torch.randn(2, 4, 6, dtype=torch.float64)
+    wanted = sum_of(layer, change) - sum_of(layer, torch.zeros_like(change))
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (change,))[1], wanted)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(layer(forward_ad.make_dual(x, change))).tangent, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_can_be_saved() -> None:
+    layer, x, file = a_layer(), torch.randn(4, 6, dtype=torch.float64), io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x[:2]), sum_of(layer, x[:2]))
+
+
+def test_backward_inside_autocast_is_in_the_dtype_of_forward() -> None:
+    layer, x = a_layer(torch.float32), torch.randn(4, 6, requires_grad=True)
+    y, wanted = layer(x), gradients(layer, x, lambda x: sum_of(layer, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.square().sum(), [layer.lora_A["default"], layer.lora_B["default"], x])
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_complex_gradients_are_those_of_the_sum() -> None:
+    """They need conjugates."""
+    layer, x = a_layer(torch.complex128, dtype=torch.float64), torch.randn(4, 6, dtype=torch.complex128, requires_grad=True)
+    assert_same_gradients(layer, x, layer, lambda x: sum_of(layer, x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_goes_through() -> None:
+    parts = [torch.randn(rows, 6, dtype=torch.float64) for rows in (2, 3)]
+    layer = a_layer()
+    for part, y in zip(parts, layer(torch.nested.nested_tensor(parts)).unbind(), strict=True):
+        torch.testing.assert_close(y, sum_of(layer, part))
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------------
+
+
+def kept_by(run: Callable[[], Tensor]) -> set[int]:
+    """Where the tensors lie that autograd keeps."""
+    places: set[int] = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: places.add(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        result = run()
+    assert result.requires_grad
+    return places
+
+
+def test_with_freeze_A_no_input_is_kept() -> None:
+    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303), section 3: what makes it small is that x is not needed."""
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert x.data_ptr() in kept_by(lambda: a_layer()(x))
+    assert x.data_ptr() not in kept_by(lambda: a_layer(freeze_A=True)(x))
+
+
+def test_the_frozen_weight_is_kept_for_the_gradient_of_x_only() -> None:
+    """A weight that is fetched for each call, or was made in inference_mode, is no business of a first layer's backward."""
+    layer, x = a_layer(), torch.randn(4, 6, dtype=torch.float64)
+    assert layer.weight.data_ptr() not in kept_by(lambda: layer(x))
+    assert layer.weight.data_ptr() in kept_by(lambda: layer(x.clone().requires_grad_()))
+
+
+def test_the_input_is_never_rounded_to_a_narrower_adapter() -> None:
+    """Of few rows x is the smaller one to cast, but its digits are those of the base."""
+    layer, x = a_layer(torch.float32, dtype=torch.bfloat16), torch.randn(1, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), sum_of(layer, x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -151,6 +152,16 @@ def test_plan_changes_nothing_and_counts_what_inject_makes(model):
     assert_untouched(model, before)
     assert plan.parameters == 8 * 4 * (8 + 8) and "8 x rank 4 * (8 in + 8 out)" not in str(plan) and "2 x rank 4 * (8 in + 8 out)" in str(plan)
     assert lora_lab.count_parameters(lora_lab.inject(model, rank=4, target_modules="attention")).trainable == plan.parameters
+
+
+@pytest.mark.parametrize("request_", [{"ensure_weight_tying": True}, {"ranks": 4}])
+def test_plan_takes_what_inject_takes_and_nothing_else(model, request_):
+    """ensure_weight_tying belongs to a file: tied modules are trained as one in any case."""
+    for verb in (lora_lab.plan, lora_lab.inject):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(request_))}'"):
+            verb(model, 4, **request_)
+    everything = {name: value.default for name, value in inspect.signature(lora_lab.inject).parameters.items() if name != "model"}
+    assert len(lora_lab.plan(model, **everything).layers) == len(lora_lab.plan(model).layers)
 
 
 def test_eject_leaves_no_trace(model):

@@ -331,7 +331,6 @@ def test_a_fused_step_is_no_saving_where_the_step_is_rounded() -> None:
     ({"model_type": "t5", **T5}, {"label_tokens": 99}, "label_tokens=99: expected a whole number from 0 to 16, batch_size \\* target_length"),
     ({"model_type": "bert", **BERT}, {"label_tokens": 3}, "expected a whole number from 0 to 2, batch_size$"),
     ({"model_type": "llama", **LLAMA}, {"optimizer_implementation": "rounded"}, "'rounded' is lora_lab's step of 16-bit weights: it needs"),
-    ({"model_type": "gpt_neox", **SIZES, "intermediate_size": 64}, {"method": "prompt"}, "method='prompt' is not modelled with implementation"),
 ])  # fmt: skip
 def test_what_is_not_modelled_is_refused(config: dict[str, Any], asked: dict[str, Any], text: str) -> None:
     with pytest.raises(MemoryMathError, match=text):

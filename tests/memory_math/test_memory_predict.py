@@ -196,7 +196,6 @@ def test_the_table_names_every_part_and_what_was_checked() -> None:
 
 
 @pytest.mark.parametrize(("request_", "message"), [
-    ({"method": "prefix", "implementation": "lora_lab"}, r"method='prefix' is not modelled with implementation='lora_lab'"),
     ({"method": "qalora"}, r"method='qalora' is not modelled; modelled now: full, frozen, lora, .*did you mean 'qlora'"),
     ({"precision": "int8"}, r"precision='int8': expected one of fp32, bf16, fp16, bf16-mixed, fp16-mixed"),
     ({"method": "lora", "optimizer": "foo"}, r"optimizer='foo' is not modelled; modelled now: sgd, momentum, adam, adamw, adamw8bit"),

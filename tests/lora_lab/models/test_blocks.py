@@ -100,6 +100,16 @@ def test_func_grad_agrees_with_backward(function):
     assert_close(actual, expected)
 
 
+def test_gradients_of_every_row_by_vmap(function):
+    """Per-sample gradients, as influence functions and private training want them."""
+    run, _, make = function
+    rows, other = (tensor.detach() for tensor in make())
+    other = other[0] if other.ndim == rows.ndim else other  # the gate's second input; the norm's weight
+    actual = torch.func.vmap(torch.func.grad(lambda row: run(row, other).square().sum()))(rows)
+    rows.requires_grad_()
+    assert_close(actual, *torch.autograd.grad(sum(run(row, other).square().sum() for row in rows), rows))
+
+
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (2, 1, 3, 8), (0, 8)])
 def test_norm_takes_any_number_of_leading_dimensions(shape):
     x, weight = randn(*shape), randn(8)
@@ -300,6 +310,54 @@ def test_a_few_rows_are_what_the_layer_makes_of_them(rows: int, bias: bool) -> N
         found, wanted = project(layer, x), layer(x)
     assert found.shape == wanted.shape
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (), (2, 3), (4, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_few_rows_lie_as_the_layer_would_put_them(shape: tuple[int, ...], bias: bool) -> None:
+    """view(-1) of a layer's output works for every shape, none at all included."""
+    layer, x = nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16), torch.randn(*shape, 64).bfloat16()
+    with torch.no_grad():
+        y = project(layer, x)
+        assert y.is_contiguous() and y.view(-1).shape == layer(x).view(-1).shape
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_under_autocast_a_few_rows_are_what_the_layer_makes_of_them(rows: int, compute: torch.dtype, stored: torch.dtype) -> None:
+    """A model stored in float32 generates under autocast: its norms give 16 bit, its weights are cast."""
+    layer, x = nn.Linear(64, 48, dtype=stored), torch.randn(rows, 64).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", compute):
+        found, wanted = project(layer, x), layer(x)
+    assert found.dtype == wanted.dtype == compute
+    assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+class OnlyLinear(torch.Tensor):
+    """A packed weight, of which one operation is known."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.mv, torch.mm, torch.Tensor.mv, torch.Tensor.mm):
+            raise NotImplementedError(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_of_somebodys_own_class_is_left_to_f_linear() -> None:
+    layer = nn.Linear(8, 8, dtype=torch.bfloat16)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OnlyLinear), requires_grad=False)
+    with torch.no_grad():
+        assert project(layer, torch.randn(1, 8).bfloat16()).shape == (1, 8)
+
+
+def test_a_hook_on_all_modules_hears_every_layer() -> None:
+    mlp, heard = GatedMLP(8, 16, bias=False, dtype=torch.bfloat16), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
+    with torch.no_grad():
+        mlp(torch.randn(1, 8).bfloat16())
+    handle.remove()
+    assert heard == [mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp]
 
 
 def test_a_layer_that_somebody_listens_to_is_called() -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 import lora_lab
 from lora_lab import LoraLabError
 from lora_lab.data import collate
-from lora_lab.training import fit
+from lora_lab.training import TrainConfig, fit
 
 
 class Calls:
@@ -87,6 +87,12 @@ def test_a_module_without_the_switch_is_refused_and_unchanged():
     with pytest.raises(LoraLabError, match=r"a CutOff has no gradient_checkpointing_enable\(\)"):
         fit(model, token_rows(2), {"gradient_checkpointing": True, "precision": "bf16-mixed", **QUIET})
     assert same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("mode", [1.5, -1, "attn", None])
+def test_a_mode_that_is_none_is_refused_where_the_config_is_made(mode):
+    with pytest.raises(LoraLabError, match=f"gradient_checkpointing={mode!r}: expected True, False, a number n"):
+        TrainConfig(gradient_checkpointing=mode)
 
 
 def test_a_transformers_model_that_does_not_support_it_is_refused():
