@@ -15,8 +15,8 @@ from torch.testing import assert_close
 
 from lora_lab import LoraLabError
 from prompt_tuning_lab import interpretation
-from prompt_tuning_lab.interpretation import Neighbour, drift, embedding_rms, nearest_tokens, similarity
 from prompt_tuning_lab.drawing import HEIGHT, WIDTH, label_text, on_paper, picture, principal_components, text_width
+from prompt_tuning_lab.interpretation import Neighbour, drift, embedding_rms, nearest_tokens, similarity
 from prompt_tuning_lab.prefix import Prefix, prefix_shape
 from prompt_tuning_lab.prompted_model import PromptedModel
 from prompt_tuning_lab.soft_prompt import SoftPrompt
