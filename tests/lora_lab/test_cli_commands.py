@@ -328,7 +328,7 @@ def test_an_interrupted_finetune_says_how_to_go_on_and_goes_on_as_if_it_had_not_
 
     def interrupted(self, *args):
         if self.result.steps == 2 and not self.config.resume:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return backward(self, *args)
 
     monkeypatch.setattr(Run, "backward", interrupted)

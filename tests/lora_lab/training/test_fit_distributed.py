@@ -180,7 +180,7 @@ def stops(rank: int, port: int, folder: Path) -> None:
 
     def pressed() -> None:
         if rank == 1:  # one of them hears of it first
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     def run(name: str, make: Callable[[], Any] = lambda: adapted(dropout=0.1), **changes: Any) -> None:
         model = make()
@@ -323,7 +323,7 @@ def test_a_model_that_was_divided_before_is_trained_as_it_is_and_saved_whole(cur
     check_same(alone(lambda: adapted(their_llama), precision="bf16-mixed"), found["asked for nothing"])
     assert found["evaluated"] == pytest.approx(found["asked for nothing"]["eval_losses"][-1], rel=1e-4)
     assert same_bits(*(load_file(found["folder"] / f"adapter-{rank}" / "adapter_model.safetensors") for rank in (0, 1)))
-    model = lora_lab.load(their_llama(), found["folder"] / "adapter-0")
+    model = lora_lab.load(their_llama(), found["folder"] / "adapter-0", trainable=True)  # as there: a layer that trains adds in another order
     store_in(PRECISIONS["bf16-mixed"], model)
     torch.testing.assert_close(model(input_ids=torch.arange(6)[None]).logits.detach(), found["logits"])
     assert not torch.allclose(found["logits"], lora_lab.eject(model)(input_ids=torch.arange(6)[None]).logits, rtol=0.1)

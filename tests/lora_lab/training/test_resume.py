@@ -292,7 +292,7 @@ def test_ctrl_c_ends_the_step_saves_and_says_so(tmp_path: Path, monkeypatch: pyt
 
     def pressed(run: Run, *args: Any) -> float:
         if run.result.steps == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return backward(run, *args)
 
     monkeypatch.setattr(Run, "backward", pressed)
@@ -303,7 +303,7 @@ def test_ctrl_c_ends_the_step_saves_and_says_so(tmp_path: Path, monkeypatch: pyt
 
 
 def test_without_a_folder_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "backward", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(Run, "backward", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
         fit(adapted(), ROWS, {"max_steps": 2, **QUIET})
     assert not isinstance(caught.value, Interrupted)
