@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,3 +25,8 @@ def is_eager() -> bool:
     """Whether operations run one by one under autograd alone: compiling, tracing, torch.func and forward-mode derivatives want the plain ones."""
     rewritten = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
     return not rewritten and forward_ad._current_level < 0
+
+
+def saved_tensor_hooks() -> Any:
+    """The innermost hooks on what autograd saves (checkpointing's, offloading's, somebody's); None where there are none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)

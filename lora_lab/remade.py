@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import autocast_dtype, is_eager
+from .autocast import autocast_dtype, is_eager, saved_tensor_hooks
 
 _keeping: ContextVar[Any] = ContextVar("keeping", default=False)
 
@@ -40,7 +40,7 @@ class Recipe:
 
 def can_be_remade(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     """x, remembering that ``make(*sources)`` is x again, bit for bit, and that backward keeps the sources in any case. Returns x."""
-    if x.requires_grad and is_eager() and _keeping.get() != _hooks_on_what_is_kept():
+    if x.requires_grad and is_eager() and _keeping.get() != saved_tensor_hooks():
         x.lora_recipe = Recipe(x, make, sources)  # type: ignore[attr-defined]
     return x
 
@@ -58,7 +58,7 @@ def keeping_inputs() -> Iterator[None]:
     It is about the hooks on saved tensors that are set now. Those of checkpointing, which come on top, keep nothing; and backward, which may be
     outside the block, has to compute again what the forward pass did.
     """
-    token = _keeping.set(_hooks_on_what_is_kept())
+    token = _keeping.set(saved_tensor_hooks())
     try:
         yield
     finally:
@@ -101,7 +101,3 @@ def rows(x: Tensor) -> Tensor:
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(tensor._version for tensor in tensors)
-
-
-def _hooks_on_what_is_kept() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)

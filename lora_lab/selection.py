@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import saved_tensor_hooks
 from .errors import LoraLabError
 from .remade import can_be_remade, recipe_of
 
@@ -63,7 +64,7 @@ def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
     Otherwise ``with disabled(model): loss = model(x).sum()`` followed by ``loss.backward()`` gives wrong gradients without a
     word. lora_lab's own models restore the selection for the recompute; a foreign model cannot, so it gets an error.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and _saved_tensor_hooks_are_set()):
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and saved_tensor_hooks() is not None):
         return x
     checked = _SelectionCheck.apply(x, torch.tensor(stamp(active)), active)
     return checked if (recipe := recipe_of(x)) is None else can_be_remade(checked, recipe.make, *recipe.sources)
@@ -72,10 +73,6 @@ def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
 def stamp(active: tuple[str, ...]) -> int:
     """A number that tells selections apart."""
     return hash((*active, getattr(active, "rows", None)))
-
-
-def _saved_tensor_hooks_are_set() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class _SelectionCheck(torch.autograd.Function):

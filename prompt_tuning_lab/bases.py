@@ -100,3 +100,12 @@ def rows_of(inputs: dict[str, Any]) -> int:
         if isinstance(given := inputs.get(name), Tensor):
             return len(given)
     raise LoraLabError(f"the inputs are {sorted(inputs)}: expected input_ids [B, T] or inputs_embeds [B, T, H]")
+
+
+def flat_mask(inputs: dict[str, Any], name: str, before: str) -> Tensor | None:
+    """The mask of this name, [B, T] or None. Raises LoraLabError for one that cannot be extended by `before`, a prompt or a prefix."""
+    mask = inputs.get(name)
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        given = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise LoraLabError(f"{name} with {given}: before a {before} it can be extended only as [B, T], 1 for text")
+    return mask

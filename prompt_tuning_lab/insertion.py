@@ -23,7 +23,7 @@ from lora_lab.errors import LoraLabError
 from lora_lab.models.base import check_ids
 from lora_lab.models.blocks import IGNORE
 
-from .bases import Kind, cache_length, kind_of, rows_of
+from .bases import Kind, cache_length, flat_mask, kind_of, rows_of
 from .layout import Block, Layout, block_of, layout_of, lead_of, source_of
 
 
@@ -83,7 +83,7 @@ def insert_prompts(base: nn.Module, prompts: Sequence[Tensor], which: Sequence[i
 
 
 def _inserted(base: nn.Module, block: Block, inputs: dict[str, Any], kind: Kind) -> Inserted:
-    embeds, mask = embedded(base, inputs), _checked(inputs, "attention_mask")
+    embeds, mask = embedded(base, inputs), flat_mask(inputs, "attention_mask", "prompt")
     length = embeds.shape[1]
     _check_shapes(inputs, embeds, kind)
     learns = kind.causal and inputs.get("labels") is not None and inputs.get("use_cache") is False
@@ -154,14 +154,6 @@ def _keep(out: dict[str, Any], length: int, layout: Layout, kind: Kind) -> int:
     return 0
 
 
-def _checked(inputs: dict[str, Any], name: str) -> Tensor | None:
-    mask = inputs.get(name)
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        given = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise LoraLabError(f"{name} with {given}: before a prompt it can be extended only as [B, T], 1 for text")
-    return mask
-
-
 def _check_shapes(inputs: dict[str, Any], embeds: Tensor, kind: Kind) -> None:
     shape = list(embeds.shape[:2])
     one_for_all = [1, shape[1]]
@@ -177,7 +169,7 @@ def _check_shapes(inputs: dict[str, Any], embeds: Tensor, kind: Kind) -> None:
 
 def _continued(block: Block, inputs: dict[str, Any], kind: Kind, prefix: int) -> dict[str, Any]:
     """A later step of generation: the mask is that of all columns so far, and the new ones' positions come after the prompt's."""
-    out, mask, past = dict(inputs), _checked(inputs, "attention_mask"), cache_length(inputs["past_key_values"]) - prefix
+    out, mask, past = dict(inputs), flat_mask(inputs, "attention_mask", "prompt"), cache_length(inputs["past_key_values"]) - prefix
     if past < block.longest:
         raise LoraLabError(f"past_key_values has {past} positions, the prompt alone {block.longest}: it was made without; begin without a cache")
     new = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -202,7 +194,7 @@ def _so_far(block: Block, mask: Tensor | None, length: int, on_the_right: bool =
 
 def _seen_of_encoder(block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the encoder made of prompt and text is given back: the decoder has to see the virtual tokens, too (trap T12)."""
-    encoded, mask = inputs["encoder_outputs"], _checked(inputs, "attention_mask")
+    encoded, mask = inputs["encoder_outputs"], flat_mask(inputs, "attention_mask", "prompt")
     hidden: Any = getattr(encoded, "last_hidden_state", encoded[0] if isinstance(encoded, (tuple, list)) else encoded)
     text = hidden.shape[1] - block.longest
     if mask is not None and mask.shape[1] != text:

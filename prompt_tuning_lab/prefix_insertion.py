@@ -24,7 +24,7 @@ from lora_lab.errors import LoraLabError
 from lora_lab.models.base import is_encoder_decoder
 from lora_lab.models.blocks import compute_dtype
 
-from .bases import cache_length
+from .bases import cache_length, flat_mask
 from .prefix_cache import (
     Pairs,
     encode,
@@ -161,7 +161,7 @@ def _check_rows(shape: tuple[int, int] | None, rows: Sequence[int]) -> None:
 def _into_decoder(base: nn.Module, block: Block, inputs: dict[str, Any], side: str = "") -> dict[str, Any]:
     """side: "decoder_" before the names of its inputs in an encoder-decoder, which has no position_ids (T5 has relative positions)."""
     out, shape = dict(inputs), _shape(inputs, side)
-    past, mask = _past(inputs, block), _mask(inputs, f"{side}attention_mask")
+    past, mask = _past(inputs, block), flat_mask(inputs, f"{side}attention_mask", "prefix")
     if past == 0:
         empty = inputs.get("past_key_values")
         out["past_key_values"] = fill(new_cache(base, block.tables[0].shape[0]) if empty is None else empty, block.pairs)
@@ -193,7 +193,7 @@ def _into_encoder(base: nn.Module, block: Block, inputs: dict[str, Any]) -> dict
     """All of the text sees the prefix; positions start at P."""
     if cache_length(inputs.get("past_key_values")):
         raise LoraLabError(f"past_key_values with a prefix: a {type(base).__name__} reads a text at once, there is nothing to continue")
-    shape, mask = _shape(inputs, ""), _mask(inputs, "attention_mask")
+    shape, mask = _shape(inputs, ""), flat_mask(inputs, "attention_mask", "prefix")
     out = {**inputs, "past_key_values": fill(new_cache(base, block.tables[0].shape[0]), block.pairs)}
     if shape is None:
         return out
@@ -231,7 +231,7 @@ def _into_both(base: nn.Module, block: Block, inputs: dict[str, Any]) -> dict[st
 
 
 def _encoded(base: nn.Module, block: Block, inputs: dict[str, Any]) -> Any:
-    shape, mask = _shape({**inputs, "labels": None}, ""), _mask(inputs, "attention_mask")
+    shape, mask = _shape({**inputs, "labels": None}, ""), flat_mask(inputs, "attention_mask", "prefix")
     if shape is None:
         raise LoraLabError("an encoder-decoder needs input_ids [B, S], inputs_embeds [B, S, H] or encoder_outputs")
     _check_rows(shape, block.lengths.tolist())
@@ -259,14 +259,6 @@ def _past(inputs: dict[str, Any], block: Block) -> int:
     if 0 < past < block.longest:
         raise LoraLabError(f"past_key_values has {past} positions, the prefix alone {block.longest}: it was made without it; begin without a cache")
     return past
-
-
-def _mask(inputs: dict[str, Any], name: str) -> Tensor | None:
-    mask = inputs.get(name)
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        given = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise LoraLabError(f"{name} with {given}: before a prefix it can be extended only as [B, T], 1 for text")
-    return mask
 
 
 def _refuse_gap(base: nn.Module, block: Block, mask: Tensor | None, decodes: bool) -> None:

@@ -9,12 +9,27 @@ from lora_lab.__main__ import main
 CONTEXT = 128
 
 
-class Shop:
-    """A folder with a model, rows of text, and an adapter from an earlier run."""
+class Folder:
+    """A folder in which commands run: a model, rows of text, and what tests put beside them."""
 
     def __init__(self, folder):
-        self.folder = folder
-        self.model, self.rows, self.adapter = folder / "model", folder / "rows.jsonl", folder / "adapter"
+        self.folder, self.model, self.rows = folder, folder / "model", folder / "rows.jsonl"
+
+    def file(self, name, content):
+        path = self.folder / name
+        path.write_text(content)
+        return path
+
+    def contents(self):
+        return {str(path): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
+
+
+class Shop(Folder):
+    """With an adapter from an earlier run."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.adapter = folder / "adapter"
 
     def finetune(self, **changes):
         given = {"model": self.model, "data": self.rows, "out": self.adapter, "precision": "fp32", "max-steps": 3, "rank": 2, **changes}
@@ -25,14 +40,6 @@ class Shop:
 
     def inspect(self, **changes):
         return run("inspect", **{"model": self.model, **changes})
-
-    def file(self, name, content):
-        path = self.folder / name
-        path.write_text(content)
-        return path
-
-    def contents(self):
-        return {str(path): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
 
 
 def run(command, by=main, **options):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 from typing import Any
 
@@ -48,13 +47,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def aside() -> Any:
-    """Measuring looks at every object that Python knows: those of before are set aside."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("aside")
 
 
 def built(config: dict[str, Any], method: str, precision: str, attention: str, checkpointing: bool) -> Any:

@@ -200,12 +200,6 @@ def test_dropout_of_the_adapters_is_predicted_to_the_byte(method: str, precision
     assert saved_bytes(forward_of(model, precision)) == predicted(name, config, method=method, precision=precision, dropout=0.1).saved_bytes
 
 
-@pytest.fixture
-def elsewhere() -> int:
-    """Bytes that other tests have left behind."""
-    return measure(lambda: None).start_bytes
-
-
 def step_of(model: Any, optimizer: Any, precision: str, **shape: Any) -> Any:
     forward = forward_of(model, precision, **shape)
 

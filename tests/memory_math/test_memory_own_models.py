@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 from typing import Any
 
@@ -75,19 +74,7 @@ POINTS = [(name, *point) for name, point in itertools.product(MODELS, itertools.
 CASES = [(*point, AGAIN[(number + number // 4) % 4]) for number, point in enumerate(POINTS)]  # each point once, each way to run again with each
 
 
-@pytest.fixture(autouse=True, scope="module")
-def aside() -> Any:
-    """Measuring looks at every object that Python knows: those of before are set aside."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def elsewhere() -> int:
-    """Bytes that other tests have left behind."""
-    return measure(lambda: None).start_bytes
+pytestmark = pytest.mark.usefixtures("aside")
 
 
 def config_of(name: str, **change: Any) -> dict[str, Any]:
@@ -95,10 +82,15 @@ def config_of(name: str, **change: Any) -> dict[str, Any]:
     return {"model_type": kind, "architectures": [class_name], **fields, **change}
 
 
-def built(name: str, method: str = "full", precision: str = "fp32", checkpointing: bool | int | str = False, **adapter: Any) -> Any:
-    """The model with random weights, stored as the words say, and adapters; "frozen" has embeddings that want a gradient."""
+def bare(name: str) -> Any:
+    """The model with random weights."""
     family = FAMILIES[MODELS[name][0]]
-    model = family(family.config_class.from_dict(config_of(name)))
+    return family(family.config_class.from_dict(config_of(name)))
+
+
+def built(name: str, method: str = "full", precision: str = "fp32", checkpointing: bool | int | str = False, **adapter: Any) -> Any:
+    """The model, stored as the words say, and adapters; "frozen" has embeddings that want a gradient."""
+    model = bare(name)
     model.requires_grad_(method == "full")
     if method == "frozen":
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -209,11 +201,11 @@ def test_the_wrong_number_of_blocks_does_not_match(name: str) -> None:
 # Peaks --------------------------------------------------------------------------------------------------------------------------------
 
 
-def training_step(name: str, model: Any, precision: str) -> Any:
+def training_step(name: str, model: Any, precision: str, **shape: int) -> Any:
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
-        batch = batch_of(name, **LARGER)
+        batch = batch_of(name, **{**LARGER, **shape})
         with autocast(precision):
             loss = model(**batch).loss
         loss.backward()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from test_memory_own_models import LARGER, MODELS, autocast, batch_of, config_of
+from test_memory_own_models import LARGER, MODELS, autocast, bare, batch_of, config_of, training_step
 
 import lora_lab
-from lora_lab.models.loading import FAMILIES
 from lora_lab.training import TrainConfig, fit
 from lora_lab.training.precision import PRECISIONS, store_in
 from memory_math import MemoryMathError, compare, count_parameters, measure, predict, saved_bytes
@@ -24,25 +22,12 @@ POINTS = [(name, *point) for name, point in itertools.product(MODELS, itertools.
 CASES = [(*point, AGAIN[(number + number // 4 + number // 6) % 4]) for number, point in enumerate(POINTS)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def aside() -> Any:
-    """Measuring looks at every object that Python knows: those of before are set aside."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def elsewhere() -> int:
-    """Bytes that other tests have left behind."""
-    return measure(lambda: None).start_bytes
+pytestmark = pytest.mark.usefixtures("aside")
 
 
 def built(name: str, method: str, precision: str = "fp32", checkpointing: bool | int | str = False, tokens: int = VIRTUAL) -> Any:
     """A prompted model with random weights, stored as the words say."""
-    family = FAMILIES[MODELS[name][0]]
-    model = family(family.config_class.from_dict(config_of(name)))
+    model = bare(name)
     prompted = inject(model, tokens, method=method, init="random")
     store_in(PRECISIONS[precision], prompted)
     model.gradient_checkpointing_enable(checkpointing)
@@ -75,21 +60,6 @@ def test_what_autograd_keeps_is_predicted_to_the_byte(name: str, method: str, pr
 
 
 # Peaks --------------------------------------------------------------------------------------------------------------------------------
-
-
-def training_step(name: str, prompted: Any, precision: str, **shape: int) -> Any:
-    optimizer = torch.optim.AdamW([parameter for parameter in prompted.parameters() if parameter.requires_grad], lr=1e-4, fused=True)
-
-    def step() -> None:
-        batch = batch_of(name, **{**LARGER, **shape})
-        with autocast(precision):
-            loss = prompted(**batch).loss
-        loss.backward()
-        del loss, batch
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 PEAKS = [(name, method, WORDS[(number + shift) % 3], AGAIN[(number + number // 2 + shift) % 4])

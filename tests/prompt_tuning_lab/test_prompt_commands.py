@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from bert_tools import WORDS, ours, theirs, word_pieces
-from command_line import CONTEXT, check_refusal, half, run
+from command_line import CONTEXT, Folder, check_refusal, half, run
 from prompt_file_tools import peft_folder
 from safetensors.torch import load_file
 from tiny_workshop import chat_tokenizer, our_llama, text_rows
@@ -37,12 +37,12 @@ PROMPT = "adapter_model.safetensors"
 METHODS = {"a": {"method": "prompt"}, "b": {"method": "residual", "encoder_hidden_size": 6}, "c": {"method": "prefix"}}
 
 
-class Shop:
-    """A folder with a model, rows, labelled rows, and prompts a, b and c of three methods."""
+class Shop(Folder):
+    """With labelled rows, and prompts a, b and c of three methods."""
 
     def __init__(self, folder):
-        self.folder = folder
-        self.model, self.rows, self.labelled = folder / "model", folder / "rows.jsonl", folder / "labelled.jsonl"
+        super().__init__(folder)
+        self.labelled = folder / "labelled.jsonl"
         self.a, self.b, self.c = (folder / name for name in METHODS)
 
     def tune(self, **changes):
@@ -61,14 +61,6 @@ class Shop:
 
     def inspect(self, folder=None):
         return main(["inspect", str(folder or self.a)])
-
-    def file(self, name, content):
-        path = self.folder / name
-        path.write_text(content)
-        return path
-
-    def contents(self):
-        return {str(path): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
 
     def prompted(self, *names):
         model, tokenizer = models.load(self.model)
