@@ -19,17 +19,17 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import few_rows
 from .autocast import autocast_dtype, is_eager, outside_autocast
+from .functions import applied
 from .remade import recipe_of, rows
 
 PLAIN = (nn.Parameter, Tensor, FakeTensor)  # no other subclass: it may have rules of its own
 
 
-def is_simple(layer: Any, x: Tensor, A: Tensor) -> bool:
+def is_simple(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> bool:
     """Whether `adapted_linear` computes what a LoRA layer on nn.Linear does: a frozen dense weight, no cast on the way, nothing but autograd.
 
     Where gradients are wanted but none of A, the sum need not keep x, and is better.
     """
-    weight, bias = layer.weight, layer.bias
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     dense = type(weight) in PLAIN and type(x) in PLAIN and x.is_floating_point() and not x.is_nested
     cast = weight.dtype != x.dtype or autocast_dtype(x) not in (None, x.dtype)
@@ -49,13 +49,13 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B:
     Of x and A the smaller one is cast: A and B in a step of training, in one of generation the few tokens' x, where A is no narrower.
     """
     if not torch.is_grad_enabled() and x.numel() <= A.numel() and torch.promote_types(x.dtype, A.dtype) == A.dtype:
-        return few_rows.linear(x, weight, bias).add_(F.linear(F.linear(x.to(A.dtype), A), B), alpha=scaling)
+        return few_rows.adapted(x, weight, bias, A, B, scaling, x.to(A.dtype))
     A, B = A.to(x.dtype), B.to(x.dtype)
     if not torch.is_grad_enabled():
         return _AdaptedLinear.forward(x, weight, bias, A, B, scaling, None)[0]
     recipe = recipe_of(x)
     make, sources = (recipe.make, recipe.sources) if recipe else (None, ())
-    result: Tensor = _AdaptedLinear.apply(x, weight, bias, A, B, scaling, make, *sources)[0]
+    result: Tensor = applied(_AdaptedLinear, x, weight, bias, A, B, scaling, make, *sources)[0]
     return result
 
 

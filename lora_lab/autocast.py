@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast computes in where x is; None where it is off, or where there is none (the meta device)."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else None
 

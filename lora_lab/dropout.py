@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .autocast import autocast_dtype
+from .functions import applied
 
 
 def dropped_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, share: float) -> Tensor:
@@ -20,7 +21,7 @@ def dropped_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, share: float
     if (dtype := autocast_dtype(x)) is not None:
         x, A, B = (tensor.to(dtype) for tensor in (x, A, B))
     kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - share)
-    result: Tensor = _DroppedUpdate.apply(x, A, B, pack(kept), scaling, 1 / (1 - share))
+    result: Tensor = applied(_DroppedUpdate, x, A, B, pack(kept), scaling, 1 / (1 - share))
     return result
 
 

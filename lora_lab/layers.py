@@ -107,10 +107,10 @@ class LoRA:
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input: [..., in].  Returns [..., out] in the base layer's dtype."""
         x = remember_selection(input, self.lora_active)
-        if type(self) is LoRALinear and (adapter := self._only_plain_adapter()) is not None:
-            A, B = self.lora_variant[adapter].pair(self, adapter)
-            if is_simple(self, x, A):
-                return adapted_linear(x, self.weight, self.bias, self._remembered(A, x), B, self.lora_scaling[adapter])
+        if type(self) is LoRALinear and (pair := self.lora_only_pair()) is not None:
+            (A, B, scaling), weight, bias = pair, self.weight, self.bias
+            if is_simple(x, weight, bias, A):
+                return adapted_linear(x, weight, bias, self._remembered(A, x), B, scaling)
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if isinstance(self.lora_active, RowSelection):
             return self._add_by_row(self.lora_active, x, y)
@@ -137,10 +137,12 @@ class LoRA:
             places.append(rows)
         return y.index_add(dim, torch.cat(places), self._remembered(torch.cat(updates, dim), x)) if updates else y
 
-    def _only_plain_adapter(self) -> str | None:
-        """The active adapter where it is one, the same for every row, and plain; else None."""
+    def lora_only_pair(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and scaling of the active adapter where it is one, the same for every row, and plain; else None."""
         active = self.lora_active
-        return active[0] if len(active) == 1 and not isinstance(active, RowSelection) and self._is_plain(active[0]) else None
+        if len(active) != 1 or isinstance(active, RowSelection) or not self._is_plain(active[0]):
+            return None
+        return *self.lora_variant[active[0]].pair(self, active[0]), self.lora_scaling[active[0]]
 
     def _is_plain(self, adapter: str) -> bool:
         """Whether the update is two products and nothing else."""

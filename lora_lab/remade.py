@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autocast import autocast_dtype, is_eager, saved_tensor_hooks
+from .functions import applied
 
 _keeping: ContextVar[Any] = ContextVar("keeping", default=False)
 
@@ -70,7 +71,7 @@ def product(x: Tensor, A: Tensor) -> Tensor:
     recipe = recipe_of(x)
     if recipe is None or not A.requires_grad or autocast_dtype(x) not in (None, x.dtype):
         return F.linear(x, A)
-    result: Tensor = _Product.apply(x, A, recipe.make, *recipe.sources)
+    result: Tensor = applied(_Product, x, A, recipe.make, *recipe.sources)
     return result
 
 

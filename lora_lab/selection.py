@@ -64,7 +64,7 @@ def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
     Otherwise ``with disabled(model): loss = model(x).sum()`` followed by ``loss.backward()`` gives wrong gradients without a
     word. lora_lab's own models restore the selection for the recompute; a foreign model cannot, so it gets an error.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and saved_tensor_hooks() is not None):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.requires_grad or saved_tensor_hooks() is None:
         return x
     checked = _SelectionCheck.apply(x, torch.tensor(stamp(active)), active)
     return checked if (recipe := recipe_of(x)) is None else can_be_remade(checked, recipe.make, *recipe.sources)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from .blocks import IGNORE, RMSNorm, project, rotate
+from .blocks import IGNORE, RMSNorm, project, project_all, rotate
 from .cache import LayerCache
 from .recompute import RecomputableCore, recomputed
 
@@ -149,8 +149,9 @@ class Attention(RecomputableCore):
             self.q_norm, self.k_norm = RMSNorm(head_dim, qk_norm, **factory), RMSNorm(head_dim, qk_norm, **factory)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, layer_cache: LayerCache | None) -> Tensor:
-        q, k, v = (project(layer, x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, N, D]
-        if hasattr(self, "q_norm"):
+        split = (*x.shape[:-1], -1, self.head_dim)  # [B, T, N, D]
+        q, k, v = (part.view(split) for part in project_all(x, self.q_proj, self.k_proj, self.v_proj))
+        if "q_norm" in self._modules:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (angle.to(q.dtype) for angle in rotary)
         q, k, v = (heads.transpose(1, 2) for heads in (rotate(q, cos, sin), rotate(k, cos, sin), v))  # [B, N, T, D], nothing moved

@@ -15,15 +15,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import few_rows
 from ..autocast import autocast_dtype
+from ..functions import applied
+from ..layers import LoRALinear
 from ..remade import can_be_remade
 
 IGNORE = -100  # the label of a position that is not learned
-
-
-def applied(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
-    """``function.apply(*inputs)``; without gradients the forward alone, which spares a token of generation a sixth of its time."""
-    result: Tensor = function.apply(*inputs) if torch.is_grad_enabled() else function.forward(*inputs)
-    return result
 
 
 # Linear layers of a few rows ------------------------------------------------------------------------------------------------
@@ -31,10 +27,29 @@ def applied(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)`` of a linear layer, for the few rows of a step of generation as few_rows.py makes it."""
-    if not few_rows.are_few(x) or not is_plain(layer):
+    return project_all(x, layer)[0]
+
+
+def project_all(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each of the layers makes of x. Whether x is few rows is asked once, and adapters of one dtype share their cast of it."""
+    if not few_rows.are_few(x):
+        return [layer(x) for layer in layers]
+    casts = {x.dtype: x}
+    return [_of_few(layer, x, casts) for layer in layers]
+
+
+def _of_few(layer: nn.Module, x: Tensor, casts: dict[torch.dtype, Tensor]) -> Tensor:
+    """casts: x by dtype, as far as it was needed."""
+    if not (isinstance(layer, nn.Linear) and few_rows.suits(layer.weight, x) and is_called_plainly(layer)):
         return layer(x)
-    assert isinstance(layer, nn.Linear)
-    return few_rows.product(x, layer.weight, layer.bias) if few_rows.suits(layer.weight, x) else layer(x)
+    if type(layer) is nn.Linear:
+        return few_rows.product(x, layer.weight, layer.bias)
+    if type(layer) is not LoRALinear or (pair := layer.lora_only_pair()) is None:
+        return layer(x)
+    A, B, scaling = pair
+    if A.dtype not in casts:
+        casts[A.dtype] = x.to(A.dtype)
+    return few_rows.adapted(x, layer.weight, layer.bias, A, B, scaling, casts[A.dtype])
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -171,7 +186,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(self.down_proj, gated(SwiGLUFunction, project(self.gate_proj, x), project(self.up_proj, x)))
+        return project(self.down_proj, gated(SwiGLUFunction, *project_all(x, self.gate_proj, self.up_proj)))
 
 
 # Rotary positions -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class LayerCache:
         start, self.length = self.length, self.length + keys.shape[2]
         self.keys = self._write(self.keys, keys, start)
         self.values = self._write(self.values, values, start)
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def _write(self, buffer: Tensor | None, new: Tensor, start: int) -> Tensor:
         if buffer is None:
@@ -32,7 +32,7 @@ class LayerCache:
             grown = new.new_empty(*buffer.shape[:2], max(2 * start, self.length), buffer.shape[3])
             grown[:, :, :start] = buffer[:, :, :start]
             buffer = grown
-        buffer[:, :, start : self.length] = new
+        buffer.narrow(2, start, new.shape[2]).copy_(new)
         return buffer
 
     def fork(self) -> LayerCache:

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functions import applied
 from .attention import attend, attention_mask, padding_mask
 from .base import PretrainedModel
-from .blocks import GEGLUFunction, RMSNorm, RMSNormFunction, SwiGLUFunction, applied, compute_dtype, gated
+from .blocks import GEGLUFunction, RMSNorm, RMSNormFunction, SwiGLUFunction, compute_dtype, gated
 from .cache import EncoderDecoderCache, LayerCache
 from .recompute import Recomputable, RecomputableCore
 from .seq2seq import EncoderOutput, Seq2SeqLM, embedded

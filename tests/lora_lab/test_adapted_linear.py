@@ -80,13 +80,13 @@ def test_a_layer_takes_it_and_gives_what_the_sum_gives(monkeypatch: pytest.Monke
 def test_it_stays_out_where_it_would_not_be_the_same(case: str) -> None:
     layer, x = lora_lab.LoRALinear(6, 5, rank=3), torch.randn(4, 6)
     A = layer.lora_A["default"]
-    assert is_simple(layer, x, A)
+    assert is_simple(x, layer.weight, layer.bias, A)
     if case == "trained weight":
         layer.weight.requires_grad_()
     if case == "trained bias":
         layer.bias.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        assert not is_simple(layer, x.double() if case == "another dtype" else x, A)
+        assert not is_simple(x.double() if case == "another dtype" else x, layer.weight, layer.bias, A)
 
 
 @pytest.mark.parametrize("case", ["two adapters", "dora", "dropout", "by row"])
