@@ -82,5 +82,5 @@ def test_quotes_and_dashes_are_ascii(everything):
 
 def test_the_files_are_package_data_and_remember_their_lines(train):
     folder = resources.files("lora_lab.data") / "bundled"
-    assert {entry.name for entry in folder.iterdir()} == {"reviews_train.jsonl", "reviews_held_out.jsonl"}
+    assert {"reviews_train.jsonl", "reviews_held_out.jsonl"} <= {entry.name for entry in folder.iterdir()}
     assert train.where(239).endswith("reviews_train.jsonl, line 240")
