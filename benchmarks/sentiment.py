@@ -6,7 +6,7 @@ is chosen on 400 validation rows by one seed, a trained method's from the first 
 what was chosen, and the 1,066 test rows are looked at, once for each seed and under no second choice.
 
 Every run is a line in the results file, and is not run again: the study can be stopped at any time (Ctrl-C) and goes on where it was. It takes
-hours; an estimate comes first.
+hours; an estimate comes first. Seconds are those of one core, so that it may run beside other things; with OMP_NUM_THREADS=1 none of them is waiting.
 
     python benchmarks/sentiment.py --table                                    the table of what is there
     python benchmarks/sentiment.py --model all-minilm-l6-v2 --method lora     a part

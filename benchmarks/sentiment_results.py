@@ -16,7 +16,7 @@ from sentiment_methods import METHODS
 
 Setting = dict[str, Any]
 Record = dict[str, Any]
-COLUMNS = ("method", "trained", "bytes per task", "seconds", "validation", "test", "chosen")
+COLUMNS = ("method", "trained", "bytes per task", "core-seconds", "validation", "test", "chosen")
 
 
 def key(setting: Setting) -> str:
