@@ -2,7 +2,8 @@
 # make test            every test, those on real models included
 # make lint            ruff and mypy
 # make bench           the benchmark of the README
-# make notebooks       open the course in Jupyter
+# make notebooks       run the course's notebooks and write them anew (make notebooks FAST=1 only tries them, with models of a million weights)
+# make course          open them in Jupyter
 # make clean           remove the environment and what tools leave behind
 #
 # Each makes its environment in .venv first, with the versions in constraints.txt. Another Python: make PYTHON=python3.12 test
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench notebooks clean
+.PHONY: demo test lint bench notebooks course clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m lora_lab demo $(if $(QUICK),--quick)
@@ -27,6 +28,9 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/step.py
 
 notebooks: .venv/notebooks.stamp
+	$(BIN)/python notebooks/build.py $(if $(FAST),--fast)
+
+course: .venv/notebooks.stamp
 	$(BIN)/jupyter lab notebooks
 
 clean:

@@ -381,7 +381,8 @@ def test_an_adapter_is_not_passed_by() -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_few_rows_go_through_the_adapter_in_float32(rows: int) -> None:
     """Where x is smaller than A, x is cast instead: exact but for the base's own 16 bits, and cheaper."""
-    layer, x = lora_lab.inject(nn.Sequential(nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)), 8, init="random")[0], torch.randn(rows, 64).bfloat16()
+    layer = lora_lab.inject(nn.Sequential(nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)), 8, init="random")[0]
+    x = torch.randn(rows, 64).bfloat16()
     with torch.no_grad():
         update = F.linear(F.linear(x.float(), layer.lora_A["default"]), layer.lora_B["default"])
         wanted = few_rows.product(x, layer.weight, None).float() + update
