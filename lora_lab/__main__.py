@@ -10,16 +10,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .commands import compare, evaluate, finetune, generate, inspection, merge, report
 from .commands.shared import exit_code
 from .version import __version__
 
 COMMANDS = {
-    "finetune": (finetune, "train a LoRA adapter on rows of text"),
+    "finetune": (finetune, "train a LoRA adapter on rows of text, or on a user's table for a --task"),
     "generate": (generate, "write text with a model, with or without an adapter"),
-    "compare": (compare, "texts of a model and of its adapters side by side"),
-    "evaluate": (evaluate, "perplexity, accuracy or ROUGE, without an adapter and with it"),
+    "compare": (compare, "texts of a model and of its adapters side by side, or --methods to have it do a --task"),
+    "evaluate": (evaluate, "perplexity, accuracy or ROUGE, without an adapter and with it; what a --task measures"),
     "merge": (merge, "put an adapter into the weights, as a model folder of its own"),
     "report": (report, "draw the curves of training runs"),
     "inspect": (inspection, "what LoRA would adapt in a model, or what an adapter holds"),
@@ -37,9 +38,17 @@ def parser() -> argparse.ArgumentParser:
     for name, (module, says) in COMMANDS.items():
         command = commands.add_parser(name, help=says)
         command.set_defaults(run=module.run)
+        command.set_defaults(other_methods=_methods_of_prompt_tuning_lab)
         module.add_options(command)
     _demo(commands.add_parser("demo", help="the whole story on bundled reviews: before, training, after"))
     return top
+
+
+def _methods_of_prompt_tuning_lab() -> dict[str, Any]:
+    """For `compare`: this file alone knows both labs."""
+    from prompt_tuning_lab.method import METHODS
+
+    return dict(METHODS)
 
 
 def _demo(command: argparse.ArgumentParser) -> None:

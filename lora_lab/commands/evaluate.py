@@ -1,4 +1,4 @@
-"""python -m lora_lab evaluate: a model in numbers, without its adapter and with it, side by side."""
+"""python -m lora_lab evaluate: a model in numbers, without its adapter and with it, side by side; with --task by that task's own measures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraLabError, did_you_mean
+from . import evaluate_task
 from .shared import generation_of, generation_options, load_model, model_options, precision_of, with_tokenizer
+from .task_options import DATA, check_without_task, task_options
 
 MOST_CHOICES = 50  # distinct answers in the data that are taken for classes without being named
 Scores = dict[str, float]
@@ -17,21 +19,37 @@ Scores = dict[str, float]
 def add_options(command: argparse.ArgumentParser) -> None:
     model_options(command)
     command.add_argument("--adapter", type=Path, help="folder of a LoRA adapter; the numbers without it stand beside")
-    command.add_argument("--data", required=True, help="'reviews' (its held-out rows), or a .json/.jsonl file")
-    command.add_argument("--metric", default="perplexity", help="perplexity of the answers; accuracy and F1; or rouge of generated answers")
+    command.add_argument("--data", required=True, help=f"a bundled name ('reviews', ...: its held-out rows), or a .json/.jsonl file; {DATA}")
+    task_options(command)
+    command.add_argument("--split", help="with --task: test (the default), validation, train, or all rows, which nobody divides then")
+    command.add_argument("--metric", help="perplexity of the answers (the default); accuracy and F1; or rouge of generated answers")
     command.add_argument("--limit", type=int, help="the first so many rows only")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--choices", nargs="+", metavar="ANSWER", help="accuracy of a language model: the answers to choose from, in the labels' "
                          "order; default: the outputs that occur in the data")  # fmt: skip
-    command.add_argument("--template", default="{text}", help="accuracy of a language model on text/label rows: the prompt, with {text} in it")
+    command.add_argument("--template", help="accuracy of a language model on text/label rows: the prompt, with {text} in it; with --task what the "
+                         "model is asked with")  # fmt: skip
     command.add_argument("--normalise", help="accuracy of a language model: divide log-probabilities by tokens, or by characters")
     command.add_argument("--stemmer", action="store_true", help="rouge: compare stems of words")
     generation_options(command, temperature=0.0, repetition_penalty=1.0, seed=0)
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.task is None:
+        _by_metric(options)
+        return
+    options.split = options.split or "test"
+    told, columns = evaluate_task.run(options)
+    print(f"{told}\n{table(columns)}")
+
+
+def _by_metric(options: argparse.Namespace) -> None:
     from .. import data, disabled, load
 
+    check_without_task(options)
+    if options.split is not None:
+        raise LoraLabError(f"--split {options.split} needs --task")
+    options.metric = options.metric or "perplexity"
     if options.metric not in METRICS:
         raise LoraLabError(f"--metric {options.metric}: expected one of {', '.join(METRICS)}{did_you_mean(options.metric, METRICS)}")
     train, held_out = data.load(options.data)
@@ -64,11 +82,12 @@ def table(columns: dict[str, Scores]) -> str:
     accuracy        0.5000    0.8000   +0.3000
     """
     wide, rows = max(8, *(len(name) for name in columns)) + 2, list(columns.values())
-    lines = [" " * 12 + "".join(f"{name:>{wide}}" for name in columns) + ("    change" if len(columns) == 2 else "")]
+    first = max(12, *(len(name) + 1 for name in rows[0]))
+    lines = [" " * first + "".join(f"{name:>{wide}}" for name in columns) + ("    change" if len(columns) == 2 else "")]
     for name in rows[0]:
         values, decimals = [scores[name] for scores in rows], 2 if max(scores[name] for scores in rows) >= 10 else 4
         change = f"{values[1] - values[0]:>+10.{decimals}f}" if len(values) == 2 else ""
-        lines.append(f"{name:<12}" + "".join(f"{value:>{wide}.{decimals}f}" for value in values) + change)
+        lines.append(f"{name:<{first}}" + "".join(f"{value:>{wide}.{decimals}f}" for value in values) + change)
     return "\n".join(lines)
 
 
@@ -101,7 +120,7 @@ def _accuracy(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace
             raise LoraLabError(f"{options.model} predicts numbers, not classes: they have no accuracy")
     else:
         choices, labels = _choices(rows, options)
-        prompts = [_prompt(row, options.template) for row in rows]
+        prompts = [_prompt(row, options.template or "{text}") for row in rows]
         predictions = best_choices(score_choices(model, prompts, tokenizer, choices, normalise=options.normalise, **settings))
     score = f1(predictions, labels)
     return {"accuracy": accuracy(predictions, labels), "F1 (macro)": score.macro}

@@ -1,4 +1,4 @@
-"""python -m lora_lab finetune: train a LoRA adapter on rows of text."""
+"""python -m lora_lab finetune: train a LoRA adapter on rows of text, or, with --task, on any table of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import memory_math
 
-from .shared import load_model, model_options, precision_of, story_of, targets_of
+from .shared import model_options, precision_of, story_of, targets_of
+from .subject import Subject, subject_of
+from .task_options import DATA, task_options
 
 # Options that are fields of TrainConfig, which has their defaults
 SETTINGS = (
@@ -31,8 +33,11 @@ SWITCHES = (
 
 def add_options(command: argparse.ArgumentParser) -> None:
     model_options(command)
-    command.add_argument("--data", required=True, help="'reviews' (bundled), or a .json/.jsonl file of instruction/input/output or messages rows")
-    command.add_argument("--eval-data", help="held-out rows; the bundled data brings its own")
+    command.add_argument("--data", required=True, help="a bundled name ('reviews', ...), or a .json/.jsonl file of instruction/input/output or "
+                         f"messages rows; {DATA}")  # fmt: skip
+    command.add_argument("--eval-data", help="held-out rows; the bundled data brings its own, and with --task a tenth is held back")
+    task_options(command)
+    command.add_argument("--template", help="with --task: what the model reads, with {text} in it (sentiment), or the instruction (summarization)")
     command.add_argument("--out", required=True, type=Path, help="folder for the adapter, log.jsonl and snapshots")
     command.add_argument("--rank", type=int, default=8)
     command.add_argument("--alpha", type=float, help="scaling is alpha / rank; default: rank")
@@ -68,27 +73,39 @@ def run(options: argparse.Namespace) -> None:
     precision, say = everyone.gather(precision)[0], print if everyone.first else _nothing
     config = _config(options, precision)
     divided = config.distributed == "fsdp" and everyone.size > 1
-    rows, held_out = data.load(options.data)
-    if options.eval_data:
-        held_out = data.load(options.eval_data)[0]
-    model, tokenizer = load_model(options, precision, "cpu" if divided else options.device)
+    subject = subject_of(options, precision, "cpu" if divided else options.device)
+    model, rows = subject.model, subject.rows
+    if subject.told:
+        say(subject.told)
     torch.manual_seed(config.seed)  # of the adapter's first values; `fit` starts from the same seed again
     if options.quantize:
         say(quantization_report(quantize(model, options.quantize)))
     inject(model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=targets_of(options.target_modules),
-           variant=options.variant, init=options.init, rslora=options.rslora)  # fmt: skip
+           variant=options.variant, init=options.init, rslora=options.rslora, modules_to_save=subject.own_modules)  # fmt: skip
     everyone.first_does(lambda: check_writable(options.out))
     if divided:
         shard(model, precision, device=options.device)
     say(count_parameters(model))
-    examples = data.Rows(task_of(model).encode(rows, tokenizer, config.max_length), rows.source, rows.lines)
+    examples = data.Rows(task_of(model).encode(rows, subject.tokenizer, config.max_length), rows.source, rows.lines)
     say(_prediction(model, options, config, max(len(example["input_ids"]) for example in examples), everyone.size))
-    result = fit(model, examples, config, tokenizer=tokenizer, eval_data=held_out)
+    before = subject.quality(model)
+    result = fit(model, examples, config, tokenizer=subject.tokenizer, eval_data=subject.held_out)
     if everyone.first or divided:  # the pieces of a divided adapter are gathered by all processes, which write the same
         save(model, options.out)
+        subject.record(options.out)
     say(story_of(result))
-    say(f"adapter saved to {options.out}")
+    if before is not None:
+        probe = " (before: a linear probe, as which the head began)" if subject.own_modules else ""
+        say(f"held-out {subject.reader.quality} {before:.4f} -> {subject.quality(model):.4f}{probe}")
+    say(f"adapter saved to {options.out}" + _go_on(options, subject))
     everyone.leave()
+
+
+def _go_on(options: argparse.Namespace, subject: Subject) -> str:
+    if options.task is None:
+        return ""
+    return f"; on rows that it has not seen:\n  python -m lora_lab evaluate --task {options.task} --model {options.model} --adapter {options.out} " \
+           f"--data {options.data}"
 
 
 def _nothing(*_: Any) -> None:

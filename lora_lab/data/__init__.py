@@ -1,6 +1,7 @@
 """Rows of text to labelled batches."""
 
 from .batching import Batch, collate, length_buckets, padding_share
+from .chat_templates import CHAT_TEMPLATES, chat_template
 from .formats import Row, Rows, load, read
 from .mixtures import Mixture, mixture
 from .packing import collate_packed
@@ -10,6 +11,7 @@ from .templates import Example, encode_rows, messages_of, prompt_of
 from .verbalizing import filled, verbalize
 
 __all__ = [
-    "Batch", "BatchCost", "Example", "Mixture", "PaddingReport", "Row", "Rows", "collate", "collate_packed", "encode_answers", "encode_rows",
-    "filled", "length_buckets", "load", "messages_of", "mixture", "padding_report", "padding_share", "prompt_of", "question_of", "read", "verbalize",
+    "CHAT_TEMPLATES", "Batch", "BatchCost", "Example", "Mixture", "PaddingReport", "Row", "Rows", "chat_template", "collate", "collate_packed",
+    "encode_answers", "encode_rows", "filled", "length_buckets", "load", "messages_of", "mixture", "padding_report", "padding_share", "prompt_of",
+    "question_of", "read", "verbalize",
 ]  # fmt: skip

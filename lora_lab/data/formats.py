@@ -1,10 +1,13 @@
 """Training rows from JSON and JSONL files, and from what is bundled.
 
-Two formats for language models, one for classifiers, the fields' names as everywhere in the field:
+Two formats for language models, one for classifiers and one for summaries, the fields' names as everywhere in the field:
 
     {"instruction": "...", "input": "...", "output": "..."}                                     Alpaca's; input may be missing
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}  chat; any number of turns
     {"text": "...", "label": 0}                                                                  see classification.py; text_pair may come, too
+    {"dialogue": "...", "summary": "..."}                                                        DialogSum's and SAMSum's; see assignments/
+
+Files with columns of other names, and CSV, are read by tables/.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from ..errors import LoraLabError, did_you_mean
 
 Row = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
-BUNDLED = {"reviews": ("reviews_train.jsonl", "reviews_held_out.jsonl")}
+BUNDLED = {name: (f"{name}_train.jsonl", f"{name}_held_out.jsonl") for name in ("reviews", "sentiment", "dialogues", "instructions")}
+TABLES = (".csv", ".tsv", ".txt", ".parquet")
 
 
 class Placed:
@@ -55,7 +59,7 @@ class Rows(list[Row], Placed):
 
 
 def load(name_or_path: str | Path) -> tuple[Rows, Rows | None]:
-    """(training rows, held-out rows or None): the bundled "reviews", or any .json or .jsonl file.
+    """(training rows, held-out rows or None): the bundled "reviews", "sentiment", "dialogues" or "instructions", or any .json or .jsonl file.
 
     Raises LoraLabError, with file and line, for a missing or empty file, broken JSON, or a row that is not in one of the formats.
     """
@@ -65,6 +69,9 @@ def load(name_or_path: str | Path) -> tuple[Rows, Rows | None]:
     path = Path(name_or_path)
     if not path.is_file():
         raise LoraLabError(f"no data at {str(path)!r}: expected a .json or .jsonl file, or one of {list(BUNDLED)}{did_you_mean(path, BUNDLED)}")
+    if path.suffix in TABLES:
+        raise LoraLabError(f"{path} is a table: its columns are found for a task, --task sentiment, summarization, instruction or reviews "
+                           "(lora_lab.assignments.gather)")  # fmt: skip
     return read(path), None
 
 
@@ -74,8 +81,8 @@ def read(path: Any) -> Rows:
     Lines are read one by one, and memory holds no more than their rows; an array is read as a whole first.
     """
     rows, lines = Rows([], str(path), []), list[int]()
-    for line, row in _numbered(path):
-        (check_labelled if isinstance(row, dict) and "label" in row else check_row)(row, f"{path}, line {line}")
+    for line, row in numbered_values(path):
+        _check_of(row)(row, f"{path}, line {line}")
         rows.append({sys.intern(name): value for name, value in row.items()})  # else each row keeps its own copy of the fields' names
         lines.append(line)
     if not rows:
@@ -84,18 +91,18 @@ def read(path: Any) -> Rows:
     return rows
 
 
-def _numbered(path: Any) -> Iterator[tuple[int, Any]]:
-    """The values in a file, each with the line it begins on."""
-    if next((line for line in _lines(path) if line.strip()), "").lstrip().startswith("["):
-        yield from _array("".join(_lines(path)), path)
+def numbered_values(path: Any) -> Iterator[tuple[int, Any]]:
+    """The JSON values in a file, each with the line it begins on. Raises LoraLabError, with file and line."""
+    if next((line for line in text_lines(path) if line.strip()), "").lstrip().startswith("["):
+        yield from _array("".join(text_lines(path)), path)
         return
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
             yield number, _parsed(line.rstrip("\r\n"), path, number)
 
 
-def _lines(path: Any) -> Iterator[str]:
-    """Split at line feeds only: U+2028 and U+0085 may stand inside a string."""
+def text_lines(path: Any) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends, split at line feeds only: U+2028 and U+0085 may stand inside a string."""
     number = 1
     try:
         with path.open("rb") as file:
@@ -131,6 +138,14 @@ def _parsed(text: str, path: Any, line: int) -> Any:
         raise LoraLabError(f"{path}, line {line}: JSON that cannot be read ({error})") from None
 
 
+def _check_of(row: Any) -> Callable[[Any, str], None]:
+    """The check of the format that the row is in."""
+    fields = row if isinstance(row, dict) else {}
+    if "label" in fields:
+        return check_labelled
+    return check_summarized if "dialogue" in fields and not {"instruction", "output", "messages"} & {*fields} else check_row
+
+
 def check_row(row: Any, where: str) -> None:
     """Raise LoraLabError, beginning with `where`, for a row that cannot be learned from."""
     if not isinstance(row, dict):
@@ -152,6 +167,14 @@ def check_labelled(row: Row, where: str) -> None:
         if not isinstance(text, str):
             raise LoraLabError(f"{where}: {name!r} is a {type(text).__name__}, expected text")
         _check_characters(text, name, where)
+
+
+def check_summarized(row: Row, where: str) -> None:
+    """The same for a dialogue and its summary."""
+    for name in ("dialogue", "summary"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise LoraLabError(f"{where}: {name!r} is {reprlib.repr(row.get(name))}, expected text: a row is a dialogue and its summary")
+        _check_characters(row[name], name, where)
 
 
 def _check_instruction(row: Row, where: str) -> None:

@@ -29,10 +29,16 @@ def messages_of(row: Row) -> list[dict[str, str]]:
     return [{"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input") or "")))}, *answer]
 
 
+def _told(row: Row) -> list[dict[str, str]]:
+    """The same for a template: beside the user's content stand the instruction and the input, for formats that have a place for each."""
+    first, *others = messages_of(row)
+    return [first, *others] if "messages" in row else [{**first, "instruction": row["instruction"], "input": row.get("input") or ""}, *others]
+
+
 def prompt_of(row: Row, tokenizer: Any) -> str:
     """The text after which the model is to answer: the row rendered without its last answer."""
     if has_chat_template(tokenizer):
-        messages = messages_of(row)
+        messages = _told(row)
         question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         return str(tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True))
     if "messages" in row:
@@ -92,7 +98,7 @@ def _encoded_already(row: Row, where: str) -> Example:
 
 def _chat_pieces(row: Row, tokenizer: Any, where: str) -> Iterator[tuple[list[int], bool]]:
     """(ids, learned?) turn by turn: what the template writes between answers, and each answer up to its end token."""
-    messages, done, ends = messages_of(row), "", _end_ids(tokenizer)
+    messages, done, ends = _told(row), "", _end_ids(tokenizer)
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue

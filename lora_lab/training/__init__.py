@@ -4,6 +4,7 @@ from .config import TrainConfig
 from .evaluation import (
     accuracy,
     answers,
+    auc,
     best_choices,
     f1,
     forgetting,
@@ -15,12 +16,13 @@ from .evaluation import (
 )
 from .loop import evaluate, fit
 from .precision import fastest_precision
+from .probing import linear_probe
 from .result import FitResult
 from .run import Interrupted
 from .sharding import shard
 from .sweeps import Sweep, Trial, grid, sweep
 
 __all__ = [
-    "FitResult", "Interrupted", "Sweep", "TrainConfig", "Trial", "accuracy", "answers", "best_choices", "evaluate", "f1", "fastest_precision", "fit",
-    "forgetting", "grid", "perplexity", "predict_classes", "rouge", "samples", "score_choices", "shard", "sweep",
+    "FitResult", "Interrupted", "Sweep", "TrainConfig", "Trial", "accuracy", "answers", "auc", "best_choices", "evaluate", "f1", "fastest_precision",
+    "fit", "forgetting", "grid", "linear_probe", "perplexity", "predict_classes", "rouge", "samples", "score_choices", "shard", "sweep",
 ]  # fmt: skip

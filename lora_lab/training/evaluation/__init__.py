@@ -3,7 +3,9 @@
     perplexity(model, rows, tokenizer)                     exp of the mean loss over labelled tokens
     predict_classes(model, rows, tokenizer)                by a head; then accuracy(...), f1(...)
     score_choices(model, rows, tokenizer, choices)         by a language model's probability of each answer; then best_choices(...)
+    auc(scores, labels)                                    how well scores rank, whatever the model is biased towards
     answers(model, rows, tokenizer)                        what it writes; then rouge(answers, references)
+    write(model, rows, tokenizer)                          the same, and whether it stopped by itself; then clean_endings(...)
     forgetting(model, metric)                              any metric, adapters off and on
     samples(model, prompts, tokenizer)                     texts side by side, the same random numbers in every column
 
@@ -14,8 +16,10 @@ from .before_after import BeforeAfter, forgetting
 from .choices import best_choices, score_choices
 from .classes import F1, accuracy, class_logits, f1, predict_classes
 from .likelihood import perplexity
+from .ranking import auc
 from .rouge_scores import Rouge, rouge
 from .side_by_side import Samples, answers, samples
+from .writing import Written, clean_endings, write
 
-__all__ = ["F1", "BeforeAfter", "Rouge", "Samples", "accuracy", "answers", "best_choices", "class_logits", "f1", "forgetting", "perplexity",
-           "predict_classes", "rouge", "samples", "score_choices"]  # fmt: skip
+__all__ = ["F1", "BeforeAfter", "Rouge", "Samples", "Written", "accuracy", "answers", "auc", "best_choices", "class_logits", "clean_endings", "f1",
+           "forgetting", "perplexity", "predict_classes", "rouge", "samples", "score_choices", "write"]  # fmt: skip

@@ -14,10 +14,9 @@ from torch import nn
 from ...adapters import check_names, disabled, use
 from ...data.seq2seq import question_of
 from ...errors import LoraLabError
-from ...models.base import is_encoder_decoder
-from ...models.generation import generate
 from .before_after import check_switchable
-from .passes import Prompt, in_batches, prompt_ids
+from .passes import Prompt
+from .writing import write
 
 CELL = 'style="border: 1px solid #d9d9d9; padding: 0.4em 0.7em; text-align: left; vertical-align: top; white-space: pre-wrap"'
 
@@ -29,12 +28,7 @@ def answers(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, *, batc
     prompts: texts, token ids, or rows, whose own answer is left out.  seed: prompt i samples from its own stream seed + i.
     generation: as `models.generate` takes it (max_new_tokens, temperature, ...); greedy without.
     """
-    rows, texts = prompt_ids(prompts, tokenizer, is_encoder_decoder(model)), [""] * len(prompts)
-    for indices in in_batches([len(row) for row in rows], batch_size, "generate", progress):
-        made = generate(model, [rows[i] for i in indices], tokenizer, seed=[seed + i for i in indices], **generation).texts
-        for index, text in zip(indices, made, strict=True):
-            texts[index] = text
-    return texts
+    return [each.text for each in write(model, prompts, tokenizer, batch_size=batch_size, seed=seed, progress=progress, **generation)]
 
 
 def samples(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, *, adapters: Mapping[str, str | None] | None = None,

@@ -1,0 +1,181 @@
+"""The rows of an assignment: found in a user's files, checked, divided into three parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data.formats import Row
+from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts
+from ..data.tables.folders import ALL, TEST, TRAIN, VALIDATION
+from ..data.tables.parts import PARTS, Dropped
+from ..errors import LoraLabError, did_you_mean
+from ..models.base import context_of
+from .base import Assignment, Reader, Reading, Unusable, spread
+from .instruction import Instruction
+from .reviews import Reviews
+from .sentiment import Sentiment
+from .summarization import Summarization
+
+ASSIGNMENTS: dict[str, Assignment] = {each.name: each for each in (Sentiment(), Summarization(), Instruction(), Reviews())}
+
+
+@dataclass(frozen=True)
+class Material:
+    """parts: "train", "validation" and "test", those that there are.  dropped: reason -> rows.  notes: what was decided about the parts.
+
+    lengths: part -> tokens of each row, once a reader has counted them (`within`).
+    """
+
+    assignment: Assignment
+    source: str
+    columns: Columns
+    classes: Classes | None
+    parts: dict[str, Table]
+    dropped: Dropped = field(default_factory=Counter)
+    notes: tuple[str, ...] = ()
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def train(self) -> Table:
+        return self.part(TRAIN)
+
+    @property
+    def validation(self) -> Table:
+        return self.part(VALIDATION)
+
+    @property
+    def test(self) -> Table:
+        return self.part(TEST)
+
+    def part(self, name: str) -> Table:
+        """Raises LoraLabError where the source has none."""
+        if not self.parts.get(name):
+            there = ", ".join(f"{part} ({len(rows)})" for part, rows in self.parts.items() if rows) or "none"
+            raise LoraLabError(f"{self.source} has no {name} rows (it has: {there})")
+        return self.parts[name]
+
+    def reader(self, model: nn.Module, tokenizer: Any, reading: Reading | None = None, words: str | None = None) -> Reader:
+        """How this kind of model is asked. words: an instruction, or a template with {text} in it, in place of the usual one."""
+        reader = self.assignment.reader(model, tokenizer, self.columns, self.classes, reading or Reading())
+        if words is not None:
+            reader.ask_in(words)
+        return reader
+
+    def first(self, **limits: int | None) -> Material:
+        """With so many rows of a part at most. The rows come in the file's order, so they are spread over it: every n-th."""
+        return self._only({part: spread(len(rows), limits.get(part)) for part, rows in self.parts.items()})
+
+    def within(self, reader: Reader, model: nn.Module, max_length: int | None = None) -> Material:
+        """Without the rows that are longer than the model's context, or than max_length: the model cannot read them."""
+        limit = min((each for each in (max_length, context_of(model)) if each is not None), default=None)
+        tokens = {part: [_tokens(example) for example in reader.examples(rows)] if rows else [] for part, rows in self.parts.items()}
+        fits = {part: [index for index, each in enumerate(counts) if limit is None or max(each) <= limit] for part, counts in tokens.items()}
+        dropped = self.dropped.copy()
+        for part, rows in self.parts.items():
+            if len(fits[part]) < len(rows):
+                dropped[f"longer than {limit} tokens ({part})"] += len(rows) - len(fits[part])
+        lengths = {part: [sum(each) for each in counts] for part, counts in tokens.items()}
+        return replace(self, dropped=dropped, lengths=lengths)._only(fits)
+
+    def _only(self, places: Mapping[str, Sequence[int]]) -> Material:
+        """With these rows of each part."""
+        parts = {part: rows.only(places[part]) for part, rows in self.parts.items()}
+        return replace(self, parts=parts, lengths={part: [counts[i] for i in places[part]] for part, counts in self.lengths.items()})
+
+
+def gather(task: str, source: str | Path, columns: Mapping[str, str] | None = None, labels: Sequence[str] | None = None, *,
+           classes: Classes | None = None, parts: Mapping[str, str | Path] | None = None, wanted: Collection[str] = PARTS) -> Material:  # fmt: skip
+    """The rows of a source for a task.
+
+    task: of ASSIGNMENTS.  source: a bundled name, a file, a folder, or a hub data set.  columns: role -> column, where it is not plain.
+    labels: what the classes are called.  classes: those of an earlier run.  parts: "validation" or "test" -> a source of its own.
+    wanted: the parts to make where the source has none; none at all: "all" rows.
+    Raises LoraLabError, naming what was found and the option that decides, for what cannot be read or is not plain.
+    """
+    if task not in ASSIGNMENTS:
+        raise LoraLabError(f"--task {task}: expected one of {', '.join(ASSIGNMENTS)}{did_you_mean(task, ASSIGNMENTS)}")
+    assignment, tables = ASSIGNMENTS[task], read_parts(source)
+    for part, own in (parts or {}).items():
+        tables = _with_part(tables, part, own)
+    found = _columns(assignment, tables, columns or {})
+    if assignment.labelled and classes is None:
+        classes = classes_of((row.get(found["label"]) for table in tables.values() for row in table), labels)
+    dropped: Dropped = Counter()
+    rows = {part: _usable(table, assignment, found, classes, dropped) for part, table in tables.items()}
+    if not any(map(len, rows.values())):
+        raise LoraLabError(f"no row of {source} can be used: {told(dropped)}")
+    tables, more, notes = divided(rows, assignment.key, (lambda row: row["label"]) if assignment.labelled else None, wanted)
+    return Material(assignment, str(source), found, classes if assignment.labelled else None, tables, dropped + more, tuple(notes))
+
+
+def told(dropped: Mapping[str, int]) -> str:
+    """
+    >>> told({"no label": 3, "there twice": 1})
+    '3 no label, 1 there twice'
+    """
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+
+
+def _with_part(tables: dict[str, Table], part: str, source: str | Path) -> dict[str, Table]:
+    """With the rows of another source as this part; of a source that has parts of its own, the one of that name."""
+    others = read_parts(source)
+    return {**tables, part: others.get(part) or Table.joined(others.values())}
+
+
+def _columns(assignment: Assignment, tables: Mapping[str, Table], given: Mapping[str, str]) -> Columns:
+    """Of the training rows; the other parts must have them, too."""
+    first = next((tables[part] for part in (TRAIN, ALL) if part in tables), next(iter(tables.values())))
+    try:
+        found = columns_of(first, assignment.shapes, given)
+    except LoraLabError as error:
+        raise LoraLabError(f"{error}{_other_task(assignment, first)}") from None
+    guessed = {role: column for role, column in found.of.items() if found.why[role] == "by its values"}
+    if guessed and (hint := _other_task(assignment, first)):
+        said = " and ".join(f"{column!r} could be the {role} (--{role}-column)" for role, column in guessed.items())
+        raise LoraLabError(f"by its values {said}{hint}")
+    for part, table in tables.items():
+        if lacking := [column for role, column in found.of.items() if column not in table.columns and _needed(found, role)]:
+            raise LoraLabError(f"the {part} rows have no column {lacking[0]!r}, theirs are {table.columns}")
+    return found
+
+
+def _needed(columns: Columns, name: str) -> bool:
+    return any(role.name == name and role.needed for role in columns.shape.roles)
+
+
+def _other_task(assignment: Assignment, table: Table) -> str:
+    """A hint, where the rows are plainly those of another task."""
+    for other in ASSIGNMENTS.values():
+        for shape in other.shapes if other is not assignment else ():
+            names = {role.name for role in shape.roles if role.needed}
+            try:
+                found = columns_of(table, [shape])
+            except LoraLabError:
+                continue
+            if all(found.why[name] == "by its name" for name in names):
+                return f"; but these rows are {shape.title}: --task {other.name}?"
+    return ""
+
+
+def _usable(table: Table, assignment: Assignment, columns: Columns, classes: Classes | None, dropped: Dropped) -> Table:
+    rows, kept = list[Row](), list[int]()
+    for index, row in enumerate(table):
+        cells = {role: row.get(column) for role, column in columns.of.items()}
+        try:
+            rows.append(assignment.row(cells, classes))
+            kept.append(index)
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+    return Table(rows, [table.places[index] for index in kept])
+
+
+def _tokens(example: Mapping[str, Any]) -> tuple[int, int]:
+    """Of what is read, and of an answer that does not stand behind it: an encoder-decoder's."""
+    labels = example.get("labels", ())
+    return len(example["input_ids"]), 0 if len(labels) == len(example["input_ids"]) else len(labels)

@@ -1,0 +1,65 @@
+"""What was said, in a sentence or two: {"dialogue": "...", "summary": "..."}. Articles and their summaries, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..data.formats import Row
+from ..data.tables.columns import Columns, Role, Shape, plain
+from ..data.tables.labels import Classes
+from ..errors import LoraLabError
+from ..training.evaluation import Written, rouge
+from .base import Assignment, Cells, Reader, Reading, Scores, Way, digest, kind_of, text_in
+from .writing import Writer
+
+DIALOGUES = ("dialogue", "dialog", "conversation", "chat", "transcript")
+TEXT = Role("text", (DIALOGUES, ("article", "document", "text", "content", "source")))
+SUMMARY = Role("summary", (("summary", "highlights", "abstract", "section_text", "tldr"), ("target", "headline")))
+KINDS = ("rouge1", "rouge2", "rougeL")
+
+
+class Summarization(Assignment):
+    name = "summarization"
+    shapes = (Shape("dialogue and summary (DialogSum, SAMSum)", (TEXT, SUMMARY)),)
+
+    def row(self, cells: Cells, classes: Classes | None) -> Row:
+        return {"dialogue": text_in(cells, "text"), "summary": text_in(cells, "summary")}
+
+    def key(self, row: Row) -> str:
+        return digest(row["dialogue"])
+
+    def request(self, row: Row, words: str) -> Row:
+        return {"instruction": words, "input": row["dialogue"], "output": row["summary"]}
+
+    def reader(self, model: nn.Module, tokenizer: Any, columns: Columns, classes: Classes | None, reading: Reading) -> Reader:
+        if (kind := kind_of(model)) not in ("causal", "encoder-decoder"):
+            raise LoraLabError(f"a {type(model).__name__} reads text and writes none: summaries need a causal language model or an encoder-decoder")
+        what = "dialogue" if plain(columns["text"]) in DIALOGUES else "text"
+        words = [f"Summarize the following {what}.", f"Write a summary of the following {what} in one or two sentences.", "What is this about?"]
+        if kind == "encoder-decoder":
+            words = ["summarize:", words[0]]  # T5's own first (Raffel et al. 2020, arXiv:1910.10683, section 2.4)
+        return Summarizer(self, tokenizer, reading, kind == "encoder-decoder", [Way(each) for each in words])
+
+
+class Summarizer(Writer):
+    """Judged by what the summaries have in common with the right ones."""
+
+    quality = "rougeL"
+    higher_is_better = True
+    has_words = True
+
+    def judged(self, written: Sequence[Written], rows: Sequence[Row]) -> Scores:
+        return _rouge([each.text for each in written], rows)
+
+    def score(self, model: nn.Module, rows: Sequence[Row], way: Way | None = None) -> float:
+        return self.judged(self.written(model, rows, way), rows)[self.quality]
+
+    def without_model(self, rows: Sequence[Row]) -> tuple[str, Scores] | None:
+        return "the text itself", _rouge([row["dialogue"] for row in rows], rows)
+
+
+def _rouge(texts: Sequence[str], rows: Sequence[Row]) -> Scores:
+    return {kind: score.f1 for kind, score in rouge(texts, [row["summary"] for row in rows], kinds=KINDS).items()}

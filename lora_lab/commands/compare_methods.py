@@ -1,0 +1,118 @@
+"""python -m lora_lab compare --methods: one task, several ways to have a model do it, one table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraLabError, did_you_mean
+from .shared import generation_of, precision_of, targets_of
+from .task_options import DATA, gathered, load_for_task, task_options
+
+USUAL = "zero-shot,few-shot,prompt,lora,full"
+# Options of this comparison alone: without --methods they do nothing
+OPTIONS = ("data", "test_data", "template", "rows", "sweep_rows", "held_out_rows", "seeds", "epochs", "max_steps", "micro_batch_size", "max_length",
+           "rank", "target_modules", "num_virtual_tokens", "shots", "forgetting_data", "no_forgetting", "results")  # fmt: skip
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    own = command.add_argument_group("methods on a task")
+    own.add_argument("--methods", metavar="NAMES", help=f"with commas: {USUAL}. Each chooses on the validation rows; the test rows are read once")
+    own.add_argument("--data", help=f"a bundled name, or a file; {DATA}")
+    own.add_argument("--test-data", help="a source of its own for the test; default: the test rows of --data, or a tenth held back")
+    own.add_argument("--template", help="what the model reads, with {text} in it (sentiment), or the instruction (summarization)")
+    for name, says in (("rows", "training rows, at most"), ("sweep-rows", "training rows where settings are chosen, at most; default: a quarter"),
+                       ("held-out-rows", "validation rows, and test rows, at most"), ("max-steps", "optimizer steps; default: --epochs"),
+                       ("max-length", "tokens a row may have; longer ones are dropped"), ("micro-batch-size", "rows in a step; default: 8"),
+                       ("rank", "of LoRA; default: 8"), ("num-virtual-tokens", "of prompts; default: 20")):  # fmt: skip
+        own.add_argument(f"--{name}", type=int, help=says)
+    own.add_argument("--epochs", type=float, help="passes over the training rows; default: 2")
+    own.add_argument("--seeds", type=int, nargs="+", help="of the test runs, the first of the choices, too; default: 0 1 2")
+    own.add_argument("--shots", type=int, nargs="+", help="numbers of examples, of each class, that few-shot chooses from; default: 1 2 4")
+    own.add_argument("--target-modules", nargs="+", help="of LoRA; default: all-linear")
+    own.add_argument("--forgetting-data", help="what else the model is measured on, before and after; default: bundled rows of another task")
+    own.add_argument("--no-forgetting", action="store_true", default=None, help="do not measure that")
+    own.add_argument("--results", type=Path, help="a .jsonl file that keeps each run: the same command goes on from there")
+    task_options(command)
+
+
+def check_unused(options: argparse.Namespace) -> None:
+    """Raise LoraLabError for an option that does nothing without --methods."""
+    if given := [name for name in OPTIONS if getattr(options, name) is not None]:
+        raise LoraLabError(f"--{given[0].replace('_', '-')} needs --methods ({USUAL})")
+
+
+def run(options: argparse.Namespace, others: Mapping[str, Any]) -> Any:
+    """The table, a list of cells for each line. others: methods of another lab, by name."""
+    from ..comparison import METHODS, table
+
+    methods = {**METHODS, **others}
+    names = _names(options.methods, methods)
+    study = _study(options, methods)
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            study.run(name)
+        except LoraLabError as error:  # the others may work all the same
+            failed[name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
+    return table(study, [name for name in names if name not in failed]), failed
+
+
+def _names(text: str, methods: Mapping[str, Any]) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in methods:
+            raise LoraLabError(f"--methods {text}: {name!r} is none of {', '.join(methods)}{did_you_mean(name, methods)}")
+    return list(dict.fromkeys(names))
+
+
+def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
+    from .. import models
+    from ..assignments import Reading, preview
+    from ..comparison import Results, Study, Workbench
+    from ..comparison.elsewhere import elsewhere_of
+    from ..training import TrainConfig
+
+    _check(options)
+    precision = precision_of(options)
+    training = {"epochs": options.epochs or 2.0, "max_steps": options.max_steps, "micro_batch_size": options.micro_batch_size or 8}
+    TrainConfig.of({**training, "precision": precision})  # what makes no sense is told before anything is read
+    parts: dict[str, Any] = {"parts": {"test": options.test_data}} if options.test_data else {}
+    material, words = gathered(options, **parts)
+    model, tokenizer = load_for_task(options, precision)
+    task: dict[str, Any] = {"task": "feature-extraction"} if type(model).__name__.endswith("Model") else {}
+    reader = material.reader(model, tokenizer, Reading(precision, options.micro_batch_size or 8, generation_of(options)), words)
+    material = material.within(reader, model, options.max_length)
+    material = material.first(train=options.rows, validation=options.held_out_rows, test=options.held_out_rows)
+    print(preview(material, reader), end="\n\n", flush=True)
+    elsewhere = None if options.no_forgetting else elsewhere_of(model, tokenizer, reader, options.task, options.forgetting_data)
+    bench = Workbench(lambda dtype: models.load(options.model, dtype=dtype, device=options.device, **task)[0], material, reader, training,
+                      options.rank or 8, targets_of(options.target_modules or ["all-linear"]), options.num_virtual_tokens or 20,
+                      tuple(options.shots or (1, 2, 4)), elsewhere)  # fmt: skip
+    return Study(bench, options.model, methods, Results(options.results), tuple(options.seeds or (0, 1, 2)),
+                 options.sweep_rows or max(1, len(material.train) // 4), _tell)  # fmt: skip
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("task", "data"):
+        if getattr(options, name) is None:
+            raise LoraLabError(f"--methods needs --{name}")
+    if options.adapter or options.prompt or options.raw:
+        raise LoraLabError("--methods compares ways to learn a task; --adapter, --prompt and --raw are for texts of adapters that have learned one")
+    for name in ("rows", "sweep_rows", "held_out_rows", "rank", "num_virtual_tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise LoraLabError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if any(count < 1 for count in options.shots or ()):
+        raise LoraLabError(f"--shots {' '.join(map(str, options.shots))}: expected at least 1 of each class")
+
+
+def _tell(record: Any) -> None:
+    """Progress."""
+    setting, found = record["setting"], record["validation"]
+    score = f"failed: {record['failed']}" if found is None else f"validation {found:.4f}"
+    print(f"{setting['method']:10} {setting['stage']:10} seed {setting['seed']} {str(setting['choice'])[:60]:60} {score}, "
+          f"{record['wall_seconds']:.0f} s", file=sys.stderr, flush=True)  # fmt: skip

@@ -1,0 +1,64 @@
+"""What the methods of a comparison have in common: where a fresh model comes from, the rows, and how long is trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..assignments import Material, Reader
+from ..assignments.base import digest
+from ..training.precision import storage_dtype
+from .elsewhere import Elsewhere
+
+Source = Callable[[torch.dtype], Any]  # a dtype -> a model with weights in it, as it was published
+
+
+@dataclass
+class Workbench:
+    """training: fields of TrainConfig that all trained methods have: epochs or max_steps, micro_batch_size, ...
+
+    shots: how many examples few-shot tries.  rank, target_modules: of LoRA.  num_virtual_tokens: of prompts.
+    elsewhere: another metric on other data, which tells what was forgotten.
+    """
+
+    source: Source
+    material: Material
+    reader: Reader
+    training: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 8
+    target_modules: str | list[str] = "all-linear"
+    num_virtual_tokens: int = 20
+    shots: tuple[int, ...] = (1, 2, 4)
+    elsewhere: Elsewhere | None = None
+
+    @property
+    def precision(self) -> str:
+        return self.reader.reading.precision
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Of the model as it was published."""
+        return sum(parameter.numel() for parameter in self.fresh().parameters())
+
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a result depends on, whatever the method; the rows by a digest of them."""
+        material, reading = self.material, self.reader.reading
+        rows = {part: len(table) for part, table in material.parts.items()}
+        texts = [material.assignment.key(row) for table in material.parts.values() for row in table]
+        return {"task": material.assignment.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16],
+                "words": self.reader.way.words, "training": {**self.training}, "precision": self.precision, "generation": {**reading.generation},
+                "rank": self.rank, "target_modules": self.target_modules, "num_virtual_tokens": self.num_virtual_tokens}  # fmt: skip
+
+    def fresh(self, whole: bool = False) -> Any:
+        """A model that nobody has taught. whole: all of it is to train, so its weights are float32 but in pure 16 bit."""
+        narrow = not whole or self.precision == "bf16"
+        return self.source(storage_dtype(self.precision) if narrow else torch.float32)
+
+    def learner(self, rows: Any, whole: bool = False) -> Any:
+        """A fresh model that can learn the task: an encoder with a head that begins as the probe of these rows."""
+        return self.reader.prepared(self.fresh(whole), rows)

@@ -1,0 +1,46 @@
+"""What a model writes, in batches, and whether it comes to an end by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...models.base import is_encoder_decoder
+from ...models.generation import generate
+from .passes import Prompt, in_batches, prompt_ids
+
+
+@dataclass(frozen=True)
+class Written:
+    """ended: the model stopped by itself, before the room it had was used up."""
+
+    text: str
+    ended: bool
+
+
+def write(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, *, batch_size: int = 8, seed: int = 0, progress: bool = True,
+          **generation: Any) -> list[Written]:  # fmt: skip
+    """The model's text for each prompt, in their order, generated in batches of like length.
+
+    prompts: texts, token ids, or rows, whose own answer is left out.  seed: prompt i samples from its own stream seed + i.
+    generation: as `models.generate` takes it (max_new_tokens, temperature, ...); greedy without.
+    """
+    rows, written = prompt_ids(prompts, tokenizer, is_encoder_decoder(model)), [Written("", False)] * len(prompts)
+    ends = {*(getattr(tokenizer, "end_ids", None) or [getattr(tokenizer, "eos_token_id", None)])}
+    for indices in in_batches([len(row) for row in rows], batch_size, "generate", progress):
+        made = generate(model, [rows[i] for i in indices], tokenizer, seed=[seed + i for i in indices], **generation)
+        for index, ids, text in zip(indices, made.ids, made.texts, strict=True):
+            written[index] = Written(text, ids[-1:] != [] and ids[-1] in ends)
+    return written
+
+
+def clean_endings(written: Sequence[Written]) -> float:
+    """The share of texts that say something and then stop, 0 to 1.
+
+    >>> clean_endings([Written("Yes.", True), Written("Yes, and then", False), Written(" ", True), Written("No.", True)])
+    0.5
+    """
+    return sum(each.ended and bool(each.text.strip()) for each in written) / len(written)

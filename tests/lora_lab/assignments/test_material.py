@@ -1,0 +1,161 @@
+"""A user's rows for a task: three parts without a common text, what was dropped and why, and a preview that says so."""
+
+from __future__ import annotations
+
+import pytest
+from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinions, t5, table
+
+from lora_lab import LoraLabError
+from lora_lab.assignments import gather, preview
+from lora_lab.data import load
+from lora_lab.data.formats import BUNDLED
+
+PARTS = ("train", "validation", "test")
+
+
+def texts(material, part):
+    return {row["text"] for row in material.part(part)}
+
+
+def distinct(count=60):
+    return [{"text": f"text {number}", "label": number % 2} for number in range(count)]
+
+
+# Parts ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_nobody_divided_are_divided_the_same_way_every_time_a_tenth_of_each_class(tmp_path):
+    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct()))
+    again = gather("sentiment", jsonl(tmp_path / "b.jsonl", distinct()[::-1]))
+    assert [len(material.part(part)) for part in PARTS] == [48, 6, 6]
+    for part in PARTS:
+        assert texts(material, part) == texts(again, part) and sum(row["label"] for row in material.part(part)) * 2 == len(material.part(part))
+    assert not texts(material, "train") & (texts(material, "test") | texts(material, "validation"))
+
+
+def test_a_text_is_never_in_two_parts(tmp_path):
+    """However often and with whatever label it comes; rows that say the same twice are dropped."""
+    rows = [{"text": f"text {number % 20}", "label": number // 20 % 2} for number in range(80)]
+    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", rows))
+    train, validation, test = (texts(material, part) for part in PARTS)
+    assert train and test and validation and not train & test and not train & validation and not validation & test
+    assert material.dropped["there twice"] == 40
+
+
+def test_the_parts_that_a_source_has_stay_as_they_are(tmp_path):
+    """SST-2 has labels for training and validation alone. Training rows that are held back, too, are dropped, held-out rows never."""
+    train, held = distinct(40), distinct(44)[36:]
+    jsonl(tmp_path / "train.jsonl", train)
+    jsonl(tmp_path / "validation.jsonl", held)
+    jsonl(tmp_path / "test.jsonl", [{"text": "secret", "label": -1}] * 5)
+    material = gather("sentiment", tmp_path)
+    assert texts(material, "test") == {row["text"] for row in held} and not texts(material, "train") & texts(material, "test")
+    assert material.dropped["the label '-1' is none of the classes"] == 5 and "the validation rows are it" in "".join(material.notes)
+    assert material.dropped["in the train rows, and held back, too"] == 4 and len(material.validation) + len(material.train) == 36
+
+
+def test_a_source_for_one_part_and_no_parts_at_all(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", distinct(30))
+    other = jsonl(tmp_path / "b.jsonl", [{"text": "other", "label": 1}, {"text": "more", "label": 0}])
+    material = gather("sentiment", path, parts={"validation": other}, wanted=("train", "validation"))
+    assert (len(material.train), len(material.validation)) == (30, 2) and "test" not in material.parts
+    assert len(gather("sentiment", path, wanted=()).part("all")) == 30
+    with pytest.raises(LoraLabError, match=r"has no test rows \(it has: train \(30\), validation \(2\)\)"):
+        material.part("test")
+
+
+def test_too_few_rows_are_not_divided(tmp_path):
+    with pytest.raises(LoraLabError, match="too few to hold some back"):
+        gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct(2)))
+
+
+def test_rows_are_limited_evenly_over_the_file(tmp_path):
+    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct(30)), wanted=()).first(all=3)
+    assert [row["text"] for row in material.part("all")] == ["text 0", "text 10", "text 20"]
+
+
+# Rows -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_learned_from_is_dropped_and_counted_by_reason(tmp_path):
+    rows = [*distinct(20), {"text": " ", "label": 1}, {"text": None, "label": 0}, {"text": 3, "label": 0}, {"text": "x", "label": ""}]
+    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", rows), {"label": "label", "text": "text"}, wanted=())
+    assert dict(material.dropped) == {"no text": 2, "the text is no text but a int": 1, "no label": 1} and len(material.part("all")) == 20
+
+
+CHATS = {
+    "OpenAI": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+    "ShareGPT": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}],
+}
+
+
+@pytest.mark.parametrize("turns", CHATS.values(), ids=CHATS)
+def test_chats_of_both_kinds_become_messages(tmp_path, turns):
+    column = "messages" if "role" in turns[0] else "conversations"
+    bad = [{column: turns[:1]}, {column: "nonsense"}, {column: [{"role": "nobody", "content": "x"}]}]
+    material = gather("instruction", jsonl(tmp_path / "a.jsonl", [{column: turns}, *bad]), wanted=())
+    assert list(material.part("all")) == [{"messages": CHATS["OpenAI"]}]
+    assert sum(material.dropped.values()) == 3 and "no chat of user and assistant" in material.dropped
+
+
+def test_reviews_become_instructions(tmp_path):
+    rows = [{"product": "A lamp", "review": "Bright.", "sentiment": "Positive"}]
+    material = gather("reviews", table(tmp_path / "r.csv", rows), wanted=())
+    instruction = "Write a positive review of the following product."
+    assert list(material.part("all")) == [{"instruction": instruction, "input": "A lamp", "output": "Bright."}]
+
+
+def test_rows_of_another_task_are_recognised(tmp_path):
+    path = jsonl(tmp_path / "d.jsonl", [{**row, "topic": "ab"[row["id"] % 2]} for row in dialogues()])
+    with pytest.raises(LoraLabError, match=r"'topic' could be the label \(--label-column\).*DialogSum.*--task summarization\?"):
+        gather("sentiment", path)  # by their values they would do
+    with pytest.raises(LoraLabError, match=r"is not found.*--task summarization\?"):
+        gather("instruction", path)
+    assert gather("sentiment", path, {"text": "dialogue", "label": "topic"}, wanted=()).classes.names == ("a", "b")
+    with pytest.raises(LoraLabError, match="--task sumarization: expected one of .*did you mean 'summarization'"):
+        gather("sumarization", path)
+
+
+def test_parts_with_other_columns_and_sources_without_a_usable_row_are_refused(tmp_path):
+    jsonl(tmp_path / "parts" / "train.jsonl", distinct(20))
+    jsonl(tmp_path / "parts" / "test.jsonl", [{"sentence": "x", "label": 0}])
+    with pytest.raises(LoraLabError, match=r"the test rows have no column 'text', theirs are \['sentence', 'label'\]"):
+        gather("sentiment", tmp_path / "parts")
+    with pytest.raises(LoraLabError, match="no row of .* can be used: 2 no summary"):
+        gather("summarization", jsonl(tmp_path / "d.jsonl", [{"dialogue": "x", "summary": ""}] * 2))
+
+
+def test_every_bundled_source_can_be_used_for_its_task():
+    """Each brings its held-out rows, which are the test."""
+    for task, source in (("sentiment", "sentiment"), ("summarization", "dialogues"), ("instruction", "instructions"), ("reviews", "reviews")):
+        material, (train, held_out) = gather(task, source), load(source)
+        assert len(material.test) == len(held_out) and not material.dropped, source
+        assert len(material.train) + len(material.validation) == len(train) and len(material.validation) >= 10
+    assert {*BUNDLED} == {"sentiment", "dialogues", "instructions", "reviews"}
+
+
+# Preview ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_preview_says_what_was_understood(tmp_path):
+    model, tokenizer = decoder(max_position_embeddings=64)
+    rows = [*distinct(40), {"text": "long " * 30, "label": 1}, {"text": "", "label": 0}]
+    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", rows))
+    reader = material.reader(model, tokenizer)
+    said = preview(material.within(reader, model), reader)
+    for expected in ("text and label (SST-2)", "text        'text', by its name", "classes     0 -> negative, 1 -> positive",
+                     "validation  4 rows (2 negative, 2 positive), tokens: median 3", "1 no text", "1 longer than 64 tokens (",
+                     "a tenth each of the rows is held back for test and validation", "    Review: text 0\n    Sentiment:[ negative]"):  # fmt: skip
+        assert expected in said, expected
+
+
+@pytest.mark.parametrize(("task", "rows", "model", "rendered"), [
+    ("sentiment", opinions, encoder, "the first row as the model reads it, what it is to answer in brackets:\n    bad [negative]"),
+    ("summarization", dialogues, decoder, "<|im_start|>user\n    Summarize the following dialogue.\n    \n    A: Is 0 good?\n    B: Yes.<|im_end|>"),
+    ("summarization", dialogues, t5, "    summarize:\n    \n    A: Is 0 good?\n    B: Yes.[0 is good.]"),
+    ("instruction", instructions, decoder, "<|im_start|>assistant\n    [0.]"),
+])  # fmt: skip
+def test_the_first_row_is_shown_as_this_model_reads_it(tmp_path, task, rows, model, rendered):
+    model, tokenizer = model()
+    material = gather(task, jsonl(tmp_path / "a.jsonl", rows()), wanted=())
+    assert rendered in preview(material, material.reader(model, tokenizer))

@@ -1,0 +1,183 @@
+"""Users' files to tables, and folders to parts: what is read as it is, and every mistake named with its file and line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from task_tools import jsonl, opinions, table
+
+from lora_lab import LoraLabError
+from lora_lab.data.tables import read_parts, read_table
+from lora_lab.data.tables.folders import part_of
+
+DATA = Path(os.environ.get("LORA_LAB_DATA", Path(__file__).parents[4] / "shared" / "data"))
+
+
+def written(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    return path
+
+
+def cells(tmp_path, name, text):
+    return [list(row.values()) for row in read_table(written(tmp_path, name, text))]
+
+
+# Files ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_csv_may_have_line_breaks_quotation_marks_and_delimiters_in_its_texts(tmp_path):
+    """RFC 4180, section 2: rules 6 and 7."""
+    text = 'id,dialogue,summary\r\n1,"A: ""Hi"", all.\nB: Bye.",They meet.\r\n\r\n2,x,y\r\n'
+    rows = read_table(written(tmp_path, "d.csv", text))
+    assert rows[0] == {"id": "1", "dialogue": 'A: "Hi", all.\nB: Bye.', "summary": "They meet."} and len(rows) == 2
+    assert [rows.where(index).rpartition(", ")[2] for index in range(2)] == ["line 2", "line 5"]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_of_a_csv_is_found(tmp_path, delimiter):
+    rows = [{"text": "Good, but; dear | really", "label": "1"}, {"text": "Bad", "label": "0"}]
+    assert list(read_table(table(tmp_path / "t.csv", rows, delimiter))) == rows
+
+
+def test_quotation_marks_in_a_tsv_are_marks_of_the_text_unless_every_field_is_quoted_as_a_whole(tmp_path):
+    """GLUE's SST-2 quotes nothing; pandas quotes the fields that have a quotation mark in them."""
+    glue = cells(tmp_path, "glue.tsv", 'sentence\tlabel\n"so-called comedy\t0\n"a" is fine\t1\n')
+    assert glue == [['"so-called comedy', "0"], ['"a" is fine', "1"]]
+    assert cells(tmp_path, "pandas.tsv", 'sentence\tlabel\n"a ""good"" one"\t1\nb\t0\n') == [['a "good" one', "1"], ["b", "0"]]
+    assert cells(tmp_path, "lines.tsv", 'sentence\tlabel\n"a\nb"\t1\n') == [["a\nb", "1"]]
+
+
+@pytest.mark.parametrize(("first", "columns"), [
+    ("text\tlabel", ["text", "label"]), ("\ttext", ["column 1", "text"]),
+    ("A film.\t1", ["column 1", "column 2"]), ("A film.\tpositive", ["column 1", "column 2"]), ("x" * 61 + "\ty", ["column 1", "column 2"]),
+    ("same\tsame", ["column 1", "column 2"]),
+])  # fmt: skip
+def test_a_first_row_that_is_data_is_no_header(tmp_path, first, columns):
+    rows = read_table(written(tmp_path, "t.tsv", f"{first}\nAnother.\tpositive\nThird.\tnegative\n"))
+    assert rows.columns == columns and len(rows) == (2 if "text" in columns else 3)
+
+
+def test_lines_end_at_line_feeds_alone_and_a_byte_order_mark_is_no_text(tmp_path):
+    """UCI's imdb file has U+0085 in its sentences."""
+    assert cells(tmp_path, "t.txt", b"\xef\xbb\xbfone\xc2\x85two\t1\r\nthree\t0\r\n") == [["one\x85two", "1"], ["three", "0"]]
+
+
+def test_json_arrays_and_lines_are_tables_too(tmp_path):
+    rows = [{"Review Text": "a", "n": None}, {"Review Text": "b", "more": [1]}]
+    for name, text in (("a.json", json.dumps(rows, indent=1)), ("a.jsonl", "\n".join(map(json.dumps, rows)))):
+        read = read_table(written(tmp_path, name, text))
+        assert list(read) == rows and read.columns == ["Review Text", "n", "more"]
+
+
+BROKEN = {
+    "a field too many": ("t.csv", "text,label\na,1\nb,c,0\n", "t.csv, line 3: 3 fields, the first row has 2"),
+    "an open quotation mark": ("t.csv", 'text,label\n"a,1\nb,0\n', "t.csv, line 2: .*stands in quotation marks"),
+    "ragged tabs": ("t.tsv", "text\tlabel\na\t1\nb\n", "t.tsv, line 3: 1 fields"),
+    "no UTF-8": ("t.csv", "text,label\ncaf\xe9,1\n".encode("latin-1"), "t.csv, line 2: not UTF-8"),
+    "nothing": ("t.csv", "", "t.csv holds no rows"), "a header alone": ("t.csv", "text,label\n", "t.csv holds no rows"),
+    "lists": ("t.jsonl", "[1]\n", "a row is a int, expected an object"),
+    "another ending": ("t.xlsx", "x", "expected a file that ends in .csv"),
+    "parquet": ("t.parquet", "PAR1", r"pandas.read_parquet\('t.parquet'\).to_json\('t.jsonl'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, text, message):
+    with pytest.raises(LoraLabError, match=message):
+        read_table(written(tmp_path, name, text))
+
+
+# Folders ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_known_by_the_words_in_the_names_of_files(tmp_path):
+    names = {"data/train-00000-of-00002.jsonl": 2, "data/train-00001-of-00002.jsonl": 3, "data/validation-00000-of-00001.jsonl": 4, "test.csv": 5}
+    for name, count in names.items():
+        (jsonl if name.endswith("jsonl") else table)(tmp_path / name, opinions(count))
+    jsonl(tmp_path / "dataset_infos.json", [{"splits": 3}])
+    jsonl(tmp_path / ".cache" / "train.jsonl", opinions(9))
+    parts = read_parts(tmp_path)
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 5, "validation": 4, "test": 5}
+    assert parts["train"].where(2) == f"{tmp_path / 'data' / 'train-00001-of-00002.jsonl'}, line 1"
+
+
+@pytest.mark.parametrize(("name", "part"), [("held_out.jsonl", "test"), ("dev.tsv", "validation"), ("dialogsum.train.jsonl", "train"),
+                                            ("MTS-Dialog-TestSet-1-MEDIQA-Chat-2023.csv", "test"), ("contest.csv", None),
+                                            ("train_test.csv", None)])  # fmt: skip
+def test_words_are_whole_words(name, part):
+    assert part_of(Path(name)) == part
+
+
+def test_one_file_in_a_folder_is_undivided_and_so_is_a_file(tmp_path):
+    path = jsonl(tmp_path / "folder" / "rows.jsonl", opinions(4))
+    assert read_parts(path).keys() == read_parts(path.parent).keys() == {"all"}
+
+
+def test_labels_may_be_the_endings_of_files_or_the_names_of_folders(tmp_path):
+    """Pang & Lee's rt-polarity.neg and .pos; Maas et al.'s train/neg/0_3.txt."""
+    for name in ("neg", "pos"):
+        written(tmp_path, f"rt.{name}", f"one {name}\n\ntwo {name}\n")
+        (tmp_path / "imdb" / "train" / name).mkdir(parents=True)
+        written(tmp_path, f"imdb/train/{name}/0.txt", f"a {name}\nfilm\n")
+    assert list(read_parts(tmp_path / "imdb")["train"]) == [{"text": f"a {name}\nfilm", "label": name} for name in ("neg", "pos")]
+    (tmp_path / "rt").mkdir()
+    for name in ("neg", "pos"):
+        (tmp_path / f"rt.{name}").rename(tmp_path / "rt" / f"rt.{name}")
+    rows = read_parts(tmp_path / "rt")["all"]
+    assert [row["label"] for row in rows] == ["neg", "neg", "pos", "pos"] and rows.where(1).endswith("rt.neg, line 3")
+
+
+def test_a_hub_data_set_is_a_folder_and_one_without_tables_says_how_to_convert(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append((name, options["repo_type"]))
+        return str(tmp_path / name.split("/")[1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    jsonl(tmp_path / "rows" / "train.jsonl", opinions(4))
+    jsonl(tmp_path / "rows" / "test.jsonl", opinions(2))
+    assert {*read_parts("someone/rows")} == {"train", "test"} and asked == [("someone/rows", "dataset")]
+    written(tmp_path, "README.md", "x").rename((tmp_path / "columns").mkdir() or tmp_path / "columns" / "README.md")
+    with pytest.raises(LoraLabError, match=r"likely to be in Parquet.*hf://datasets/someone/columns"):
+        read_parts("someone/columns")
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(LoraLabError, match="'someone/rows' is no file .*hub: no network"):
+        read_parts("someone/rows")
+
+
+def test_a_source_that_is_not_plain_is_refused(tmp_path):
+    jsonl(tmp_path / "two" / "train-a.jsonl", opinions(2))
+    jsonl(tmp_path / "two" / "train-b.jsonl", opinions(2))
+    jsonl(tmp_path / "unnamed" / "a.jsonl", opinions(2))
+    jsonl(tmp_path / "unnamed" / "b.jsonl", opinions(2))
+    (tmp_path / "empty").mkdir()
+    for source, message in ((tmp_path / "two", "more than one file for 'train': there are train-a.jsonl, train-b.jsonl"),
+                            (tmp_path / "unnamed", "no train, validation or test in them: there are a.jsonl"), (tmp_path / "empty", "it is empty"),
+                            ("sentimnet", "did you mean 'sentiment'"), ("no/such.csv", "no data at 'no/such.csv'")):  # fmt: skip
+        with pytest.raises(LoraLabError, match=message):
+            read_parts(source)
+
+
+# Real data --------------------------------------------------------------------------------------------------------------------
+
+REAL = {"rotten_tomatoes": {"all": 10_662}, "mts_dialog": {"train": 1201, "validation": 100, "test": 200}, "instructions_apache": {"all": 1622},
+        "dolly": {"all": 3802}, "clothing_reviews": {"all": 3600}, "uci_sentiment/imdb_labelled.txt": {"all": 1000},
+        "uci_sentiment/amazon_cells_labelled.txt": {"all": 1000}}  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "counts"), REAL.items())
+def test_published_files_are_read_as_they_are(source, counts):
+    """The numbers of rows are those that each data set's description names."""
+    if not (DATA / source).exists():
+        pytest.skip(f"{DATA / source} is not there: set LORA_LAB_DATA")
+    assert {part: len(rows) for part, rows in read_parts(DATA / source).items()} == counts

@@ -1,0 +1,167 @@
+"""finetune and evaluate with --task, in process: the way through on each kind of model, and every mistake as one line before anything is written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+from command_line import Folder, check_refusal, run
+from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinions, saved, t5, table
+
+import lora_lab
+from lora_lab.assignments import gather
+from lora_lab.assignments.record import RECORD
+
+
+class Shop(Folder):
+    """A causal model, an encoder and an encoder-decoder, and a table of opinions."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.encoder, self.t5, self.table, self.out = folder / "encoder", folder / "t5", folder / "opinions.csv", folder / "out"
+
+    def finetune(self, **changes):
+        given = {"task": "sentiment", "model": self.model, "data": self.table, "out": self.out, "precision": "fp32", "max-steps": 3, "rank": 2,
+                 **changes}  # fmt: skip
+        return run("finetune", **given)
+
+    def evaluate(self, **changes):
+        return run("evaluate", **{"task": "sentiment", "model": self.model, "data": self.table, "precision": "fp32", "max-new-tokens": 4, **changes})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    shop = Shop(tmp_path_factory.mktemp("tasks"))
+    for folder, model in ((shop.model, decoder), (shop.encoder, encoder), (shop.t5, t5)):
+        saved(folder, *model())
+    rows = [{"Review Text": row["text"] + f" {number}", "Stars": ("poor", "fine")[row["label"]]} for number, row in enumerate(opinions(40))]
+    table(shop.table, rows, ";")
+    return shop
+
+
+@pytest.fixture
+def shop(made, tmp_path, capsys):
+    shutil.copytree(made.folder, tmp_path / "shop")
+    capsys.readouterr()
+    return Shop(tmp_path / "shop")
+
+
+def numbers(line):
+    return [float(word) for word in re.findall(r"[-+]?\d+\.\d+", line)]
+
+
+# The way through --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["model", "encoder", "t5"])
+def test_sentiment_is_learned_from_any_table_by_each_kind_of_model(shop, capsys, kind):
+    """The adapter remembers its classes, so that it is asked later as it was taught."""
+    model = getattr(shop, kind)
+    assert shop.finetune(model=model, **{"label-column": "Stars", "labels": ["fine", "poor"], "max-steps": 12, "learning-rate": 1e-2}) == 0
+    printed = capsys.readouterr().out
+    assert "text        'Review Text', by its name" in printed and "classes     fine -> fine, poor -> poor" in printed
+    assert re.search(r"^held-out accuracy \d\.\d+ -> \d\.\d+", printed, re.MULTILINE) and f"--data {shop.table}" in printed
+    assert json.loads((shop.out / RECORD).read_text())["classes"]["names"] == ["fine", "poor"]
+    assert shop.evaluate(model=model, adapter=shop.out, **{"label-column": "Stars"}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith("test rows: 4, fp32") for line in lines) and lines[-4].split() == ["base", str(shop.out), "change"]
+    assert [line.split()[0] for line in lines[-3:]] == ["accuracy", "F1", "AUC"]
+
+
+def test_what_evaluate_prints_is_what_the_library_says_of_the_same_rows(shop, capsys):
+    assert shop.finetune(model=shop.encoder, **{"label-column": "Stars"}) == 0
+    capsys.readouterr()
+    assert shop.evaluate(model=shop.encoder, adapter=shop.out, **{"label-column": "Stars"}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    material = gather("sentiment", shop.table, {"label": "Stars"})
+    base, tokenizer = lora_lab.models.load(shop.encoder)
+    reader = material.reader(base, tokenizer)
+    untaught = reader.scores(base, material.test)
+    taught = reader.scores(lora_lab.load(reader.restored(base), shop.out), material.test)
+    for line, name in zip(lines[-3:], ("accuracy", "F1 (macro)", "AUC"), strict=True):
+        assert numbers(line)[:2] == pytest.approx([untaught[name], taught[name]], abs=1e-4)
+
+
+@pytest.mark.parametrize(("task", "rows", "kind", "measures"), [
+    ("summarization", dialogues, "model", ["loss", "clean", "rouge1", "rouge2", "rougeL"]),
+    ("summarization", dialogues, "t5", ["loss", "clean", "rouge1", "rouge2", "rougeL"]),
+    ("instruction", instructions, "model", ["loss", "clean"]), ("reviews", instructions, "model", ["loss", "clean"]),
+])  # fmt: skip
+def test_texts_are_learned_and_judged(shop, capsys, task, rows, kind, measures):
+    data, model = jsonl(shop.folder / "texts.jsonl", rows(30)), getattr(shop, kind)
+    assert shop.finetune(task=task, data=data, model=model, **{"learning-rate": 1e-2}) == 0
+    assert "held-out loss" in capsys.readouterr().out
+    assert shop.evaluate(task=task, data=data, model=model, adapter=shop.out, split="validation", limit=2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-len(measures) :]] == measures
+    assert ("without any model, the text itself: rouge1" in "\n".join(lines)) == (task == "summarization")
+
+
+def test_held_out_rows_of_their_own_are_watched_and_no_row_is_held_back(shop, capsys):
+    other = jsonl(shop.folder / "other.jsonl", [{"Review Text": "fine cat", "Stars": "fine"}, {"Review Text": "poor dog", "Stars": "poor"}])
+    assert shop.finetune(**{"label-column": "Stars", "eval-data": other}) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^  train       40 rows", printed, re.MULTILINE) and re.search(r"^  validation  2 rows", printed, re.MULTILINE)
+    assert shop.evaluate(data=other, split="all", **{"label-column": "Stars"}) == 0 and "all rows: 2" in capsys.readouterr().out
+
+
+def test_the_words_that_are_asked_in_can_be_chosen_and_are_remembered(shop, capsys):
+    assert shop.finetune(template="{text} Verdict:", **{"label-column": "Stars"}) == 0
+    assert shop.evaluate(adapter=shop.out, **{"label-column": "Stars"}) == 0
+    assert capsys.readouterr().out.count(" Verdict:[ ") == 2
+
+
+def test_rows_and_commands_without_a_task_are_as_ever(shop, capsys):
+    rows = jsonl(shop.folder / "rows.jsonl", instructions(6))
+    assert shop.finetune(task=None, data=rows) == 0 and not (shop.out / RECORD).exists()
+    assert shop.evaluate(task=None, data=rows, adapter=shop.out) == 0 and "perplexity" in capsys.readouterr().out
+
+
+# Mistakes ---------------------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown task": ({"task": "sentimnt"}, "--task sentimnt: expected one of .*did you mean 'sentiment'"),
+    "column without a task": ({"task": None, "text-column": "a"}, "--text-column needs --task"),
+    "labels without a task": ({"task": None, "labels": ["a", "b"]}, "--labels needs --task"),
+    "template without a task": ({"task": None, "template": "{text}"}, "--template '{text}' needs --task"),
+    "a table without a task": ({"task": None}, "is a table: its columns are found for a task, --task sentiment"),
+    "no such column": ({"label-column": "Star"}, "--label-column Star: the columns are .*did you mean 'Stars'"),
+    "no such data": ({"data": "nowhere.csv"}, "no data at 'nowhere.csv'"),
+    "no place for the text": ({"label-column": "Stars", "template": "Verdict:"}, r"has no \{text\}"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_a_mistake_is_one_line_and_nothing_is_written(shop, capsys, change, message):
+    before = shop.contents()
+    check_refusal(shop.finetune(**change), capsys, message)
+    assert shop.contents() == before
+
+
+def test_an_evaluation_that_makes_no_sense_is_refused(shop, capsys):
+    named = {"label-column": "Stars"}
+    for change, message in (({"metric": "rouge", **named}, "--metric with --task sentiment: a task has its own measures"),
+                            ({"split": "tset", **named}, "--split tset: expected one of test"), ({"limit": 0, **named}, "--limit 0"),
+                            ({"task": None, "split": "test", "data": jsonl(shop.folder / "r.jsonl", instructions(3))}, "--split test needs --task"),
+                            ({"task": "summarization"}, "--task sentiment")):  # fmt: skip
+        check_refusal(shop.evaluate(**change), capsys, message)
+
+
+def test_an_adapter_of_another_task_is_refused(shop, capsys):
+    assert shop.finetune(**{"label-column": "Stars"}) == 0
+    data = jsonl(shop.folder / "d.jsonl", dialogues(20))
+    check_refusal(shop.evaluate(task="summarization", data=data, adapter=shop.out), capsys, "was taught 'sentiment'")
+
+
+@pytest.mark.real
+def test_a_model_that_was_never_taught_ranks_the_bundled_opinions(smollm2, capsys):
+    """All 120 held-out sentences give an AUC of 0.79."""
+    assert run("evaluate", task="sentiment", model="smollm2-135m-instruct-q4", data="sentiment", limit=48) == 0
+    assert numbers(capsys.readouterr().out.splitlines()[-1])[0] > 0.65
+
+
+def test_an_encoder_writes_no_summaries(shop, capsys):
+    data = jsonl(shop.folder / "d.jsonl", dialogues(20))
+    check_refusal(shop.finetune(task="summarization", data=data, model=shop.encoder), capsys, "a BertModel reads text and writes none")

@@ -1,0 +1,94 @@
+"""python -m lora_lab compare --methods, in process: one table for every task, and mistakes told before anything is trained."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from command_line import Folder, check_refusal, run
+from task_tools import decoder, encoder, jsonl, opinions, saved
+
+from lora_lab.comparison import Results
+
+SHORT = {"precision": "fp32", "max-steps": 1, "seeds": [0, 1], "rank": 2, "num-virtual-tokens": 3, "shots": [1], "rows": 8, "held-out-rows": 4,
+         "max-new-tokens": 3, "micro-batch-size": 4}  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:init='text' gives")
+
+
+class Shop(Folder):
+    def compare(self, **changes):
+        given = {"methods": "zero-shot,few-shot,prompt,lora,full", "task": "sentiment", "model": self.model, "data": self.rows, **SHORT,
+                 "forgetting-data": self.other, **changes}  # fmt: skip
+        return run("compare", **given)
+
+
+@pytest.fixture
+def shop(tmp_path, capsys):
+    made = Shop(tmp_path)
+    made.other = jsonl(tmp_path / "other.jsonl", [{"instruction": "Say it.", "output": "It."}] * 3)
+    saved(made.model, *decoder())
+    jsonl(made.rows, opinions(60))
+    return made
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|\n").split(" | ")]
+
+
+def test_one_table_has_every_method_with_quality_cost_and_what_was_forgotten(shop, capsys):
+    out = shop.folder / "table.md"
+    assert shop.compare(out=out) == 0
+    printed = capsys.readouterr().out
+    assert "text and label (SST-2)" in printed and "Review: " in printed
+    heading, _, *lines = [cells(line) for line in out.read_text().splitlines()]
+    assert heading == ["method", "accuracy (%)", "F1 (macro) (%)", "AUC (%)", "trained", "MiB predicted", "MiB measured", "seconds", "bytes per task",
+                       "ms per answer", "perplexity, other.jsonl", "chosen"]  # fmt: skip
+    rows = {line[0]: dict(zip(heading, line, strict=True)) for line in lines}
+    assert [*rows] == ["largest class", "zero-shot", "few-shot", "soft prompt", "LoRA", "full fine-tuning"]
+    for title, row in rows.items():
+        assert (re.fullmatch(r"\d+\.\d ± \d+\.\d \(2\)", row["accuracy (%)"]) is not None) == (title not in ("largest class", "zero-shot")), title
+    before, after = rows["full fine-tuning"]["perplexity, other.jsonl"].split(" -> ")
+    assert rows["zero-shot"]["perplexity, other.jsonl"] == f"{before} -> {before}" and float(after) > 1
+    assert rows["soft prompt"]["trained"] == "48" and rows["LoRA"]["chosen"].startswith("learning rate 0.0")
+
+
+def test_a_comparison_that_was_stopped_goes_on_from_its_results(shop, capsys):
+    results = shop.folder / "runs.jsonl"
+    given = {"methods": "lora", "results": results, "seeds": [0], "no-forgetting": True}
+    assert shop.compare(**given, **{"forgetting-data": None}) == 0
+    first, lines = capsys.readouterr(), results.read_text().splitlines(keepends=True)
+    assert first.err.count("lora       validation") == 3 and len(Results(results).records) == 4
+    results.write_text("".join(lines[:2]))
+    assert shop.compare(**given, **{"forgetting-data": None}) == 0
+    assert capsys.readouterr().err.count("lora       validation") == 1 and len(Results(results).records) == 4
+
+
+def test_a_method_that_cannot_do_it_does_not_keep_the_others_from_it(shop, capsys):
+    saved(shop.folder / "short", *decoder(max_position_embeddings=64))
+    assert shop.compare(model=shop.folder / "short", methods="few-shot,zero-shot", **{"no-forgetting": True, "forgetting-data": None}) == 0
+    printed = capsys.readouterr().out
+    assert "\nzero-shot " in printed and re.search(r"^few-shot: .*the model's context is 64", printed, re.MULTILINE)
+
+
+def test_an_encoder_is_compared_by_its_head(shop, capsys):
+    saved(shop.folder / "encoder", *encoder())
+    other = jsonl(shop.folder / "d.jsonl", [{"dialogue": "the cat sat", "summary": "cat"}, {"dialogue": "bad film", "summary": "film"}])
+    assert shop.compare(model=shop.folder / "encoder", methods="zero-shot,lora", seeds=[0], **{"forgetting-data": other}) == 0
+    assert "own summary nearest, d.jsonl" in capsys.readouterr().out
+
+
+BAD = {
+    "unknown method": ({"methods": "lora,qlora"}, "'qlora' is none of zero-shot, few-shot, lora, full, prompt.*did you mean 'lora'"),
+    "no task": ({"task": None}, "--methods needs --task"), "no data": ({"data": None}, "--methods needs --data"),
+    "an adapter": ({"adapter": "x"}, "--methods compares ways to learn a task"), "no rows": ({"rows": 0}, "--rows 0: expected at least 1"),
+    "no shots": ({"shots": [0]}, "--shots 0"), "another table": ({"out": "t.html"}, "a file that ends in .md"),
+    "no steps": ({"max-steps": 0}, "max_steps=0"), "rows without methods": ({"methods": None}, "--data needs --methods"),
+    "nothing to do": ({"methods": None, "task": None, "data": None, **dict.fromkeys(SHORT), "forgetting-data": None}, "needs --adapter and --prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_a_comparison_that_makes_no_sense_is_refused(shop, capsys, change, message):
+    before = shop.contents()
+    check_refusal(shop.compare(**change), capsys, message)
+    assert shop.contents() == before

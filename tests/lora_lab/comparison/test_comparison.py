@@ -1,0 +1,118 @@
+"""A fair comparison: chosen on the validation rows, tested once, no run done twice, a table of it."""
+
+from __future__ import annotations
+
+import pytest
+from task_tools import decoder, workbench
+
+from lora_lab import LoraLabError
+from lora_lab.assignments.base import spread
+from lora_lab.comparison import Results, Study, table
+from lora_lab.comparison.methods import Method, Taught
+from lora_lab.comparison.table import markdown, text
+from lora_lab.training.guards import Diverged
+
+
+class Says(Method):
+    """A method whose choices score what they say, on each kind of rows, and which notes what was read."""
+
+    name, title = "says", "says"
+
+    def __init__(self, values, seeded=True):
+        self.values, self.seeded = values, seeded
+
+    def choices(self, bench):
+        return [{"number": number} for number in range(len(self.values))]
+
+    def teach(self, bench, rows, choice, seed, measure=False):
+        value = self.values[choice["number"]]
+        if value is None:
+            raise Diverged("the loss is nan")
+        return Taught((value, seed, len(rows)))
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study of Says; study.read: the rows that were scored, and by what."""
+    bench, read = workbench(tmp_path), []
+
+    def score(model, rows, way=None):
+        read.append(("validation" if rows is bench.material.validation else "test", *model))
+        return model[0]
+
+    monkeypatch.setattr(bench.reader, "score", score)
+    monkeypatch.setattr(bench.reader, "scores", lambda model, rows, way=None: {"accuracy": score(model, rows) + model[1] / 100})
+    monkeypatch.setattr("lora_lab.comparison.study.context_of", lambda model: None)
+    made = Study(bench, "tiny", {"says": Says([0.2, 0.7, None, 0.7])}, seeds=(0, 1, 2), sweep_rows=5)
+    made.read = read
+    return made
+
+
+# The bookkeeping --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_choice_is_the_best_on_the_validation_rows_and_the_test_rows_are_read_for_it_alone(study):
+    """Of equal ones the first; one that diverged never. Choices are made with one seed and few rows, tests with every row and seed."""
+    study.run("says")
+    rows = len(study.bench.material.train)
+    assert [entry for entry in study.read if entry[0] == "test"] == [("test", 0.7, seed, rows) for seed in (0, 1, 2)]
+    assert [entry[1:] for entry in study.read[:3]] == [(0.2, 0, 5), (0.7, 0, 5), (0.7, 0, 5)]
+    assert table(study, ["says"])[2][:2] == ["says", "71.0 ± 1.0 (3)"]
+
+
+def test_a_method_that_no_seed_changes_is_tested_once(study):
+    study.methods = {"says": Says([0.2, 0.7], seeded=False)}
+    study.run("says")
+    assert [entry[2] for entry in study.read if entry[0] == "test"] == [0] and table(study, ["says"])[2][1] == "70.0"
+
+
+def test_a_lower_loss_is_better(study, monkeypatch):
+    monkeypatch.setattr(type(study.bench.reader), "higher_is_better", False)
+    assert study.chosen(study.methods["says"]) == {"number": 0}
+
+
+def test_where_no_choice_works_the_reason_is_told(study):
+    study.methods = {"says": Says([None, None])}
+    with pytest.raises(LoraLabError, match="says: none of its choices works: the loss is nan"):
+        study.run("says")
+
+
+def test_runs_are_kept_and_not_done_again_and_a_line_cut_short_is_no_run(study, tmp_path):
+    study.results = Results(tmp_path / "runs" / "r.jsonl")
+    study.run("says")
+    path, done = study.results.path, len(study.read)
+    path.write_bytes(path.read_bytes()[:-20])
+    study.results = Results(path)
+    study.run("says")
+    assert [entry[0] for entry in study.read[done:]] == ["validation", "test"] and len(Results(path).records) == 7
+
+
+def test_the_test_is_not_read_again_for_another_choice(study):
+    study.run("says")
+    study.methods = {"says": Says([0.9, 0.7, None, 0.7])}
+    study.results.records = {name: record for name, record in study.results.records.items() if record["setting"]["stage"] == "test"}
+    with pytest.raises(LoraLabError, match=r"read for \{'number': 1\}, and \{'number': 0\} is chosen now"):
+        study.run("says")
+
+
+def test_examples_that_leave_no_room_are_not_chosen(tmp_path):
+    bench = workbench(tmp_path, lambda: decoder(max_position_embeddings=160), shots=(4, 1))
+    study = Study(bench, "tiny", seeds=(0,))
+    study.run("few-shot")
+    failed = [record["failed"] for record in study.results.of(method="few-shot", stage="validation")]
+    assert "the model's context is 160" in failed[0] and failed[1] is None and table(study, ["few-shot"])[2][-1] == "shots 1"
+
+
+def test_rows_of_a_choice_are_spread_over_the_training_rows(tmp_path):
+    study = Study(workbench(tmp_path), "tiny", sweep_rows=4)
+    train = study.bench.material.train
+    assert list(study.rows("validation")) == [train[index] for index in spread(len(train), 4)] and study.rows("test") is train
+
+
+# The table --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_text_and_markdown():
+    lines = [["method", "accuracy (%)", "chosen"], ["LoRA", "80.0", "rate | 1"]]
+    assert text(lines) == "method  accuracy (%)  chosen\nLoRA            80.0  rate | 1"
+    assert markdown(lines).splitlines()[1:] == ["| --- | --- | --- |", r"| LoRA | 80.0 | rate \| 1 |"]
