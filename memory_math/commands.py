@@ -22,18 +22,18 @@ from .precision import PRECISIONS
 from .quantization import QUANTIZATIONS
 from .questions import explain_oom, largest, models_that_fit, savings
 from .report import size_text
-from .request import METHODS, one_of
+from .request import METHODS, VIRTUAL, one_of
 from .scaling_laws import chinchilla, hoffmann_text, plot
 from .tables import compare_requests, table
 from .time_and_cost import training_flops, training_time
 
 WHOLE = ("batch_size", "sequence_length", "target_length", "rank", "num_virtual_tokens", "grad_accum_steps", "zero_stage", "world_size",
-         "tensor_parallel", "label_tokens")  # fmt: skip
-FLAGS = ("compile", "offload_optimizer", "offload_activations", "optimizer_in_backward")
+         "tensor_parallel", "label_tokens", "encoder_hidden_size")  # fmt: skip
+FLAGS = ("prefix_projection", "compile", "offload_optimizer", "offload_activations", "optimizer_in_backward")
 WORDS = ("method", "prompt", "precision", "quantization", "optimizer", "attention", "loss", "adapter_dtype", "optimizer_implementation",
          "implementation", "device")  # fmt: skip
 HELP = {
-    "method": ", ".join(METHODS), "prompt": "what stands before the text in inference: prompt or prefix (lora_lab)",
+    "method": ", ".join(METHODS), "prompt": f"what stands before the text in inference: {', '.join(VIRTUAL)} (lora_lab)",
     "precision": ", ".join(PRECISIONS), "quantization": f"of frozen linear layers: {', '.join(QUANTIZATIONS)}",
     "optimizer": ", ".join(OPTIMIZERS), "attention": "eager, sdpa, flash", "adapter_dtype": "of adapters and prompts; float32 if not given",
     "loss": "cross_entropy, chunked, hf_legacy, mean, none; if not given, the implementation's own",
@@ -43,6 +43,7 @@ HELP = {
     "target_length": "tokens of the decoder of an encoder-decoder", "rank": "of LoRA", "num_virtual_tokens": "of prompt and prefix tuning",
     "grad_accum_steps": "micro-batches of a step", "zero_stage": "0, 1, 2, 3: what data-parallel devices divide",
     "world_size": "data-parallel devices", "tensor_parallel": "devices to a model", "label_tokens": "positions with a label (lora_lab)",
+    "prefix_projection": "a network makes the prefix", "encoder_hidden_size": "of the network that makes a prompt or prefix (lora_lab)",
     "compile": "as torch.compile runs it", "offload_optimizer": "states in the host's memory",
     "offload_activations": "what backward needs waits in the host's memory", "optimizer_in_backward": "every gradient is used as it arrives",
 }  # fmt: skip
@@ -68,7 +69,7 @@ def _request(parser: argparse.ArgumentParser, *without: str) -> None:
             told = "" if defaults[name] is None else f"; default {defaults[name]}"
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=defaults[name], help=HELP[name] + told)
     for name in FLAGS:
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=HELP[name])
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=defaults[name], help=HELP[name])
     parser.add_argument("--dropout", type=float, default=defaults["dropout"], help="of the adapters; default 0")
     parser.add_argument("--gradient-checkpointing", nargs="?", const=True, default=False, type=_checkpointing, metavar="n | attention")
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="all-linear, attention, or names like q_proj")

@@ -26,6 +26,8 @@ def idle_keywords(request: Request) -> tuple[str, ...]:
     settings = {
         "rank": (request.rank != 8, adapters), "target_modules": (request.target_modules != "all-linear", adapters),
         "num_virtual_tokens": (request.num_virtual_tokens != USUAL_TOKENS, virtual),
+        "prefix_projection": (request.prefix_projection, request.virtual == "prefix"),
+        "encoder_hidden_size": (request.encoder_hidden_size is not None, request.network is not None),
         "adapter_dtype": (request.adapter_dtype is not None, adapters or virtual),
         "optimizer": (request.optimizer != "adamw", trains), "offload_optimizer": (request.offload_optimizer, trains),
         "compile": (request.compile, trains),

@@ -174,6 +174,8 @@ def predict(
     target_modules: str | Sequence[str] = "all-linear",
     num_virtual_tokens: int = USUAL_TOKENS,
     prompt: str | None = None,
+    prefix_projection: bool | None = None,
+    encoder_hidden_size: int | None = None,
     dropout: float = 0.0,
     adapter_dtype: object = None,
     grad_accum_steps: int = 1,
@@ -195,10 +197,12 @@ def predict(
 
     source: a preset name, a config or its dict, a path to a folder or config.json, or a model with a .config.
     method: what trains: "full" everything; "lora", "dora", "qlora" adapters on a frozen, under "qlora" quantised, model; "prompt", "prefix"
-    `num_virtual_tokens` vectors before the text or keys and values in every block; "frozen" nothing, but gradients reach the embeddings;
-    or "inference": a prompt of sequence_length for each of batch_size rows, keys and values kept, logits of the last position.
-    num_virtual_tokens, prompt: how many there are, beside the text's sequence_length; and what they are in inference, "prompt" or "prefix". Left
-    out they are those of the active task where source is a prompted model, else 20 and None, nothing.
+    `num_virtual_tokens` vectors before the text or keys and values in every block; "p-tuning", "residual" vectors that a small network makes;
+    "frozen" nothing, but gradients reach the embeddings; or "inference": a prompt of sequence_length for each of batch_size rows, keys and values
+    kept, logits of the last position.
+    num_virtual_tokens, prompt: how many there are, beside the text's sequence_length; and what they are in inference, "prompt", "prefix",
+    "p-tuning" or "residual". prefix_projection: a network makes the prefix, too. encoder_hidden_size: of the network, None is prompt_tuning_lab's
+    own. Left out, all four are those of the active task where source is a prompted model; else 20, nothing, False and None.
     precision: "fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed"; see precision.py. quantization: of the frozen linear layers, "none", "nf4",
     "nf4-dq", "int8"; see quantization.py; embeddings, norms and head stay in the precision's 16 bit, PEFT's prepare_model_for_kbit_training,
     which makes them 32 bit, is not called. adapter_dtype: of adapters and prompts, None is float32.

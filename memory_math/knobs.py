@@ -17,6 +17,7 @@ from typing import Any
 from .errors import MemoryMathError
 from .footprint import Footprint, implementation_of, predict
 from .report import html_grid, markdown_grid, size_text, text_grid, title_of
+from .request import VIRTUAL
 
 Asked = Mapping[str, Any]
 FREE, TIME, ROUNDING, LEARNING = range(4)  # prices: nothing; time; the same training in fewer bits; another training
@@ -84,10 +85,10 @@ def _halve(name: str, where: Callable[[Asked], bool] = lambda _: True) -> Callab
 
 
 _FULL, _ADAPTED, _PROMPT_ONLY = _where(method=["full"]), _where(method=["lora", "dora", "qlora"]), _where(method=["inference"])
-_ADAM = _where(optimizer=["adam", "adamw"], method=["full", "lora", "dora", "qlora", "prompt", "prefix"])
-_FROZEN_BASE = _where(method=["lora", "dora", "prompt", "prefix", "inference"], quantization=["none"])
+_ADAM = _where(optimizer=["adam", "adamw"], method=["full", "lora", "dora", "qlora", *VIRTUAL])
+_FROZEN_BASE = _where(method=["lora", "dora", *VIRTUAL, "inference"], quantization=["none"])
 _ALL_LINEAR = _where(method=["lora", "dora", "qlora"], target_modules=["all-linear"])
-_NOT_FULL = _where(method=["frozen", "lora", "dora", "qlora", "prompt", "prefix", "inference"])
+_NOT_FULL = _where(method=["frozen", "lora", "dora", "qlora", *VIRTUAL, "inference"])
 _CODES = "frozen weights rounded to 4 bit and unpacked in every pass"
 
 KNOBS = (  # from the cheapest to the dearest

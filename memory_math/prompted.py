@@ -1,7 +1,7 @@
 """A live model with prompts before it, as prompt_tuning_lab makes them: the model that it is about, and what stands before that one's texts.
 
 It is known by its attributes: `lora_base` is the model inside (architectures.py), `tasks` has a prompt for each name, and `active` is the name
-whose turn it is.
+whose turn it is. A prompt has a `method`, `num_virtual_tokens`, and the `hidden_size` of the network that makes it, or None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ def prompt_of(source: object) -> dict[str, Any]:
     if base_of(source) is source or not isinstance(active, str) or active not in tasks:
         return {}
     prompt = tasks[active]
-    return {"prompt": "prefix" if prompt.method == "prefix" else "prompt", "num_virtual_tokens": prompt.num_virtual_tokens}
+    projected = prompt.method == "prefix" and prompt.hidden_size is not None
+    return {"prompt": prompt.method, "num_virtual_tokens": prompt.num_virtual_tokens, "encoder_hidden_size": prompt.hidden_size,
+            "prefix_projection": projected}  # fmt: skip
 
 
 def with_prompt_of(source: object, asked: dict[str, Any]) -> dict[str, Any]:
@@ -28,4 +30,8 @@ def with_prompt_of(source: object, asked: dict[str, Any]) -> dict[str, Any]:
         return asked
     if isinstance(asked["num_virtual_tokens"], Usual):
         asked = {**asked, "num_virtual_tokens": found["num_virtual_tokens"]}
-    return {**asked, "prompt": found["prompt"]} if asked["method"] == "inference" and asked["prompt"] is None else asked
+    if asked["method"] == "inference" and asked["prompt"] is None:
+        asked = {**asked, "prompt": found["prompt"]}
+    if found["prompt"] not in (asked["method"], asked["prompt"]):
+        return asked  # another kind is asked for, whose network this one's is not
+    return {**asked, **{name: found[name] for name in ("encoder_hidden_size", "prefix_projection") if asked[name] is None}}

@@ -17,9 +17,9 @@ from .tape import Leaf
 from .targets import adapted_layers, near
 from .versions import Versions, versions_of
 
-METHODS = ("full", "frozen", "lora", "dora", "qlora", "prompt", "prefix", "inference")
+METHODS = ("full", "frozen", "lora", "dora", "qlora", "prompt", "prefix", "p-tuning", "residual", "inference")
 ADAPTED = ("lora", "dora", "qlora")
-VIRTUAL = ("prompt", "prefix")
+VIRTUAL = ("prompt", "prefix", "p-tuning", "residual")
 ATTENTIONS = {"transformers": ("eager", "sdpa", "flash"), "lora_lab": ("sdpa",)}
 LOSSES = {"transformers": ("cross_entropy", "chunked", "hf_legacy", "mean", "none"), "lora_lab": ("chunked",)}
 DEVICES = ("cuda", "cpu")
@@ -65,6 +65,8 @@ class Request:
     implementation: str
     device: str
     label_tokens: int
+    prefix_projection: bool
+    encoder_hidden_size: int | None
     target_modules: Any
     adapter_dtype: Any
     adapted: dict[str, LinearLayer] = field(default_factory=dict)
@@ -72,7 +74,16 @@ class Request:
     @property
     def virtual(self) -> str | None:
         """What stands before the text: "prompt" or "prefix", whether it trains or is there for inference; or nothing."""
-        return self.method if self.method in VIRTUAL else self.prompt
+        word = _before_text(vars(self))
+        return word if word in (None, "prefix") else "prompt"
+
+    @property
+    def network(self) -> str | None:
+        """What makes it: "p-tuning", "residual", or of a prefix an "mlp"; None where it is the numbers themselves."""
+        word = _before_text(vars(self))
+        if word == "prefix":
+            return "mlp" if self.prefix_projection else None
+        return None if word == "prompt" else word
 
     @property
     def positions(self) -> int:
@@ -162,6 +173,9 @@ def check(architecture: Architecture, **asked: Any) -> Request:
     asked["gradient_checkpointing"] = _checkpointing(asked["gradient_checkpointing"])
     for name in ("compile", "offload_optimizer", "offload_activations", "optimizer_in_backward"):
         asked[name] = _flag(name, asked[name])
+    asked["prefix_projection"] = _flag("prefix_projection", False if asked["prefix_projection"] is None else asked["prefix_projection"])
+    if asked["encoder_hidden_size"] is not None:
+        asked["encoder_hidden_size"] = whole("encoder_hidden_size", asked["encoder_hidden_size"])
     asked["dropout"] = _share(asked["dropout"])
     asked["adapter_itemsize"] = _adapter_bytes(asked["adapter_dtype"])
     asked["target_length"] = whole("target_length", asked["sequence_length"] if asked["target_length"] is None else asked["target_length"])
@@ -234,6 +248,9 @@ def _check_virtual(request: Request) -> None:
     if theirs and request.method == "prefix" and request.gradient_checkpointing:
         raise MemoryMathError("gradient_checkpointing with method='prefix': the prefix is in the key/value cache, which checkpointing turns off in "
                               "transformers; with implementation='lora_lab' it stays on")  # fmt: skip
+    if theirs and request.trains and request.network is not None:
+        raise MemoryMathError(f"a prompt that a network makes ({request.network}) is modelled with implementation='lora_lab' only; "
+                              f"what it makes is a plain one, method={request.virtual!r}")  # fmt: skip
     if request.prompt is None:
         return
     if request.trains:
@@ -290,13 +307,18 @@ def _own_loss(implementation: str, versions: Versions) -> str:
     return "hf_legacy" if old else LOSSES[implementation][0]
 
 
+def _before_text(asked: Mapping[str, Any]) -> str | None:
+    """The word for what stands before the text, one of VIRTUAL or None."""
+    return asked["method"] if asked["method"] in VIRTUAL else asked["prompt"]
+
+
 def _most_labels(architecture: Architecture, asked: Mapping[str, Any]) -> tuple[int, str]:
     """Positions that can have a label, and how many that is in words: those with a next one, in a decoder behind an encoder all of them; and
     of an encoder all, or one for each row."""
     batch, family = asked["batch_size"], architecture.family
     if family == "t5":
         return batch * asked["target_length"], "batch_size * target_length"
-    if family != "bert" and asked["method"] == "prompt":  # the last virtual token predicts the text's first
+    if family != "bert" and asked["method"] in VIRTUAL and asked["method"] != "prefix":  # the last virtual token predicts the text's first
         return batch * asked["sequence_length"], "batch_size * sequence_length"
     if family != "bert":
         return batch * (asked["sequence_length"] - 1), "batch_size * (sequence_length - 1)"

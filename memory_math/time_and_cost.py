@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from .architectures import architecture_of, count_parameters
 from .errors import MemoryMathError
 from .hardware import GPU, Price, gpu_of
-from .request import one_of, whole
+from .request import ADAPTED, VIRTUAL, one_of, whole
 
 # method -> operations per parameter and token, forward and backward
-METHODS = {"full": (2, 4), "lora": (2, 2), "qlora": (2, 2), "dora": (2, 2), "prompt": (2, 2), "prefix": (2, 2), "inference": (2, 0)}
+METHODS = {"full": (2, 4), **dict.fromkeys((*ADAPTED, *VIRTUAL), (2, 2)), "inference": (2, 0)}
 # lowest and highest MFU to expect where nothing was measured. torchtune's 3B on one A100 has reached 0.57 packed and compiled, and 0.13 with
 # padded rows, whose padding counts as nothing
 TYPICAL_MFU = {"pretraining on many GPUs": (0.38, 0.45), "fine-tuning on one GPU": (0.25, 0.40)}
@@ -58,8 +58,8 @@ def training_flops(
     params: a number of parameters, or anything count_parameters takes (a preset, a config, a path, a model). Of a mixture of experts
     those count that one token goes through. Every token is taken to go through the whole model, which in an encoder-decoder it does
     not: there the tokens of each half belong to about half of N.
-    method: "full"; "lora", "qlora", "dora", "prompt", "prefix", where the base is frozen (the adapter's own products, below 1 % at usual
-    ranks, are left out); "inference", the forward pass alone. gradient_checkpointing: each block runs forward again in backward.
+    method: "full"; "lora", "dora", "qlora", "prompt", "prefix", "p-tuning", "residual", where the base is frozen (the adapter's own products, below
+    1 % at usual ranks, are left out); "inference", the forward pass alone. gradient_checkpointing: each block runs forward again in backward.
     sequence_length: counts attention, too; layers and hidden are then the model's own, or must be given with a number of parameters.
     causal: attention's kernels skip the masked half (FlashAttention does). Published MFUs count it in full: causal=False.
     Raises MemoryMathError for unknown methods, for sizes that are not given together, and for checkpointing without a backward pass.

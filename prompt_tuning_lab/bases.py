@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError
@@ -41,7 +42,7 @@ def kind_of(base: nn.Module) -> Kind:
     if "inputs_embeds" not in inspect.signature(inner.forward).parameters:
         raise LoraLabError(f"a {type(base).__name__} takes no inputs_embeds, which is how a prompt goes in: expected a model of lora_lab.models "
                            "or transformers that reads text")  # fmt: skip
-    return Kind(arguments, causal, encodes, backbone, first_position(inner))
+    return Kind(arguments, causal, encodes, backbone, first_position(base))
 
 
 def check_embedding(base: nn.Module) -> None:
@@ -49,6 +50,14 @@ def check_embedding(base: nn.Module) -> None:
     if not callable(get) or not isinstance(getattr(get(), "embedding_dim", None), int):
         raise LoraLabError(f"a {type(base).__name__} has no get_input_embeddings() that gives an nn.Embedding: a prompt stands among the vectors of "
                            "words, so the model has to have some")  # fmt: skip
+
+
+def refuse_words_in_layers(base: nn.Module) -> None:
+    """Raise LoraLabError for a model whose layers look words up for themselves: behind rows without ids it would leave that out in silence."""
+    config = getattr(base, "config", None)
+    if any(getattr(each, "hidden_size_per_layer_input", None) for each in (config, getattr(config, "text_config", None))):
+        raise LoraLabError(f"a {type(base).__name__} looks each word up again in its layers, where a virtual token is no word: method='prefix' puts "
+                           "keys and values there instead")  # fmt: skip
 
 
 def is_causal_lm(base: nn.Module) -> bool:
@@ -68,21 +77,21 @@ def backbone_of(base: nn.Module) -> str:
     return ""
 
 
-def first_position(backbone: nn.Module) -> int:
+def first_position(base: nn.Module) -> int:
     """0; RoBERTa's positions begin behind its padding's (and OPT adds its own offset itself)."""
-    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    table = getattr(getattr(base.get_submodule(backbone_of(base)), "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return 0 if padding is None else int(padding) + 1
 
 
 def context_length(base: nn.Module, kind: Kind) -> int | None:
-    """Positions a row of text may take; None where the config sets no limit, as T5's."""
+    """Positions a row of text may take; None where the config sets no limit, as T5's, or one below 0, as XLNet's."""
     config: Any = getattr(base, "config", None)
     length = getattr(config, "context_length", None)
     if length is not None:
         return int(length)
     positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else int(positions) - kind.first_position
+    return None if positions is None or int(positions) < 0 else int(positions) - kind.first_position
 
 
 def cache_length(cache: Any) -> int:
@@ -91,7 +100,31 @@ def cache_length(cache: Any) -> int:
         return 0
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
-    return int(cache.length if hasattr(cache, "length") else cache[0][0].shape[2])
+    try:
+        return int(cache.length if hasattr(cache, "length") else cache[0][0].shape[2])
+    except (TypeError, IndexError, AttributeError):
+        raise LoraLabError(f"past_key_values is a {type(cache).__name__}: expected a cache that this model gave back, or None") from None
+
+
+def check_text(inputs: dict[str, Any], width: int, encodes: bool) -> None:
+    """Raise LoraLabError for a text that is no batch: input_ids [B, T], or inputs_embeds [B, T, H] of the embedding's width, at least one row.
+
+    And of at least one token, but for an encoder-decoder, which can read a prompt alone, and which may have read its text before (encoder_outputs).
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if encodes and inputs.get("encoder_outputs") is not None:
+        return
+    if (ids is None) == (embeds is None):
+        raise LoraLabError("give either input_ids [B, T] or inputs_embeds [B, T, H], not both and not neither")
+    name, given, form = ("input_ids", ids, "[B, T] of whole numbers") if embeds is None else ("inputs_embeds", embeds, f"[B, T, {width}] of numbers")
+    if not isinstance(given, Tensor):
+        raise LoraLabError(f"{name} is a {type(given).__name__}, expected a tensor {form}")
+    fits = given.ndim == 2 and not given.is_floating_point() and given.dtype != torch.bool
+    if not (fits if embeds is None else given.ndim == 3 and given.shape[2] == width and given.is_floating_point()):
+        raise LoraLabError(f"{name} is {given.dtype} {list(given.shape)}, expected {form}")
+    if given.shape[0] == 0 or (given.shape[1] == 0 and not encodes):
+        lacks = "tokens: give each row at least one, such as the model's start token" if given.shape[0] else "rows"
+        raise LoraLabError(f"{name} is {list(given.shape)}, a batch without {lacks}")
 
 
 def rows_of(inputs: dict[str, Any]) -> int:
@@ -99,7 +132,8 @@ def rows_of(inputs: dict[str, Any]) -> int:
     for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels"):
         if isinstance(given := inputs.get(name), Tensor):
             return len(given)
-    raise LoraLabError(f"the inputs are {sorted(inputs)}: expected input_ids [B, T] or inputs_embeds [B, T, H]")
+    given = sorted(name for name, value in inputs.items() if value is not None)
+    raise LoraLabError(f"the inputs are {given}: expected input_ids [B, T] or inputs_embeds [B, T, H]")
 
 
 def flat_mask(inputs: dict[str, Any], name: str, before: str) -> Tensor | None:

@@ -29,8 +29,8 @@ from .injection import check_task_name
 from .peft_files.config import peft_config, type_and_sizes
 from .peft_files.heads import head_tensors, heads_of, put_in_place, refuse_another_head, warn_of_the_unsaved
 from .peft_files.reading import BEGAN, KEY, NETWORK, Contents, read_contents, rows_for_file
-from .peft_files.trainable import INITIAL, digest_of, hidden_size_of, remove_others, write_trainable
-from .prompted_model import PromptedModel
+from .peft_files.trainable import INITIAL, digest_of, remove_others, write_trainable
+from .prompted_model import PromptedModel, check_module, check_prompted
 from .soft_prompt import Prompt
 
 # Saving ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +46,9 @@ def save(prompted: PromptedModel, folder: str | Path, task: str | None = None, *
     refuses, as it would share it out among the layers in another way.
     Raises LoraLabError where there is no such task, a value is not finite, or the disk refuses; earlier files are untouched then.
     """
+    check_module(prompted, "save")
     refuse_wrapped(prompted, "save")
+    check_prompted(prompted, "save")
     if dtype is not None and dtype not in NAMES:
         raise LoraLabError(f"dtype={dtype!r}: expected one of {', '.join(map(str, NAMES))}, or None for float32")
     prompt, heads = prompted.prompt(task), heads_of(prompted.base)
@@ -56,7 +58,7 @@ def save(prompted: PromptedModel, folder: str | Path, task: str | None = None, *
     metadata = _metadata(prompted.base, prompt, config)
     folder, digest = Path(folder), digest_of(tensors[KEY])
     with saving(f"task {task or prompted.active!r}", folder):
-        if hidden_size_of(prompt) is not None:
+        if prompt.hidden_size is not None:
             write_trainable(folder, digest, prompt)
         write_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
         write_json(folder / CONFIG, config)
@@ -83,7 +85,7 @@ def _metadata(base: nn.Module, prompt: Prompt, config: dict[str, Any]) -> dict[s
     metadata = {"format": "pt", "lora_lab_config": json.dumps(config, sort_keys=True)}
     if prompt.initialization is not None:
         metadata[BEGAN] = json.dumps(asdict(prompt.initialization), sort_keys=True)
-    if hidden_size_of(prompt) is not None:
+    if prompt.hidden_size is not None:
         metadata[NETWORK] = f"network of method {prompt.method!r}"
     if base_sha256 := getattr(base, "base_sha256", None):
         metadata["base_sha256"] = base_sha256
@@ -106,6 +108,7 @@ def load(model: nn.Module, folder: str | Path, task: str = "default", *, trainab
     that are missing, unexpected or not finite, a feature that is not read here, and another head without head=True; warns where the base's SHA-256
     is another, and where PEFT reads a class off another position than we do.
     """
+    check_module(model, "load")
     refuse_wrapped(model, "load")
     refuse_sharded(model, "load")
     base = model.base if isinstance(model, PromptedModel) else model

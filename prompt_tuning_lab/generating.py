@@ -15,13 +15,14 @@ from lora_lab.errors import LoraLabError
 from lora_lab.models import generate as our_generate
 from lora_lab.models.base import PretrainedModel
 
-from .bases import cache_length, context_length
+from .bases import cache_length, check_text, context_length
 from .heads import inserted_before
 
 if TYPE_CHECKING:
     from .prompted_model import PromptedModel
 
 CROPPING = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate")  # they cut the cache to the text's length, and the prompt off
+GROWING = ("dynamic", "offloaded", "quantized")  # caches that have room for the prompt; others are made for the text alone
 
 
 def generate(prompted: PromptedModel, *args: Any, **options: Any) -> Any:
@@ -69,16 +70,31 @@ def _encoded(prompted: PromptedModel, args: tuple[Any, ...], options: dict[str, 
     return {**options, "encoder_outputs": encoded, **({} if mask is None else {"attention_mask": mask})}
 
 
+def _asked(options: dict[str, Any], name: str, otherwise: Any = None) -> Any:
+    """A setting of this call, or of the generation_config it is given; else that of `otherwise`, the model's own."""
+    found = (options.get(name), *(getattr(config, name, None) for config in (options.get("generation_config"), otherwise)))
+    return next((value for value in found if value is not None), None)
+
+
 def _check(prompted: PromptedModel, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    own = getattr(prompted.base, "generation_config", None)
     for name in CROPPING:
-        if options.get(name) is not None:
+        if _asked(options, name, own) is not None:
             raise LoraLabError(f"{name} with a prompt: it would cut the prompt's part off the cache; leave it out")
+    if (cache := _asked(options, "cache_implementation", own)) not in (None, *GROWING):
+        raise LoraLabError(f"cache_implementation={cache!r} with a prompt: it makes room for the text alone; leave it out, or take one of "
+                           f"{', '.join(GROWING)}")  # fmt: skip
     if cache_length(options.get("past_key_values")):
         raise LoraLabError("past_key_values that are not empty: transformers' generate would count the prompt in them as text. Call the prompted "
                            "model itself to go on from a cache, or generate without one")  # fmt: skip
     given, context = _given(args, options), context_length(prompted.base, prompted.kind)
-    new = options.get("max_new_tokens") or getattr(options.get("generation_config"), "max_new_tokens", None)
-    if given is None or new is None or context is None or prompted.kind.encodes:
+    if given is None:
+        return
+    check_text({"input_ids" if given.ndim < 3 else "inputs_embeds": given}, prompted.get_input_embeddings().embedding_dim, prompted.kind.encodes)
+    new, longest = (_asked(options, name) for name in ("max_new_tokens", "max_length"))
+    if new is None and longest is not None:
+        new = longest - given.shape[1]
+    if new is None or context is None or prompted.kind.encodes:
         return
     mask, virtual = options.get("attention_mask"), prompted.virtual_tokens
     text = given.shape[1] if mask is None else int(mask.sum(1).max())

@@ -56,8 +56,9 @@ def pooled(backbone: Any, hidden: Tensor, before: Tensor) -> Tensor:
     Raises LoraLabError for a pooler that is no function of the hidden states.
     """
     pooler, result = getattr(backbone, "pooler", None), None
-    if isinstance(pooler, nn.Linear):  # ALBERT keeps its pooler in two parts
-        result = backbone.pooler_activation(pooler(hidden[:, 0]))
+    if isinstance(pooler, nn.Linear):  # ALBERT and BigBird keep their poolers in two parts
+        activation = getattr(backbone, "pooler_activation", None) or getattr(backbone, "activation", None)
+        result = activation(pooler(hidden[:, 0])) if callable(activation) else None
     elif pooler is not None:
         result = pooler(hidden)
     if not isinstance(result, Tensor) or result.shape != before.shape:

@@ -25,9 +25,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError, did_you_mean
+from lora_lab.models.base import is_encoder_decoder
+from lora_lab.peft_files.config import CONFIG, TENSORS, read_config
+
+from .peft_files.config import rows_in_use
 
 INITIALISATIONS = ("random", "vocab", "labels", "text")
-TENSORS, TENSOR = "adapter_model.safetensors", "prompt_embeddings"  # PEFT's names
+TENSOR = "prompt_embeddings"  # PEFT's name
 BLOCK_NUMBERS = 1 << 22  # numbers of the embedding that are looked at at once
 UNUSED = re.compile(r"[\[<](unused|extra_id_|reserved_special_token_)\d+[\]>]|<\|.*\|>")  # places kept free in BERT's, T5's and others' vocabularies
 
@@ -80,7 +84,7 @@ def first_rows(base: nn.Module, num_virtual_tokens: int, start: Start) -> tuple[
     """
     generator, width, scale = start.generator(), int(_embedding(base).embedding_dim), embedding_rms(base)  # not the hidden size (trap T22)
     if not start.is_known:
-        rows = rows_there(start.init, [num_virtual_tokens, width])
+        rows = rows_there(base, start.init, [num_virtual_tokens, width])
         return rows, Initialization("rows that were there", len(rows), 0, 0, rms(rows), scale)
     if start.init == "random":
         _check_words(start)
@@ -112,6 +116,11 @@ def check_count(num_virtual_tokens: Any) -> int:
     if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
         raise LoraLabError(f"num_virtual_tokens={num_virtual_tokens!r}: expected a whole number of at least 1 (20 is a good start)")
     return num_virtual_tokens
+
+
+def check_seed(seed: Any) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise LoraLabError(f"seed={seed!r}: expected a whole number, or None")
 
 
 # Words --------------------------------------------------------------------------------------------------------------------------
@@ -208,17 +217,25 @@ def embedding_rms(base: nn.Module) -> float:
 # Rows that are there already ----------------------------------------------------------------------------------------------------
 
 
-def rows_there(init: Any, shape: list[int]) -> Tensor:
+def rows_there(base: nn.Module, init: Any, shape: list[int]) -> Tensor:
     """The rows of a file, or of a tensor. shape: [virtual tokens, width] that they are to have."""
-    rows = init.detach() if isinstance(init, Tensor) else _from_file(init)
+    rows = init.detach() if isinstance(init, Tensor) else _from_file(base, init)
     if not rows.is_floating_point() or not torch.isfinite(rows).all() or list(rows.shape) != shape:
-        hint = f" (num_virtual_tokens={len(rows)}?)" if rows.ndim == 2 and rows.shape[1] == shape[1] else ""
+        hint = _of_other_length(base, rows, shape[0]) if rows.ndim == 2 and rows.shape[1] == shape[1] else ""
         raise LoraLabError(f"init gives {rows.dtype} {list(rows.shape)}: expected finite numbers {shape}, virtual tokens and the width of a row in "
                            f"this model{hint}")  # fmt: skip
     return rows.to("cpu", torch.promote_types(rows.dtype, torch.float32)).clone()
 
 
-def _from_file(init: Any) -> Tensor:
+def _of_other_length(base: nn.Module, rows: Tensor, wanted: int) -> str:
+    """What rows of the right width and another number may be (trap T13)."""
+    if is_encoder_decoder(base) and len(rows) == 2 * wanted:
+        return (f": of an encoder-decoder's prompt PEFT keeps {wanted} rows more, for its decoder, which nothing ever reads; give the folder with "
+                f"{CONFIG}, which tells them apart, or the first {wanted} rows as a tensor")  # fmt: skip
+    return f" (num_virtual_tokens={len(rows)}?)"
+
+
+def _from_file(base: nn.Module, init: Any) -> Tensor:
     """A .npy file, as Google's prompts are; a safetensors file with `prompt_embeddings`, or the folder of it, as PEFT's and ours are."""
     if not isinstance(init, (str, Path)):
         raise LoraLabError(f"init={init!r:.60}: expected {', '.join(map(repr, INITIALISATIONS))}, a path, a task's name or a tensor")
@@ -229,6 +246,9 @@ def _from_file(init: Any) -> Tensor:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False))
         with safe_open(path, "pt") as file:
-            return file.get_tensor(TENSOR)
+            rows, metadata = file.get_tensor(TENSOR), file.metadata() or {}
     except Exception as error:  # of either library, each has its own
         raise LoraLabError(f"{path} holds no prompt: expected a .npy array, or safetensors with {TENSOR!r} ({error})") from None
+    if "lora_lab_config" not in metadata and not (path.parent / CONFIG).is_file():
+        return rows
+    return rows_in_use(rows, read_config(path.parent, metadata, stacklevel=7), base, path.parent / CONFIG)

@@ -17,11 +17,11 @@ from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.targets import ADAPTER_NAME
 from lora_lab.wrapping import refuse_sharded, refuse_wrapped
 
-from .bases import context_length, kind_of
-from .initialization import Initialization, Start, check_count, embedding_rms, first_rows, first_words, rms, rows_there
+from .bases import context_length, kind_of, refuse_words_in_layers
+from .initialization import Initialization, Start, check_count, check_seed, embedding_rms, first_rows, first_words, rms, rows_there
 from .layout import check_placement
 from .prefix import Prefix, from_rows, keys_and_values, prefix_shape, random_prefix, to_rows
-from .prompted_model import PromptedModel
+from .prompted_model import PromptedModel, check_module
 from .reparameterization import PrefixMLP, PTuning, ResidualPrompt
 from .soft_prompt import Prompt, SoftPrompt
 
@@ -47,6 +47,7 @@ def inject(model: nn.Module, num_virtual_tokens: int = 20, *, method: str = "pro
     encoder_hidden_size: of the network of "p-tuning", "residual", or a prefix with prefix_projection=True (its own is an MLP, too).
     Raises LoraLabError, the model untouched, for settings that make no sense, and more virtual tokens than the model's context has room for.
     """
+    check_module(model, "inject")
     refuse_wrapped(model, "inject")
     refuse_sharded(model, "inject")
     tasks = model.tasks if isinstance(model, PromptedModel) else nn.ModuleDict()
@@ -55,6 +56,7 @@ def inject(model: nn.Module, num_virtual_tokens: int = 20, *, method: str = "pro
     if task in tasks:
         raise LoraLabError(f"task={task!r} is already in this model (it has {sorted(tasks)}): choose another name")
     _check(base, num_virtual_tokens, method, placement, encoder_hidden_size, prefix_projection)
+    check_seed(seed)
     start = Start(_rows_of(init, tasks), text, labels, tokenizer, top_n, seed)
     prompt = new_prompt(base, num_virtual_tokens, method, start, encoder_hidden_size, prefix_projection)
     prompt.placement = placement
@@ -84,7 +86,7 @@ def first_prefix(base: nn.Module, num_virtual_tokens: int, start: Start) -> tupl
     shape, scale = prefix_shape(base), embedding_rms(base)
     if not start.is_known:
         given = to_rows(start.init) if isinstance(start.init, Tensor) and start.init.ndim == 5 else start.init
-        weight = from_rows(rows_there(given, [num_virtual_tokens, shape.per_token]), shape)
+        weight = from_rows(rows_there(base, given, [num_virtual_tokens, shape.per_token]), shape)
         return weight, Initialization("rows that were there", num_virtual_tokens, 0, 0, rms(weight), scale)
     if start.init == "random":
         weight = random_prefix(shape, num_virtual_tokens, generator=start.generator())
@@ -109,15 +111,19 @@ def _rows_of(init: Any, tasks: Any) -> Any:
 def _check(base: nn.Module, num_virtual_tokens: int, method: str, placement: str, hidden_size: int | None, projected: bool) -> None:
     check_count(num_virtual_tokens)
     check_placement(placement)
+    kind = kind_of(base)
+    if base.get_input_embeddings().weight.is_meta:  # type: ignore[operator]
+        raise LoraLabError("the model is on the meta device, which holds shapes and no numbers: load the weights first")
     if method not in METHODS:
         raise LoraLabError(f"method={method!r}: expected one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
+    if method != "prefix":
+        refuse_words_in_layers(base)
     if method == "prefix" and placement != "front":
         raise LoraLabError(f"placement={placement!r} with method='prefix': keys and values stand before all of the text, only rows among it")
     if projected and method != "prefix":
         raise LoraLabError(f"prefix_projection=True with method={method!r}: it is the network of method='prefix'")
     if hidden_size is not None and (method == "prompt" or (method == "prefix" and not projected)):
         raise LoraLabError(f"encoder_hidden_size={hidden_size!r} with method={method!r}: no network (a prefix has one with prefix_projection=True)")
-    kind = kind_of(base)
     context = context_length(base.get_submodule(kind.backbone), kind)
     if context is not None and num_virtual_tokens >= context:
         raise LoraLabError(f"num_virtual_tokens={num_virtual_tokens}: the model's context is {context}, which leaves no room for text")

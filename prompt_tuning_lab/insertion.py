@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError
-from lora_lab.models.base import check_ids
+from lora_lab.models.base import check_ids, is_encoder_decoder
 from lora_lab.models.blocks import IGNORE
 
-from .bases import Kind, cache_length, flat_mask, kind_of, rows_of
+from .bases import Kind, cache_length, check_text, flat_mask, kind_of, rows_of
 from .layout import Block, Layout, block_of, layout_of, lead_of, source_of
+
+MOVED = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")  # those that give each position something
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,10 @@ def _inserted(base: nn.Module, block: Block, inputs: dict[str, Any], kind: Kind)
 
 def embedded(base: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """[B, T, H] of the text, by a call of the model's embedding: some scale what their table holds (trap T21)."""
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if (ids is None) == (embeds is None):
-        raise LoraLabError("give either input_ids [B, T] or inputs_embeds [B, T, H], not both and not neither")
-    if ids is None:
-        return embeds  # type: ignore[return-value]
     embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
+    check_text(inputs, embedding.embedding_dim, is_encoder_decoder(base))
+    if (ids := inputs.get("input_ids")) is None:
+        return inputs["inputs_embeds"]
     check_ids("input_ids", ids, embedding.num_embeddings)
     return embedding(ids)
 
@@ -162,6 +162,11 @@ def _check_shapes(inputs: dict[str, Any], embeds: Tensor, kind: Kind) -> None:
         right = (shape, one_for_all) if name in ("token_type_ids", "position_ids") else (shape,)
         if given is not None and list(given.shape) not in right:
             raise LoraLabError(f"{name} is {list(given.shape)}, expected {shape}: of the text, without the prompt")
+    for name, given in inputs.items():
+        another = name not in MOVED and not name.startswith(("decoder_", "encoder_", "head_", "cross_"))
+        if another and isinstance(given, Tensor) and list(given.shape[:2]) == shape:
+            raise LoraLabError(f"{name} is {list(given.shape)}, numbers for the text's positions: what virtual tokens have there is not known, so no "
+                               "prompt can go before this text")  # fmt: skip
 
 
 # Behind what is there already ---------------------------------------------------------------------------------------------------

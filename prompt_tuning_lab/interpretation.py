@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError
 
+from .prompted_model import check_prompted
+
 BLOCK_NUMBERS = 1 << 20  # numbers of the embedding that are looked at at once: 4 MiB in float32, of which a few exist at a time
 
 
@@ -94,6 +96,8 @@ def similarity(prompted: Any, tasks: Sequence[str] | None = None, pairs: bool = 
     Raises LoraLabError for an unknown task, and a prefix.
     """
     names = list(prompted.tasks) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
+    if not names:
+        raise LoraLabError("similarity of no tasks: expected the names of some, or None for all that the model has")
     rows = [rows_of(prompted, name) for name in names]
     pooled = torch.stack([F.normalize(each, dim=1).mean(0) if pairs else F.normalize(each.mean(0), dim=0) for each in rows])
     return pooled @ pooled.T  # the mean over pairs of unit rows is the product of their means
@@ -104,6 +108,7 @@ def similarity(prompted: Any, tasks: Sequence[str] | None = None, pairs: bool = 
 
 def rows_of(prompted: Any, task: str | None = None) -> Tensor:
     """What a task inserts, [P, H] in float32. Raises LoraLabError for a prefix."""
+    check_prompted(prompted, "looking at a prompt")
     with torch.no_grad():
         return _rows(prompted.prompt(task)())
 

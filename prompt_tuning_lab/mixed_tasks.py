@@ -17,9 +17,14 @@ from torch import Tensor
 
 from lora_lab.errors import LoraLabError, did_you_mean
 
-from .prompted_model import PromptedModel
+from .prompted_model import PromptedModel, check_prompted
 
 COMBINE = ("mean", "vote")
+NOT_TOGETHER = {
+    "labels": "it answers and does not learn; compare its predictions with them",
+    "past_key_values": "each task reads the text with its own prompt; to write with several tasks, generate with ensembling.Ensembled",
+    "encoder_outputs": "each task has the encoder read the text with its own prompt; give input_ids",
+}
 
 
 def use(prompted: PromptedModel, task: str | None) -> PromptedModel:
@@ -27,7 +32,7 @@ def use(prompted: PromptedModel, task: str | None) -> PromptedModel:
 
     Raises LoraLabError for a task the model does not have.
     """
-    _check_model(prompted, "use")
+    check_prompted(prompted, "use")
     if task is not None:
         prompted.check_tasks([task], f"use({task!r})")
     prompted.active = task
@@ -53,7 +58,7 @@ def per_sample(prompted: PromptedModel, tasks: Sequence[str | None]) -> Iterator
     >>> torch.allclose(logits[2], model(input_ids=ids[:1]).logits[0], atol=1e-5)
     True
     """
-    _check_model(prompted, "per_sample")
+    check_prompted(prompted, "per_sample")
     if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not tasks:
         raise LoraLabError(f"per_sample({tasks!r}): expected a list with a task (or None) for each row of the batch")
     prompted.check_tasks([task for task in tasks if task is not None], f"per_sample({list(tasks)!r})")
@@ -63,11 +68,6 @@ def per_sample(prompted: PromptedModel, tasks: Sequence[str | None]) -> Iterator
         yield
     finally:
         prompted.rows = before
-
-
-def _check_model(prompted: Any, verb: str) -> None:
-    if not isinstance(prompted, PromptedModel):
-        raise LoraLabError(f"{verb}: expected a prompted model, from inject or load, not a {type(prompted).__name__}")
 
 
 # Ensembles ----------------------------------------------------------------------------------------------------------------------
@@ -90,21 +90,24 @@ def ensemble(prompted: PromptedModel, tasks: Sequence[str], combine: str = "mean
 
     combine: "mean" of log-probabilities, or majority "vote"; of equally many votes the mean decides.  inputs: the model's; each tensor has the batch
     first. Without gradients.
-    Raises LoraLabError for an unknown task or combine, and for labels, which an ensemble has no use for.
+    Raises LoraLabError for an unknown task or combine, a model without logits, labels, and what a text has become before (a cache).
     Source: Lester et al. 2021 (arXiv:2104.08691), section 6: five prompts by majority vote, one copy of the model.
     """
-    _check_model(prompted, "ensemble")
+    check_prompted(prompted, "ensemble")
     if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not tasks:
         raise LoraLabError(f"ensemble({tasks!r}): expected a list of at least one task")
     if combine not in COMBINE:
         raise LoraLabError(f"combine={combine!r}: expected one of {', '.join(COMBINE)}{did_you_mean(combine, COMBINE)}")
-    if inputs.get("labels") is not None:
-        raise LoraLabError("ensemble with labels: it answers and does not learn; compare its predictions with them")
+    for name, why in NOT_TOGETHER.items():
+        if inputs.get(name) is not None:
+            raise LoraLabError(f"ensemble with {name}: {why}")
     count, rows = len(tasks), _rows(inputs)
     repeated = {name: value.repeat(count, *[1] * (value.ndim - 1)) if _is_batch(value, rows) else value for name, value in inputs.items()}
     with per_sample(prompted, [task for task in tasks for _ in range(rows)]), torch.no_grad():
-        members = prompted(**repeated).logits
-    members = members.unflatten(0, (count, rows))
+        out = prompted(**repeated)
+    if getattr(out, "logits", None) is None:
+        raise LoraLabError(f"ensemble: a {type(prompted.base).__name__} gives no logits of classes or words to put together")
+    members = out.logits.unflatten(0, (count, rows))
     scores = members.to(torch.promote_types(members.dtype, torch.float32)).log_softmax(-1)
     mean = scores.mean(0)
     if combine == "mean":

@@ -24,7 +24,7 @@ from lora_lab.errors import LoraLabError
 from lora_lab.models.base import is_encoder_decoder
 from lora_lab.models.blocks import compute_dtype
 
-from .bases import cache_length, flat_mask
+from .bases import cache_length, first_position, flat_mask
 from .prefix_cache import (
     Pairs,
     encode,
@@ -186,7 +186,7 @@ def _move(base: nn.Module, out: dict[str, Any], block: Block, whole: Tensor | No
     if out.get("position_ids") is not None:
         out["position_ids"] = out["position_ids"] + block.lengths[:, None]
     elif whole is not None and "position_ids" in inspect.signature(base.forward).parameters:
-        out["position_ids"] = (whole.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+        out["position_ids"] = (whole.long().cumsum(1) - 1).clamp(min=0)[:, -length:] + first_position(base)
 
 
 def _into_encoder(base: nn.Module, block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -264,14 +264,22 @@ def _past(inputs: dict[str, Any], block: Block) -> int:
 def _refuse_gap(base: nn.Module, block: Block, mask: Tensor | None, decodes: bool) -> None:
     """Raise LoraLabError for padding on the left of the text where the model would take it for distance from the prefix.
 
-    transformers' sliding windows and its T5 decoders go by columns. Our models count text, and its T5 encoders are told to.
+    transformers' windows, its T5 decoders and MPT's distances go by columns. Our models count text, and its T5 encoders are told to.
     """
     if mask is None or not from_transformers(base):
         return
-    config: Any = base.config
-    window = config.sliding_window if getattr(config, "use_sliding_window", True) and hasattr(config, "sliding_window") else None
+    window = _window(base.config)
     far = window is not None and block.longest + mask.shape[1] > window
-    if (decodes or far) and bool((mask[:, 0] == 0).any()):
+    by_distance = decodes or getattr(base.config, "model_type", None) == "mpt"
+    if (by_distance or far) and bool((mask[:, 0] == 0).any()):
         why = f"its window of {window} positions" if far else "its relative positions"
         raise LoraLabError(f"a prefix before text that is padded on the left: {type(base).__name__} measures {why} in columns and would count the "
                            "padding. Pad on the right, run rows of one length at a time, or load the model with lora_lab.models.load")  # fmt: skip
+
+
+def _window(config: Any) -> int | None:
+    """Positions that a layer sees at most, in those of transformers' models that have such layers."""
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return int(config.window_size)  # GPT-Neo
+    window = config.sliding_window if getattr(config, "use_sliding_window", True) and hasattr(config, "sliding_window") else None
+    return None if window is None else int(window)

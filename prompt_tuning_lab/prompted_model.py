@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError, did_you_mean
 
-from .bases import cache_length, context_length, kind_of, rows_of
+from .bases import cache_length, check_text, context_length, kind_of, rows_of
 from .frozen_base import learning_through
 from .generating import generate
 from .heads import inserted_before, pooled
@@ -127,7 +127,8 @@ class PromptedModel(nn.Module):
         if not trained:
             return {}
         prompt: Any = max(trained, key=lambda each: each.num_virtual_tokens)  # type: ignore[arg-type, return-value]
-        return {"method": "prefix" if prompt.method == "prefix" else "prompt", "num_virtual_tokens": prompt.num_virtual_tokens}
+        made = {} if prompt.hidden_size is None else {"encoder_hidden_size": prompt.hidden_size, "prefix_projection": prompt.method == "prefix"}
+        return {"method": prompt.method, "num_virtual_tokens": prompt.num_virtual_tokens, **made}
 
     # Forward ----------------------------------------------------------------------------------------------------------------
 
@@ -160,13 +161,22 @@ class PromptedModel(nn.Module):
 
     def _prompted(self, inputs: dict[str, Any]) -> Any:
         if not self.kind.backbone:
-            inserted = self.insert(inputs)
+            inserted = self._insert_to_answer(inputs)
             return self.text_only(self.base(**inserted.inputs), inserted)
-        with inserted_before(self.backbone, self.inner_kind.arguments, self.insert, self.text_only):
+        with inserted_before(self.backbone, self.inner_kind.arguments, self._insert_to_answer, self.text_only):
             return self.base(**inputs)
+
+    def _insert_to_answer(self, inputs: dict[str, Any]) -> Inserted:
+        """Some encoder-decoders write what they have read where nothing else is given, and find its ids gone: a prompt has none."""
+        written = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+        if self.inner_kind.encodes and written[0] in self.inner_kind.arguments and all(inputs.get(name) is None for name in written):
+            raise LoraLabError(f"decoder_input_ids are missing: a {type(self.base).__name__} cannot make them of a prompt and a text, as a prompt "
+                               "has no ids. Give decoder_input_ids, or labels where the model shifts them")  # fmt: skip
+        return self.insert(inputs)
 
     def insert(self, inputs: dict[str, Any]) -> Inserted:
         """From what the base, or the backbone under a head, was to be called with to what it is called with."""
+        check_text(inputs, self.get_input_embeddings().embedding_dim, self.inner_kind.encodes)
         chosen, which = self.chosen(rows_of(inputs))
         prefixes = [prompt.method == "prefix" for prompt in chosen]
         rows = [index if index >= 0 and not prefixes[index] else -1 for index in which]
@@ -215,11 +225,13 @@ class PromptedModel(nn.Module):
         given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         if context is None or given is None or torch.compiler.is_compiling():
             return
-        virtual = [chosen[index].num_virtual_tokens if index >= 0 else 0 for index in which]
+        virtual, positions = [chosen[index].num_virtual_tokens if index >= 0 else 0 for index in which], inputs.get("position_ids")
         mask, past = inputs.get("attention_mask"), 0 if self.inner_kind.encodes else cache_length(inputs.get("past_key_values"))
         text = mask.shape[-1] if isinstance(mask, Tensor) else given.shape[1]  # without one, what is cached is as long in all rows, or too long
         if max(virtual) + text <= context and past + given.shape[1] <= context:
             return
+        if isinstance(positions, Tensor) and int((positions.amax(-1) + torch.tensor(virtual, device=positions.device)).max()) < context:
+            return  # the caller counts, and rows that are done need not go on
         if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(virtual):  # padding takes no position
             text = int(mask.sum(1).max())
             if int((mask.sum(1) + torch.tensor(virtual, device=mask.device)).max()) <= context:
@@ -228,3 +240,15 @@ class PromptedModel(nn.Module):
         room = context - max(virtual)
         raise LoraLabError(f"{max(virtual)} virtual tokens and a text of {text} are {max(virtual) + text} positions, the model's context is "
                            f"{context}: shorten the text to {room} tokens")  # fmt: skip
+
+
+def check_prompted(model: Any, verb: str) -> None:
+    """Raise LoraLabError for a model that has no prompts."""
+    if not isinstance(model, PromptedModel):
+        raise LoraLabError(f"{verb}: expected a prompted model, from inject or load, not a {type(model).__name__}")
+
+
+def check_module(model: Any, verb: str) -> None:
+    """Raise LoraLabError for what is no model at all, such as its name."""
+    if not isinstance(model, nn.Module):
+        raise LoraLabError(f"{verb}: expected a model, not {model!r:.60}; lora_lab.models.load(name) loads one")

@@ -48,7 +48,7 @@ class PTuning(Prompt):
         super().__init__()
         check_rows(weight, "weight")
         (tokens, width), hidden = weight.shape, check_width("hidden_size", weight.shape[1] if hidden_size is None else hidden_size)
-        at = weight.device
+        self.hidden_size, at = hidden, weight.device
         self.embedding = nn.Embedding(tokens, width, device=at, dtype=torch.float32)  # normal numbers of size 1, what the first layer is made for
         self.mlp_head = nn.Sequential(_linear(width, hidden, at), nn.ReLU(), _linear(hidden, hidden, at), nn.ReLU(), _linear(hidden, width, at))
         solve_last_layer(self.mlp_head, self.embedding.weight, weight)
@@ -87,6 +87,7 @@ class ResidualPrompt(Prompt):
         super().__init__()
         check_rows(weight, "weight")
         width, hidden = weight.shape[1], check_width("hidden_size", hidden_size)
+        self.hidden_size = hidden
         self.weight = nn.Parameter(weight.detach().float().clone())
         self.norm = nn.LayerNorm(width, device=weight.device, dtype=torch.float32)
         self.down, self.up = _linear(width, hidden, weight.device, bias=False), _linear(hidden, width, weight.device, bias=False)
@@ -126,7 +127,7 @@ class PrefixMLP(Prompt):
         check_prefix(weight)
         self.shape: PrefixShape = shape_of(weight)
         width = self.shape.heads * self.shape.head_dim
-        hidden = check_width("hidden_size", width if hidden_size is None else hidden_size)
+        self.hidden_size = hidden = check_width("hidden_size", width if hidden_size is None else hidden_size)
         self.embedding = nn.Embedding(weight.shape[2], width, device=weight.device, dtype=torch.float32)
         self.transform = nn.Sequential(_linear(width, hidden, weight.device), nn.Tanh(), _linear(hidden, self.shape.per_token, weight.device))
         solve_last_layer(self.transform, self.embedding.weight, to_rows(weight))

@@ -23,11 +23,13 @@ class Prompt(nn.Module):
     What is inserted is made anew in each forward pass, so a method with a network of its own (prefix.py, reparameterization.py) is
     a Prompt whose forward runs it. Parameters stay float32, or float64, when the model goes to 16 bit: that rounds small updates away.
     placement: where rows go, see insertion.py.  initialization: the record of how it began (initialization.py), where `inject` made it.
+    hidden_size: of the network that makes it; None of a plain one.
     """
 
     method: ClassVar[str]
     num_virtual_tokens: int
     placement: str = "front"
+    hidden_size: int | None = None
     initialization: Any = None
 
     def forward(self) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from .counting import count_parameters
 from .initialization import rms
 from .interpretation import embedding_rms
-from .peft_files.trainable import hidden_size_of
 from .soft_prompt import Prompt
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def _row(prompted: PromptedModel, name: str, prompt: Prompt) -> tuple[str, ...]:
         inserted = prompt()
     trains = any(parameter.requires_grad for parameter in prompt.parameters())
     state = ("active" if prompted.active == name else "off") + (", trains" if trains else ", frozen")
-    method = prompt.method if (hidden := hidden_size_of(prompt)) is None else f"{prompt.method} ({hidden} hidden)"
+    method = prompt.method if prompt.hidden_size is None else f"{prompt.method} ({prompt.hidden_size} hidden)"
     method += "" if prompt.placement == "front" else f", {prompt.placement}"
     began = "" if prompt.initialization is None else str(prompt.initialization).partition(";")[0]
     count = sum(parameter.numel() for parameter in prompt.parameters())

@@ -30,7 +30,7 @@ from lora_lab.training.batches import count_steps
 from lora_lab.training.sweeps import Settings, check_candidates, with_settings
 
 from .initialization import embedding_rms, rms
-from .prompted_model import PromptedModel
+from .prompted_model import PromptedModel, check_prompted
 from .soft_prompt import Prompt
 
 SHARE, PREFIX_SHARE, SHARES = 0.1, 0.02, (0.01, 0.03, 0.1, 0.3)  # a prefix speaks to all layers at once
@@ -53,6 +53,7 @@ def learning_rate(prompted: PromptedModel, share: float | None = None, task: str
     >>> round(learning_rate(inject(model, 4, method="prompt"), share=0.1), 6)
     0.02
     """
+    check_prompted(prompted, "learning_rate")
     prompt = prompted.prompt(task)
     return usual_share(prompt, share) * scale(prompted, prompt) / gain(prompt)
 

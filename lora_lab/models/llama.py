@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import LoraLabError
 from .attention import Attention, Documents, Mask, attention_mask
-from .blocks import GatedMLP, RMSNorm, compute_dtype
+from .blocks import GatedMLP, RMSNorm
 from .cache import KVCache, LayerCache
 from .causal import CausalLM, Decoder
 from .config import check_config, flags, shares
@@ -160,8 +160,7 @@ class LlamaModel(Decoder):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, **factory)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Mask, cache: KVCache | None, padding: Tensor | None) -> Tensor:
-        cos, sin = self.config.rope(positions)
-        rotary = cos.to(compute_dtype(x)), sin.to(compute_dtype(x))
+        rotary = self.config.rope(positions)
         masks = {None: mask, **{window: self._within(window, x, mask, cache, padding) for window in {*self.config.windows} - {None}}}
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, masks[self.config.windows[index]], cache.layers[index] if cache is not None else None)

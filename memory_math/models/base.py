@@ -113,8 +113,12 @@ class Model(abc.ABC):
     def trained(self) -> list[Weight]:
         """Every tensor that has a gradient and optimizer states."""
         adapters = [weight for adapter in self.adapters.values() for weight in adapter.tensors]
-        everything = [*self.weights.values(), *adapters, *([self.prompt] if self.prompt else [])]
-        return [weight for weight in everything if weight.leaf is not None]
+        return [weight for weight in (*self.weights.values(), *adapters, *self.before_text) if weight.leaf is not None]
+
+    @property
+    def before_text(self) -> list[Weight]:
+        """What prompt or prefix tuning trains."""
+        return [] if self.prompt is None else [self.prompt]
 
     def training_pass(self) -> Sized:
         """A forward pass on a fresh tape, up to the loss."""

@@ -14,13 +14,15 @@ from ..operations import Weight
 from ..request import Request
 from ..tape import Ledger, Sized
 from .base import Model, cached
+from .prompt_networks import Network
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockPast:
     """LayerCache: what one block finds before the text's own keys and values, and where it leaves both.
 
-    prefix: a key and a value for each virtual token of every row, or None. cache: None where there is none.
+    prefix: a key and a value for each virtual token of every row, or None. cache: None where there is none. What both became takes their place; a
+    checkpointed block leaves the prefix where it is, to find it again.
     """
 
     model: Model
@@ -31,6 +33,7 @@ class BlockPast:
         """What attention works with."""
         if self.prefix is not None:
             k, v = (self._joined(before, own) for before, own in zip(self.prefix, (k, v), strict=True))
+            self.prefix = self.prefix if self.model.tape.inside_checkpoint else None
         self.leave(k, v)
         return k, v
 
@@ -54,7 +57,9 @@ class Prompted(Model):
 
     def __init__(self, request: Request, ledger: Ledger) -> None:
         super().__init__(request, ledger)
-        self.start = None if self.prompt is None else self.tape.new(self.prompt.numel, self.prompt.itemsize, "other")  # it remembers how it began
+        self.network = self._network()
+        count = self.prompt_numbers
+        self.start = self.tape.new(count, request.adapter_itemsize, "other") if count else None  # it remembers how it began
 
     @property
     def blocks(self) -> int:
@@ -65,34 +70,64 @@ class Prompted(Model):
     def text_tokens(self) -> int:
         return self.request.batch_size * self.request.sequence_length
 
+    @property
+    def numbers_per_token(self) -> int:
+        """What is inserted for a virtual token: a row, or a key and a value for each block."""
+        return {None: 0, "prompt": self.arch.hidden, "prefix": 2 * self.blocks * self.arch.kv_width}[self.request.virtual]
+
+    @property
+    def prompt_numbers(self) -> int:
+        return self.request.num_virtual_tokens * self.numbers_per_token
+
     def _prompt(self) -> Weight | None:
-        """SoftPrompt [P, H]; Prefix [L, 2, P, kv, hd]."""
+        """SoftPrompt [P, H]; Prefix [L, 2, P, kv, hd]; nothing where a network makes them."""
         arch, tokens = self.arch, self.request.num_virtual_tokens
+        if self.request.virtual is None or self.request.network is not None:
+            return None
         if self.request.virtual == "prefix":
             return self.trainable("prefix", arch.kv_heads, arch.head_dim, matrices=2 * self.blocks * tokens)
-        return self.trainable("prompt", tokens, arch.hidden) if self.request.virtual == "prompt" else None
+        return self.trainable("prompt", tokens, arch.hidden)
+
+    def _network(self) -> Network | None:
+        if (kind := self.request.network) is None:
+            return None
+        return Network(self, kind, self.arch.kv_width if kind == "mlp" else self.arch.hidden, self.numbers_per_token)
+
+    @property
+    def before_text(self) -> list[Weight]:
+        return super().before_text if self.network is None else self.network.weights
+
+    def inserted(self) -> Sized:
+        """Prompt.forward: the trained numbers themselves, or what the network makes."""
+        if self.network is not None:
+            return self.network.forward()
+        assert self.prompt is not None
+        return self.prompt
 
     def with_rows(self, embedded: Sized) -> Sized:
         """insert_prompts, all rows with one prompt in front: [B, P + T, H]. F.pad copies even where there is nothing to pad."""
-        if self.prompt is None or self.request.virtual != "prompt":
+        if self.request.virtual != "prompt":
             return embedded
         tape, batch = self.tape, self.request.batch_size
-        rows = ops.cast(tape, ops.copy(tape, "prompt", self.prompt), embedded.itemsize)
+        rows = ops.cast(tape, ops.copy(tape, "prompt", self.inserted()), embedded.itemsize)
         of_all = Sized(batch * rows.numel, rows.itemsize, rows.storage)
         of_all = tape.record("prompt", [rows], lambda: of_all, passes=batch == 1)
         return tape.record("prompt", [of_all, embedded], lambda: tape.new(of_all.numel + embedded.numel, embedded.itemsize), passes=True)
 
     def pasts(self, cache: list[Sized] | None = None) -> list[BlockPast]:
         """insert_prefixes, of all blocks."""
-        return self.pasts_of(self.blocks, self.prefix_table(copied=True), self.sequence, cache)
+        return self.pasts_of(self.blocks, self.prefix_table(self.prefix(), copied=True), self.sequence, cache)
 
-    def prefix_table(self, copied: bool) -> Sized | None:
+    def prefix(self) -> Sized | None:
+        """Prefix.forward."""
+        return self.inserted() if self.request.virtual == "prefix" else None
+
+    def prefix_table(self, prefix: Sized | None, copied: bool) -> Sized | None:
         """The prefix in the dtype that products have. copied: its gradient comes turned, and is laid out anew as the weight lies."""
-        if self.prompt is None or self.request.virtual != "prefix":
+        if prefix is None:
             return None
-        prompt, itemsize = self.prompt, self.autocast or self.request.weight_itemsize
-        table: Sized = self.tape.record("prefix", [prompt], lambda: Sized(prompt.numel, prompt.itemsize, prompt.storage)) if copied else prompt
-        return ops.cast(self.tape, table, itemsize)
+        table: Sized = self.tape.record("prefix", [prefix], lambda: Sized(prefix.numel, prefix.itemsize, prefix.storage)) if copied else prefix
+        return ops.cast(self.tape, table, self.autocast or self.request.weight_itemsize)
 
     def pasts_of(self, blocks: int, table: Sized | None, length: int, cache: list[Sized] | None) -> list[BlockPast]:
         """Block.pairs: views of the table, in which every row of the batch is the same. length: of the text that these blocks read.

@@ -50,36 +50,41 @@ class LoraLabT5(Prompted):
 
     def loss(self, ids: Sized, labels: Sized) -> Sized:
         """Seq2SeqLM.forward: both inputs are embedded before the encoder runs."""
-        shifted = self.ids(labels.numel)
-        prefix, source = self.prefix_table(copied=False), self.with_rows(self.embed(ids))
-        if prefix is None:
+        shifted, prefix = self.ids(labels.numel), self.prefix()
+        table, source = self.prefix_table(prefix, copied=False), self.with_rows(self.embed(ids))
+        if table is None:
             target = self.embed(shifted)
             encoded = self.encode(source, None)
         else:  # the encoder reads before the model is called
-            encoded = self.encode(source, prefix)
-            del source
+            encoded = self.encode(source, table)
+            del source, prefix
             target = self.embed(shifted)
         self.hold(encoded)
-        hidden = self.decode(target, encoded, prefix)
+        pasts = self.pasts_in("decoder", target, table)
+        del table
+        hidden = self.decode(target, encoded, pasts)
         self.ledger.enter("loss")
         return labelled_loss(self, hidden, labels, labels.numel)
 
     def generation_pass(self) -> None:
         """The whole input through the encoder, and the first token of the decoder, which leaves keys and values of both attentions."""
         self.tape = self._tape()
-        cache, prefix = list[Sized](), self.prefix_table(copied=False)
-        source = self.with_rows(self.embed(self.ids(self.text_tokens)))
-        x = self.encode(source, prefix)
-        del source
+        cache, prefix = list[Sized](), self.prefix()
+        table, source = self.prefix_table(prefix, copied=False), self.with_rows(self.embed(self.ids(self.text_tokens)))
+        x = self.encode(source, table)
+        del source, prefix
         if self.arch.task == "ForConditionalGeneration":
-            x = self.decode(self.embed(self.ids(self.request.batch_size)), x, prefix, cache)
+            first = self.embed(self.ids(self.request.batch_size))
+            pasts = self.pasts_in("decoder", first, table, cache)
+            del table
+            x = self.decode(first, x, pasts)
             self.ledger.enter("logits")
             ops.linear(self.tape, x, self.head, part="logits")
 
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
         """The encoder's."""
         embedded = self.with_rows(self.embed(ids))
-        return self.encode(embedded, self.prefix_table(copied=False))
+        return self.encode(embedded, self.prefix_table(self.prefix(), copied=False))
 
     def embed(self, ids: Sized) -> Sized:
         embedded = ops.embedding(self.tape, ids, self.weights["shared"])
@@ -89,11 +94,23 @@ class LoraLabT5(Prompted):
     def blocks(self) -> int:
         return self.arch.layers + self.arch.decoder_layers
 
-    def encode(self, x: Sized, prefix: Sized | None) -> Sized:
-        return Stack(self, "encoder", prefix, None).forward(x)
+    def pasts_in(self, stack: str, x: Sized, table: Sized | None, cache: list[Sized] | None = None) -> list[BlockPast]:
+        """The stack's own layers of the prefix, whose slice has a gradient as large as all of it. table: of both stacks, or None."""
+        blocks = self.arch.layers if stack == "encoder" else self.arch.decoder_layers
+        if table is None:
+            return self.pasts_of(blocks, None, 0, cache)
+        count = table.numel // self.blocks * blocks
+        own = self.tape.record("prefix", [table], lambda: Sized(count, table.itemsize, table.storage))
+        return self.pasts_of(blocks, own, self.length(x), cache)
 
-    def decode(self, x: Sized, encoded: Sized, prefix: Sized | None, cache: list[Sized] | None = None) -> Sized:
-        hidden = Stack(self, "decoder", prefix, cache).forward(x, encoded)
+    def length(self, x: Sized) -> int:
+        return x.numel // self.arch.hidden // self.request.batch_size
+
+    def encode(self, x: Sized, table: Sized | None) -> Sized:
+        return Stack(self, "encoder", self.pasts_in("encoder", x, table)).forward(x)
+
+    def decode(self, x: Sized, encoded: Sized, pasts: list[BlockPast]) -> Sized:
+        hidden = Stack(self, "decoder", pasts).forward(x, encoded)
         return ops.elementwise(self.tape, "scale", hidden) if self.arch.scaled_head else hidden
 
     def norm(self, x: Sized, path: str) -> Sized:
@@ -103,41 +120,30 @@ class LoraLabT5(Prompted):
 
 
 class Stack:
-    """T5Stack. prefix: of both stacks."""
+    """T5Stack. pasts: of its blocks."""
 
-    def __init__(self, model: LoraLabT5, name: str, prefix: Sized | None, cache: list[Sized] | None) -> None:
-        self.model, self.tape, self.name, self.prefix, self.cache, self.decodes = model, model.tape, name, prefix, cache, name == "decoder"
+    def __init__(self, model: LoraLabT5, name: str, pasts: list[BlockPast]) -> None:
+        self.model, self.tape, self.name, self.pasts, self.decodes = model, model.tape, name, pasts, name == "decoder"
         self.first = model.arch.layers if self.decodes else 0  # checkpointing counts the blocks of both
-        self.layers = model.arch.decoder_layers if self.decodes else model.arch.layers
 
     def forward(self, x: Sized, encoded: Sized | None = None) -> Sized:
-        model, pasts, mask = self.model, self.pasts(x), self.position_bias(x)
+        model, mask = self.model, self.position_bias(x)
         x = dropped(model, x, model.arch.dropout)
-        for layer, past in enumerate(pasts):
+        for layer, past in enumerate(self.pasts):
             block, given = Block(model, f"{self.name}.block.{layer}.layer", past), [mask, *([] if encoded is None else [encoded])]
             x = model.run_block(self.first + layer, block.forward, x, *given)
         return dropped(model, model.norm(x, f"{self.name}.final_layer_norm"), model.arch.dropout)
-
-    def length(self, x: Sized) -> int:
-        return x.numel // self.model.arch.hidden // self.model.request.batch_size
-
-    def pasts(self, x: Sized) -> list[BlockPast]:
-        """The stack's own layers of the prefix, whose slice has a gradient as large as all of it."""
-        if self.prefix is None:
-            return self.model.pasts_of(self.layers, None, 0, self.cache)
-        table, count = self.prefix, self.prefix.numel // self.model.blocks * self.layers
-        own = self.tape.record("prefix", [table], lambda: Sized(count, table.itemsize, table.storage))
-        return self.model.pasts_of(self.layers, own, self.length(x), self.cache)
 
     def position_bias(self, x: Sized) -> Sized:
         """position_bias, [1, a, T, P + T]: a number for each distance, in a decoder -infinity for what comes later, where the truth values are
         kept."""
         model, tape = self.model, self.tape
-        pairs = self.length(x) * (self.length(x) + model.request.prefix)
+        length = model.length(x)
+        pairs = length * (length + model.request.prefix)
         buckets = tape.record("buckets", [], lambda: model.ids(pairs), busy=(BUCKET_BYTES - 8) * pairs)
         bias = ops.embedding(tape, buckets, model.weights[f"{self.name}.block.0.layer.0.SelfAttention.relative_attention_bias"])
         bias = ops.cast(tape, bias, model.autocast or x.itemsize)
-        if not self.decodes or self.length(x) == 1:
+        if not self.decodes or length == 1:
             return bias
         return ops.elementwise(tape, "position bias", bias, keeps=[tape.new(pairs, 1, "other")], busy=pairs)
 

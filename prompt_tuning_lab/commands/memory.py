@@ -1,16 +1,10 @@
-"""The memory of a step with a prompt, predicted and measured.
-
-A prompt's step is one of the frozen model on prompt and text, through which gradients reach the embeddings, and the prompt's own numbers in
-float32: values, gradients, and the optimizer's two. A prefix is not read by any layer but attention, where each row gets its keys and values.
-"""
+"""The memory of a step with a prompt, predicted and measured."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import memory_math
-
-BYTES_TRAINED = 16  # of a number that trains: 4 each for its value, its gradient and Adam's two
 
 
 def memory_of_a_step(prompted: Any, examples: Any, config: Any) -> str:
@@ -30,16 +24,10 @@ def memory_of_a_step(prompted: Any, examples: Any, config: Any) -> str:
 
 def predicted_bytes(prompted: Any, rows: list[Any], config: Any) -> int:
     """rows: of one batch, encoded. Raises MemoryMathError for a base that is not modelled."""
-    prompt, length = prompted.prompt(), max(len(row["input_ids"]) for row in rows)
-    trained = sum(p.numel() for p in prompted.parameters() if p.requires_grad)
-    prefix = prompt.method == "prefix"
-    frozen = memory_math.predict(
-        prompted.base, method="frozen", precision=config.precision, batch_size=len(rows), **_labels(prompted, rows),
-        sequence_length=length + (0 if prefix else prompt.num_virtual_tokens), gradient_checkpointing=config.gradient_checkpointing,
-        implementation="lora_lab", device="cuda" if prompted.device.type == "cuda" else "cpu",
-    )  # fmt: skip
-    keys_and_values = len(rows) * prompt().numel() * (4 if config.precision == "fp32" else 2) if prefix else 0
-    return int(frozen.total) + BYTES_TRAINED * trained + keys_and_values
+    asked = {**prompted.memory_request, "precision": config.precision, "optimizer": config.optimizer, "batch_size": len(rows),
+             "sequence_length": max(len(row["input_ids"]) for row in rows), "gradient_checkpointing": config.gradient_checkpointing,
+             "device": "cuda" if prompted.device.type == "cuda" else "cpu"}  # fmt: skip
+    return int(memory_math.predict(prompted, **asked, **_labels(prompted, rows)).total)
 
 
 def _labels(prompted: Any, rows: list[Any]) -> dict[str, Any]:
@@ -48,7 +36,8 @@ def _labels(prompted: Any, rows: list[Any]) -> dict[str, Any]:
         return {}
     if prompted.kind.encodes:
         return {"target_length": max(len(row["labels"]) for row in rows)}
-    return {"label_tokens": sum(label != -100 for row in rows for label in row["labels"][1:])}
+    first = prompted.memory_request["method"] == "prefix"  # behind rows the text's first token has something before it that predicts it
+    return {"label_tokens": sum(label != -100 for row in rows for label in row["labels"][first:])}
 
 
 def measured_bytes(prompted: Any, rows: list[Any], config: Any) -> int:

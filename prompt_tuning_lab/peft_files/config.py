@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.models.base import is_encoder_decoder
@@ -23,7 +23,6 @@ from ..bases import is_named
 from ..layout import check_placement
 from ..prefix import prefix_shape
 from ..soft_prompt import Prompt
-from .trainable import hidden_size_of
 
 ROWS, PREFIX = ("PROMPT_TUNING", "P_TUNING"), "PREFIX_TUNING"
 OWN_PREFIX = "LORA_LAB_PREFIX"  # of an encoder-decoder; a name that PEFT stops at, where it would share out the layers wrongly
@@ -89,15 +88,14 @@ def peft_config(base: nn.Module, peft_type: str, num_virtual_tokens: int, sizes:
 
 def type_and_sizes(base: nn.Module, prompt: Prompt) -> tuple[str, dict[str, Any]]:
     """PEFT's name of the method, and its keys."""
-    network = hidden_size_of(prompt)
     if prompt.method == "prefix":
         layers, heads, head_dim = prefix_shape(base)
         sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * head_dim, "init_weights": None}
-        projection = {"prefix_projection": network is not None, "encoder_hidden_size": network or heads * head_dim}
+        projection = {"prefix_projection": prompt.hidden_size is not None, "encoder_hidden_size": prompt.hidden_size or heads * head_dim}
         return (OWN_PREFIX if is_encoder_decoder(base) else PREFIX), sizes | projection
     if prompt.method == "p-tuning":
         encoder = {"encoder_reparameterization_type": "MLP", "encoder_num_layers": 2, "encoder_dropout": 0.0}
-        return "P_TUNING", {**encoder, "encoder_hidden_size": network}
+        return "P_TUNING", {**encoder, "encoder_hidden_size": prompt.hidden_size}
     return "PROMPT_TUNING", {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
 
 
@@ -141,12 +139,34 @@ def from_peft(config: dict[str, Any], base: nn.Module, path: Path) -> Written:
             raise LoraLabError(f"{path}: {key}={value!r} is a feature that is not read here; the result would compute something else")
     if config.get("num_virtual_tokens") is None:
         raise LoraLabError(f"{path}: num_virtual_tokens is missing: it says how many rows are one prompt")
-    tokens, submodules = _number(config, "num_virtual_tokens", path), _number(config, "num_transformer_submodules", path)
-    task = config.get("task_type")
-    written = Written(peft_type, tokens or 0, submodules or (2 if task == "SEQ_2_SEQ_LM" and peft_type in ROWS else 1), task,
-                      _names(config, path), _placement(config, path), _network(config, path))  # fmt: skip
+    tokens = _number(config, "num_virtual_tokens", path)
+    written = Written(peft_type, tokens or 0, _submodules(config, path), config.get("task_type"), _names(config, path), _placement(config, path),
+                      _network(config, path))  # fmt: skip
     _check_model(config, written, base, path)
     return written
+
+
+def rows_in_use(rows: Tensor, config: dict[str, Any], base: nn.Module, path: Path) -> Tensor:
+    """Of the rows in a file those that are read: PEFT's prompts of an encoder-decoder have P more for its decoder, which nothing ever reads.
+
+    path: of the configuration, for messages. Raises LoraLabError for PEFT's prefix of an encoder-decoder.
+    """
+    _refuse_shared_slots(config.get("peft_type"), base, path)
+    tokens = _number(config, "num_virtual_tokens", path)
+    return rows[:tokens] if tokens is not None and len(rows) == tokens * _submodules(config, path) else rows
+
+
+def _submodules(config: dict[str, Any], path: Path) -> int:
+    """How many times the rows are in the file; left out, PEFT's prompts have two of an encoder-decoder's."""
+    twice = config.get("task_type") == "SEQ_2_SEQ_LM" and config.get("peft_type") in ROWS
+    return _number(config, "num_transformer_submodules", path) or (2 if twice else 1)
+
+
+def _refuse_shared_slots(peft_type: Any, base: nn.Module, path: Path) -> None:
+    if peft_type == PREFIX and is_encoder_decoder(base):
+        raise LoraLabError(f"{path}: PEFT's prefix of an encoder-decoder is not read: PEFT repeats the layers' slots and splits them in fours, so "
+                           "that layer j of the decoder gets slots 4j mod 2L and half of what was saved never had a gradient. Train a prefix "
+                           "here (method='prefix'), or a prompt, whose files are exchanged with PEFT")  # fmt: skip
 
 
 def _number(config: dict[str, Any], key: str, path: Path) -> int | None:
@@ -181,11 +201,8 @@ def _network(config: dict[str, Any], path: Path) -> str:
 
 def _check_model(config: dict[str, Any], written: Written, base: nn.Module, path: Path) -> None:
     """Raise LoraLabError where the file says that it was made for another model."""
+    _refuse_shared_slots(written.peft_type, base, path)
     here = BaseSizes.of(base)
-    if here.encoder_decoder and (written.peft_type == PREFIX):
-        raise LoraLabError(f"{path}: PEFT's prefix of an encoder-decoder is not read: PEFT repeats the layers' slots and splits them in fours, so "
-                           "that layer j of the decoder gets slots 4j mod 2L and half of what was saved never had a gradient. Train a prefix "
-                           "here (method='prefix'), or a prompt, whose files are exchanged with PEFT")  # fmt: skip
     of_both = written.peft_type == OWN_PREFIX or written.submodules > 1
     if (of_both or written.task in ("SEQ_2_SEQ_LM", "CAUSAL_LM")) and (of_both or written.task == "SEQ_2_SEQ_LM") != here.encoder_decoder:
         kinds = ("an encoder-decoder", "a model with one stack")

@@ -51,6 +51,8 @@ class Description:
             return f"it reads the file, but puts the prompt in front, and this one stands {self.placement}: the results differ"
         if self.task_type == "SEQ_CLS" and self.peft_type in ROWS:
             return "yes; of a BERT it reads the class off the first virtual token, so the logits differ"
+        if self.task_type == "QUESTION_ANS" and self.peft_type in ROWS:
+            return "yes; it counts the start and end of an answer from the first virtual token, so they are later by the virtual tokens"
         return "yes"
 
     def __str__(self) -> str:

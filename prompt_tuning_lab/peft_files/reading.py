@@ -19,6 +19,7 @@ from lora_lab.files import json_object
 from lora_lab.peft_files.config import CONFIG, TENSORS, read_config, warn_of_another_base, what_is_missing
 from lora_lab.streaming.shards import FLOATS, read_shard
 
+from ..bases import refuse_words_in_layers
 from ..initialization import Initialization
 from ..prefix import Prefix, from_rows, prefix_shape, to_rows
 from ..soft_prompt import Prompt, SoftPrompt
@@ -88,6 +89,7 @@ def _width(written: Written, base: nn.Module) -> int:
 
 def _plain(rows: Tensor, written: Written, base: nn.Module) -> Prompt:
     if written.peft_type in ROWS:
+        refuse_words_in_layers(base)
         return SoftPrompt(rows[: written.num_virtual_tokens])
     return Prefix(from_rows(rows, prefix_shape(base)))
 
@@ -108,7 +110,15 @@ def _warn(base: nn.Module, folder: Path, metadata: dict[str, str], written: Writ
     if network_missing and (network := metadata.get(NETWORK, written.network)):
         warnings.warn(f"{folder} does not have the {network} that made its prompt (PEFT does not keep it): what it made trains on as it is",
                       stacklevel=4)  # fmt: skip
-    peft_pools = "lora_lab_config" not in metadata and written.task == "SEQ_CLS" and written.peft_type in ROWS
-    if peft_pools and isinstance(getattr(base, "classifier", None), nn.Module):
-        warnings.warn(f"{folder} is of PEFT, which reads the class off the first virtual token; here it is read off the text's own first position, "
-                      "so that the logits differ: train on for some steps, or take a prefix", stacklevel=4)  # fmt: skip
+    if "lora_lab_config" not in metadata and written.peft_type in ROWS and (other := _other_meaning(written.task, base)):
+        warnings.warn(f"{folder} is of PEFT, {other}: train on for some steps, or take a prefix", stacklevel=4)
+
+
+def _other_meaning(task: str | None, base: nn.Module) -> str:
+    """What PEFT makes of rows before a head that pools or points, where it differs (traps T15 and T15b)."""
+    if task == "SEQ_CLS" and isinstance(getattr(base, "classifier", None), nn.Module):
+        return "which reads the class off the first virtual token; here it is read off the text's own first position, so that the logits differ"
+    if task == "QUESTION_ANS":
+        return ("which in training counts the start and end of an answer from the first virtual token, though they are given as places in the text; "
+                "here they are places in the text, so that what was trained there points too far to the left")  # fmt: skip
+    return ""

@@ -24,14 +24,8 @@ from lora_lab.wrapping import whole
 from ..reparameterization import PrefixMLP, PTuning, ResidualPrompt
 from ..soft_prompt import Prompt
 
-NETWORKS = (PTuning, ResidualPrompt, PrefixMLP)
 INITIAL = "initial"  # of the buffer, and in the file
 FIRST_LAYERS = {"p-tuning": "mlp_head.0.weight", "residual": "down.weight", "prefix": "transform.0.weight"}  # [hidden, width]
-
-
-def hidden_size_of(prompt: Prompt) -> int | None:
-    """The width of the network that makes a prompt; None of a plain one."""
-    return len(prompt.get_parameter(FIRST_LAYERS[prompt.method])) if isinstance(prompt, NETWORKS) else None
 
 
 def digest_of(rows: Tensor) -> str:

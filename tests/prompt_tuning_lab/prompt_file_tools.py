@@ -18,6 +18,7 @@ from prompt_tuning_lab.injection import inject
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "FEATURE_EXTRACTION", "classifier": "SEQ_CLS"}
+POINTING = {"answers": "QUESTION_ANS", "tokens": "TOKEN_CLS"}  # heads on every position, which only transformers has
 TOKENS, HIDDEN = 4, {"t5": 30}  # of other families 32
 METHODS = {"prompt": {"method": "prompt"}, "p-tuning": {"method": "p-tuning", "encoder_hidden_size": 12},
            "residual": {"method": "residual", "encoder_hidden_size": 6}, "prefix": {"method": "prefix"},
@@ -25,7 +26,9 @@ METHODS = {"prompt": {"method": "prompt"}, "p-tuning": {"method": "p-tuning", "e
 PEFT_METHODS = {"prompt": (peft.PromptTuningConfig, {}), "p-tuning": (peft.PromptEncoderConfig, {"encoder_hidden_size": 12}),
                 "prefix": (peft.PrefixTuningConfig, {}), "prefix-mlp": (peft.PrefixTuningConfig, {"prefix_projection": True})}  # fmt: skip
 MAKERS = {"gpt2": lambda: decoder_tools.theirs("gpt2"), "llama": llama_tools.theirs, "t5": t5_tools.theirs,
-          "bert": lambda: bert_tools.theirs("BertModel"), "classifier": lambda: bert_tools.theirs("BertForSequenceClassification")}  # fmt: skip
+          "bert": lambda: bert_tools.theirs("BertModel"), "classifier": lambda: bert_tools.theirs("BertForSequenceClassification"),
+          "answers": lambda: bert_tools.theirs("BertForQuestionAnswering", num_labels=2),
+          "tokens": lambda: bert_tools.theirs("BertForTokenClassification")}  # fmt: skip
 OURS = {"gpt2": decoder_tools.ours, "llama": llama_tools.ours, "t5": t5_tools.ours, "bert": bert_tools.ours, "classifier": bert_tools.ours}
 
 
@@ -55,6 +58,8 @@ def answer(model, family):
     inputs = batch(family)
     with torch.no_grad():
         out = model(**inputs)
+    if family == "answers":
+        out.logits = torch.stack((out.start_logits, out.end_logits), -1)
     found = out.last_hidden_state if family == "bert" else out.logits
     if found.ndim == 2 or family == "t5":
         return found
@@ -74,7 +79,8 @@ def prompted(family, method, maker=theirs):
 def peft_model(family, method, **more):
     torch.manual_seed(4)
     kind, settings = PEFT_METHODS[method]
-    return peft.get_peft_model(theirs(family), kind(task_type=TASKS[family], num_virtual_tokens=TOKENS, **{**settings, **more})).eval()
+    config = kind(task_type={**TASKS, **POINTING}[family], num_virtual_tokens=TOKENS, **{**settings, **more})
+    return peft.get_peft_model(theirs(family), config).eval()
 
 
 def peft_folder(folder, family="gpt2", method="prompt", **more):

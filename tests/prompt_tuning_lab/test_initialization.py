@@ -12,6 +12,8 @@ import transformers
 from bert_tools import word_pieces
 from llama_tools import tokenizer as byte_pieces
 from prefix_tools import both, model
+from prompt_file_tools import TOKENS, edited, peft_folder, written
+from prompt_file_tools import theirs as peft_base
 from prompt_tools import EXACT, randomised
 from safetensors.torch import save_file
 from torch import nn
@@ -163,6 +165,33 @@ def test_a_file_of_googles_of_pefts_or_of_ours_begins_a_prompt(tmp_path: Any) ->
             assert_close(inject(copy.deepcopy(base), 4, init=init, method=method).prompt()(), rows, rtol=1e-4, atol=1e-5)
     with pytest.raises(LoraLabError, match=r"init gives torch.float32 \[4, 32\]: expected .* \[20, 32\].*\(num_virtual_tokens=4\?\)"):
         inject(base, init=rows)
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+@pytest.mark.parametrize("told", [True, False])
+def test_of_pefts_rows_for_an_encoder_decoder_the_first_half_begins_a_prompt(method: str, told: bool, tmp_path: Any) -> None:
+    """T13: PEFT has 2P rows for a T5, and never reads the second P. told: whether num_transformer_submodules is in the file."""
+    peft_folder(tmp_path, "t5", method)
+    if not told:
+        edited(tmp_path, drop=["num_transformer_submodules"])
+    rows = written(tmp_path)[1]["prompt_embeddings"]
+    assert len(rows) == 2 * TOKENS and not torch.equal(rows[:TOKENS], rows[TOKENS:])
+    for init in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        prompted = inject(peft_base("t5"), TOKENS, init=init)
+        assert torch.equal(prompted.prompt()(), rows[:TOKENS])
+    with pytest.raises(LoraLabError, match=rf"init gives torch.float32 \[{TOKENS}, 30\]: expected .* \[{2 * TOKENS}, 30\].*tokens={TOKENS}\?\)"):
+        inject(peft_base("t5"), 2 * TOKENS, init=tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(LoraLabError, match=f"PEFT keeps {TOKENS} rows more, for its decoder, which nothing ever reads; give the folder with"):
+        inject(peft_base("t5"), TOKENS, init=tmp_path)
+
+
+def test_pefts_prefix_of_an_encoder_decoder_begins_nothing(tmp_path: Any) -> None:
+    """T14: its layers share slots, and half of them were never trained."""
+    peft_folder(tmp_path, "t5", "prefix")
+    for method in ("prefix", "prompt"):
+        with pytest.raises(LoraLabError, match="slots 4j mod 2L and half of what was saved never had a gradient"):
+            inject(peft_base("t5"), TOKENS, method=method, init=tmp_path)
 
 
 def test_another_task_begins_a_prompt() -> None:

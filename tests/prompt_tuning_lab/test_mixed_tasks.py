@@ -190,6 +190,8 @@ def test_bad_requests_are_told_before_anything_runs() -> None:
         (lambda: ensemble(prompted, [], input_ids=words), "at least one task"),
         (lambda: ensemble(prompted, ["a"], combine="max", input_ids=words), "combine='max': expected one of mean, vote"),
         (lambda: ensemble(prompted, ["a"], input_ids=words, labels=words), "ensemble with labels"),
+        (lambda: ensemble(prompted, ["a"], input_ids=words, past_key_values=()), "ensemble with past_key_values: .*ensembling.Ensembled"),
+        (lambda: ensemble(prompted, ["a"], encoder_outputs=(words,)), "ensemble with encoder_outputs: .*give input_ids"),
         (lambda: ensemble(prompted, ["a"]), "expected tensors with the batch first"),
     ]
     for ask, message in cases:

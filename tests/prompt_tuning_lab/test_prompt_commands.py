@@ -173,9 +173,9 @@ def test_what_is_printed_is_what_there_is(shop, capsys):
         (shop.folder / "new" / PROMPT).stat().st_size, next((shop.folder / "new").glob("trainable-*")).stat().st_size, weights]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "off"), [("prompt", 0.02), ("residual", 0.02), ("prefix", 0.1)])
+@pytest.mark.parametrize(("method", "off"), [("prompt", 0.01), ("residual", 0.01), ("p-tuning", 0.01), ("prefix", 0.06)])
 def test_memory_is_predicted(shop, capsys, method, off):
-    """A prompt's step is the frozen model's on prompt and text. In a model of this size what is not modelled of a prefix is a part of it."""
+    """By memory_math, which knows each method and its network, and takes rows for equally long: the mask of a prefix is not in it."""
     loading.save(our_llama(max_position_embeddings=CONTEXT, hidden_size=64, intermediate_size=160), shop.folder / "wider", chat_tokenizer())
     assert shop.tune(model=shop.folder / "wider", method=method) == 0
     ratio = float(re.search(r"MiB of tensors predicted, .* MiB measured \(ratio ([\d.]+)\)", capsys.readouterr().out)[1])
@@ -355,7 +355,8 @@ def test_inspect_tells_what_peft_would_compute_otherwise(shop, capsys):
 
     cases = {"no:": (model("ours", "t5", torch.float32), {"method": "prefix", "init": "random"}),
              "it reads the file, but puts the prompt in front": (our_llama(), {"placement": "after-bos"}),
-             "off the first virtual token": (ours(theirs("BertForSequenceClassification")), {})}  # fmt: skip
+             "off the first virtual token": (ours(theirs("BertForSequenceClassification")), {}),
+             "start and end of an answer from the first virtual token": (theirs("BertForQuestionAnswering", num_labels=2), {})}  # fmt: skip
     for number, (expected, (base, settings)) in enumerate(cases.items()):
         prompt_tuning_lab.save(prompt_tuning_lab.inject(base, 3, **settings), shop.folder / str(number))
         assert shop.inspect(shop.folder / str(number)) == 0

@@ -217,14 +217,28 @@ def test_a_prompt_that_leaves_too_little_room_is_told_before_anything_runs() -> 
 @pytest.mark.parametrize(("options", "message"), [
     ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens with a prompt: it would cut"),
     ({"past_key_values": "filled"}, "past_key_values that are not empty"),
-    ({"cache_implementation": "static"}, "attention_mask with 4 dimensions"),
+    ({"cache_implementation": "static"}, "cache_implementation='static' with a prompt: it makes room for the text alone; leave it out"),
+    ({"generation_config": {"prompt_lookup_num_tokens": 3}}, "prompt_lookup_num_tokens with a prompt: it would cut"),
+    ({"generation_config": {"cache_implementation": "static"}}, "cache_implementation='static'"),
+    ({"max_new_tokens": None, "max_length": 60}, "5 virtual tokens, a text of 7 and max_new_tokens=53 are 65 positions, the model's context is 64"),
+    ({"input_ids": torch.tensor(ROWS[0])}, r"input_ids is torch.int64 \[7\], expected \[B, T\] of whole numbers"),
 ])  # fmt: skip
 def test_ways_that_would_lose_the_prompt_are_refused(options: dict[str, Any], message: str) -> None:
     prompted, ids = with_tasks(model("theirs", "llama"), {"a": 5}), torch.tensor([ROWS[0]])
     if "past_key_values" in options:
         options = {"past_key_values": prompted(input_ids=ids, use_cache=True).past_key_values}
+    if "generation_config" in options:
+        options = {"generation_config": transformers.GenerationConfig(**options["generation_config"])}
     with pytest.raises(LoraLabError, match=message):
-        prompted.generate(input_ids=ids, **GREEDY, **options)
+        prompted.generate(**{"input_ids": ids, **GREEDY, **options})
+
+
+def test_the_models_own_settings_count_like_the_calls() -> None:
+    prompted = with_tasks(model("theirs", "llama"), {"a": 5})
+    prompted.base.generation_config.cache_implementation = "static"
+    with pytest.raises(LoraLabError, match="cache_implementation='static' with a prompt"):
+        prompted.generate(input_ids=torch.tensor([ROWS[0]]), **GREEDY)
+    assert prompted.generate(input_ids=torch.tensor([ROWS[0]]), **GREEDY, cache_implementation="dynamic").shape == (1, 7 + NEW)
 
 
 def test_models_that_write_nothing_are_told() -> None:
