@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WORKSHOP = ("models", "data", "training", "commands", "__main__.py", "demo.py", "version.py")
+WORKSHOP = ("models", "data", "training", "commands", "assignments", "comparison", "__main__.py", "demo.py", "version.py")
 
 FEATURES = {  # line of the table -> the tests that hold what it says of ours
     "which models": ["lora_lab/test_peft_families.py::test_peft_computes_what_we_save"],

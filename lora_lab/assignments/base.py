@@ -169,6 +169,8 @@ def text_in(cells: Cells, role: str) -> str:
         raise Unusable(f"no {role}")
     if not isinstance(value, str):
         raise Unusable(f"the {role} is no text but a {type(value).__name__}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise Unusable(f"the {role} holds half of a character")  # JSON can spell one, no tokenizer takes it
     return value.strip()
 
 

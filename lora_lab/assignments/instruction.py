@@ -25,7 +25,10 @@ class Instruction(Assignment):
         return chat(cells["messages"]) if "messages" in cells else instructed(cells)
 
     def key(self, row: Row) -> str:
-        return digest(row["instruction"], row["input"]) if "instruction" in row else digest(row["messages"][0]["content"])
+        """What is asked; of a chat the first question, for a system message may be that of every row."""
+        if "instruction" in row:
+            return digest(row["instruction"], row["input"])
+        return digest(next(turn["content"] for turn in row["messages"] if turn["role"] != "system"))
 
     def request(self, row: Row, words: str) -> Row:
         return row

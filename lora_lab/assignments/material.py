@@ -57,7 +57,8 @@ class Material:
         """Raises LoraLabError where the source has none."""
         if not self.parts.get(name):
             there = ", ".join(f"{part} ({len(rows)})" for part, rows in self.parts.items() if rows) or "none"
-            raise LoraLabError(f"{self.source} has no {name} rows (it has: {there})")
+            why = f"; dropped: {told(self.dropped)}" if self.dropped else ""
+            raise LoraLabError(f"{self.source} has no {name} rows (it has: {there}{why})")
         return self.parts[name]
 
     def reader(self, model: nn.Module, tokenizer: Any, reading: Reading | None = None, words: str | None = None) -> Reader:
@@ -140,7 +141,9 @@ def _columns(assignment: Assignment, tables: Mapping[str, Table], given: Mapping
         said = " and ".join(f"{column!r} could be the {role} (--{role}-column)" for role, column in guessed.items())
         raise LoraLabError(f"by its values {said}{hint}")
     for part, table in tables.items():
-        if lacking := [column for role, column in found.of.items() if column not in table.columns and _needed(found, role)]:
+        lacking = [column for role, column in found.of.items() if column not in table.columns and _needed(found, role)]
+        secret = part == TEST and VALIDATION in tables and lacking == [found.of.get("label")]  # as in GLUE: its rows are dropped
+        if lacking and not secret:
             raise LoraLabError(f"the {part} rows have no column {lacking[0]!r}, theirs are {table.columns}")
     return found
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape
-from ..data.tables.labels import Classes
-from .base import INSTRUCTIONS, LABEL, Assignment, Cells, Reader, Reading, digest, text_in
+from ..data.tables.files import is_number
+from ..data.tables.labels import SPOKEN, Classes, written
+from .base import INSTRUCTIONS, LABEL, Assignment, Cells, Reader, Reading, Unusable, digest, text_in
 from .instruction import instructed, writer_of
 
 PRODUCT = Role("product", (("product", "product_title", "product_name", "item"), ("description", "title", "name")))
@@ -23,7 +24,7 @@ class Reviews(Assignment):
     def row(self, cells: Cells, classes: Classes | None) -> Row:
         if "instruction" in cells:
             return instructed(cells)
-        instruction = f"Write a {text_in(cells, 'label').lower()} review of the following product."
+        instruction = f"Write a {_wanted(cells)} review of the following product."
         return {"instruction": instruction, "input": text_in(cells, "product"), "output": text_in(cells, "text")}
 
     def key(self, row: Row) -> str:
@@ -35,3 +36,11 @@ class Reviews(Assignment):
 
     def reader(self, model: nn.Module, tokenizer: Any, columns: Columns, classes: Classes | None, reading: Reading) -> Reader:
         return writer_of(self, model, tokenizer, reading)
+
+
+def _wanted(cells: Cells) -> str:
+    """The label as a word of the instruction. Raises Unusable for a number: what it stands for is not known."""
+    label = written(cells.get("label"))
+    if is_number(label):
+        raise Unusable("the label is a number, expected a word such as positive")
+    return SPOKEN.get(label, text_in(cells, "label").lower())

@@ -59,6 +59,8 @@ def run(options: argparse.Namespace, others: Mapping[str, Any]) -> Any:
         except LoraLabError as error:  # the others may work all the same
             failed[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
+    if len(failed) == len(names):
+        raise LoraLabError(f"no method could do it: {'; '.join(f'{name}: {reason}' for name, reason in failed.items())}")
     return table(study, [name for name in names if name not in failed]), failed
 
 
@@ -79,7 +81,8 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
 
     _check(options)
     precision = precision_of(options)
-    training = {"epochs": options.epochs or 2.0, "max_steps": options.max_steps, "micro_batch_size": options.micro_batch_size or 8}
+    epochs = 2.0 if options.epochs is None else options.epochs
+    training = {"epochs": epochs, "max_steps": options.max_steps, "micro_batch_size": options.micro_batch_size or 8}
     TrainConfig.of({**training, "precision": precision})  # what makes no sense is told before anything is read
     parts: dict[str, Any] = {"parts": {"test": options.test_data}} if options.test_data else {}
     material, words = gathered(options, **parts)
@@ -103,9 +106,11 @@ def _check(options: argparse.Namespace) -> None:
             raise LoraLabError(f"--methods needs --{name}")
     if options.adapter or options.prompt or options.raw:
         raise LoraLabError("--methods compares ways to learn a task; --adapter, --prompt and --raw are for texts of adapters that have learned one")
-    for name in ("rows", "sweep_rows", "held_out_rows", "rank", "num_virtual_tokens"):
+    for name in ("rows", "sweep_rows", "held_out_rows", "micro_batch_size", "max_length", "rank", "num_virtual_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise LoraLabError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if options.no_forgetting and options.forgetting_data:
+        raise LoraLabError(f"--no-forgetting with --forgetting-data {options.forgetting_data}: one of them")
     if any(count < 1 for count in options.shots or ()):
         raise LoraLabError(f"--shots {' '.join(map(str, options.shots))}: expected at least 1 of each class")
 

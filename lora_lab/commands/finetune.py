@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import memory_math
 
 from .shared import model_options, precision_of, story_of, targets_of
 from .subject import Subject, subject_of
-from .task_options import DATA, task_options
+from .task_options import DATA, columns_given, task_options
 
 # Options that are fields of TrainConfig, which has their defaults
 SETTINGS = (
@@ -102,10 +103,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _go_on(options: argparse.Namespace, subject: Subject) -> str:
+    """How to evaluate it: on the test rows, or, where --eval-data left none, on those."""
     if options.task is None:
         return ""
-    return f"; on rows that it has not seen:\n  python -m lora_lab evaluate --task {options.task} --model {options.model} --adapter {options.out} " \
-           f"--data {options.data}"
+    held, what = ["--data", options.data], "rows that it has not seen"
+    if options.eval_data and not subject.material.parts.get("test"):
+        held, what = ["--data", options.eval_data, "--split", "all"], "the held-out rows"
+    columns = [word for role, name in columns_given(options).items() for word in (f"--{role}-column", name)]
+    given = ["--task", options.task, "--model", options.model, "--adapter", options.out, *held, *columns]
+    return f"; on {what}:\n  python -m lora_lab evaluate {shlex.join(map(str, given))}"
 
 
 def _nothing(*_: Any) -> None:

@@ -67,7 +67,8 @@ class ZeroShot(Method):
     name, title, seeded = "zero-shot", "zero-shot", False
 
     def choices(self, bench: Workbench) -> list[Choice]:
-        return [{"words": way.words} for way in bench.reader.ways()]
+        words = [way.words for way in (bench.reader.way, *bench.reader.ways())]  # the first may be the user's own
+        return [{"words": each} for each in dict.fromkeys(words)]
 
     def teach(self, bench: Workbench, rows: Sequence[Row], choice: Choice, seed: int, measure: bool = False) -> Taught:
         return asked(bench, Way(choice["words"]), rows, measure)

@@ -46,8 +46,12 @@ class Study:
         method = self.methods[name]
         choice = self.chosen(method)
         self._check_read_once(method, choice)
-        for seed in self.seeds if method.seeded else self.seeds[:1]:
+        for seed in self.seeds_of(method):
             self.once(method, self.setting(method, "test", choice, seed), measure=seed == self.seeds[0])
+
+    def seeds_of(self, method: Method) -> Sequence[int]:
+        """Of the test runs: each once, and one alone where no seed changes anything."""
+        return list(dict.fromkeys(self.seeds))[: None if method.seeded else 1]
 
     def chosen(self, method: Method) -> Choice:
         choices = method.choices(self.bench)
@@ -108,6 +112,7 @@ class Study:
         each = (time.perf_counter() - started) / len(rows)
         return {"test": scores, "seconds_per_row": each, "trained": taught.trained, "file_bytes": taught.file_bytes, "seconds": taught.seconds,
                 "predicted_bytes": taught.memory.predicted, "measured_bytes": taught.memory.measured,
+                "elsewhere_of": None if elsewhere is None else elsewhere.name,
                 "elsewhere": None if elsewhere is None else self._forgot(taught, elsewhere)}  # fmt: skip
 
     def _forgot(self, taught: Taught, elsewhere: Elsewhere) -> list[float]:

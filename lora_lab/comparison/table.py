@@ -28,24 +28,31 @@ def table(study: Study, names: Sequence[str]) -> list[list[str]]:
     if without is not None:
         shown = [_share(measure, without[1][measure]) if measure in without[1] else "" for measure in measures]
         lines.append([without[0], *shown, *[""] * (len(heading) - 1 - len(measures))])
-    return [*lines, *(_line(study.methods[name], records, measures, elsewhere is not None) for name, records in tested.items())]
+    return [*lines, *(_line(study.methods[name], records, measures, elsewhere.name if elsewhere else None) for name, records in tested.items())]
 
 
 def tests_of(study: Study, method: Method) -> list[Record]:
     """The runs with the choice that the validation rows made."""
     choice = study.chosen(method)
-    settings = [study.setting(method, "test", choice, seed) for seed in study.seeds]
+    settings = [study.setting(method, "test", choice, seed) for seed in study.seeds_of(method)]
     return [study.results[setting] for setting in settings if setting in study.results]
 
 
-def _line(method: Method, records: Sequence[Record], measures: Sequence[str], elsewhere: bool) -> list[str]:
+def _line(method: Method, records: Sequence[Record], measures: Sequence[str], elsewhere: str | None) -> list[str]:
     first, rest = records[0], measures[1:]
     quality = spread_of(measures[0], [record["test"][measures[0]] for record in records])
     others = [_share(measure, statistics.mean(record["test"][measure] for record in records)) for measure in rest]
-    forgot = [f"{first['elsewhere'][0]:.4g} -> {statistics.mean(record['elsewhere'][1] for record in records):.4g}"] if elsewhere else []
+    forgot = [_forgot(records, elsewhere)] if elsewhere else []
     seconds, per_row = (statistics.mean(record[name] for record in records) for name in ("seconds", "seconds_per_row"))
     return [method.title, quality, *others, f"{first['trained']:,}", _mib(first["predicted_bytes"]), _mib(first["measured_bytes"]), f"{seconds:.0f}",
             f"{first['file_bytes']:,}", f"{1000 * per_row:.0f}", *forgot, _chosen(first["setting"]["choice"])]  # fmt: skip
+
+
+def _forgot(records: Sequence[Record], elsewhere: str) -> str:
+    """Before and after. Runs of an earlier command may have measured something else, or nothing."""
+    if any(record["elsewhere_of"] != elsewhere for record in records):
+        return "not measured"
+    return f"{records[0]['elsewhere'][0]:.4g} -> {statistics.mean(record['elsewhere'][1] for record in records):.4g}"
 
 
 def spread_of(measure: str, values: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,11 +47,12 @@ class Workbench:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """What a result depends on, whatever the method; the rows by a digest of them."""
+        """What a result depends on, whatever the method; the rows by a digest of all that they say, the answers, too."""
         material, reading = self.material, self.reader.reading
         rows = {part: len(table) for part, table in material.parts.items()}
-        texts = [material.assignment.key(row) for table in material.parts.values() for row in table]
-        return {"task": material.assignment.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16],
+        texts = [json.dumps(row, sort_keys=True) for table in material.parts.values() for row in table]
+        classes = None if material.classes is None else list(material.classes.names)
+        return {"task": material.assignment.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16], "classes": classes,
                 "words": self.reader.way.words, "training": {**self.training}, "precision": self.precision, "generation": {**reading.generation},
                 "rank": self.rank, "target_modules": self.target_modules, "num_virtual_tokens": self.num_virtual_tokens}  # fmt: skip
 

@@ -69,7 +69,7 @@ def load(name_or_path: str | Path) -> tuple[Rows, Rows | None]:
     path = Path(name_or_path)
     if not path.is_file():
         raise LoraLabError(f"no data at {str(path)!r}: expected a .json or .jsonl file, or one of {list(BUNDLED)}{did_you_mean(path, BUNDLED)}")
-    if path.suffix in TABLES:
+    if path.suffix.lower() in TABLES:
         raise LoraLabError(f"{path} is a table: its columns are found for a task, --task sentiment, summarization, instruction or reviews "
                            "(lora_lab.assignments.gather)")  # fmt: skip
     return read(path), None
@@ -133,6 +133,8 @@ def _parsed(text: str, path: Any, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        if text.strip() == "{":
+            raise LoraLabError(f"{path}, line {line}: not JSON of a line, the object goes on below: expected an array, or an object a line") from None
         raise LoraLabError(f"{path}, line {line + error.lineno - 1}, column {error.colno}: not JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets nested as deep
         raise LoraLabError(f"{path}, line {line}: JSON that cannot be read ({error})") from None

@@ -6,7 +6,7 @@
     .json, .jsonl  objects, in an array or one a line
 
 The first row is the columns' names, unless a cell of it is a number, empty, long, there twice, or one of the few values of its column: then the
-columns are called column 1, column 2, ... (The first cell alone may be empty: so pandas writes its row numbers.)
+columns are called column 1, column 2, ... (The first cell may be empty, as pandas writes its row numbers, and the last ones, as spreadsheets do.)
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ class Table(Rows):
 
 def read_table(path: Path) -> Table:
     """The rows of one file, a dict of cells each. Raises LoraLabError, with file and line, for what cannot be read, and for no rows."""
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         raise LoraLabError(f"{path}: {PARQUET.format(path.name, path.stem + '.jsonl')}")
-    if path.suffix not in SUFFIXES:
+    if suffix not in SUFFIXES:
         raise LoraLabError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
-    rows = [*(_objects(path) if path.suffix in (".json", ".jsonl") else _named([*_fields(path)], path))]
+    rows = [*(_objects(path) if suffix in (".json", ".jsonl") else _named([*_fields(path, suffix)], path))]
     if not rows:
         raise LoraLabError(f"{path} holds no rows")
     return Table([row for _, row in rows], [(str(path), line) for line, _ in rows])
@@ -85,12 +86,12 @@ def _objects(path: Path) -> Iterator[tuple[int, Row]]:
 # Fields -----------------------------------------------------------------------------------------------------------------------
 
 
-def _fields(path: Path) -> Iterator[Numbered]:
+def _fields(path: Path, suffix: str) -> Iterator[Numbered]:
     """The fields of each row; all rows have as many."""
     lines = [*text_lines(path)]
-    if path.suffix == ".csv":
+    if suffix == ".csv":
         return _checked(_quoted(lines, path, _delimiter(lines, path)), path)
-    if path.suffix == ".txt" and not any("\t" in line for line in lines):
+    if suffix == ".txt" and not any("\t" in line for line in lines):
         return iter([(1, ["text"]), *((number, [line.strip()]) for number, line in enumerate(lines, start=1) if line.strip())])
     plain = [(number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(lines, start=1) if line.strip()]
     if len({len(fields) for _, fields in plain}) == 1:
@@ -105,14 +106,19 @@ def _delimiter(lines: Sequence[str], path: Path) -> str:
 
 
 def _quoted(lines: Sequence[str], path: Path, delimiter: str) -> Iterator[Numbered]:
-    reader, begins = csv.reader(lines, delimiter=delimiter, strict=True), 1
+    """Without lines that are blank. A text may be as long as the file: the parser's own limit is 128 KiB."""
+    reader, begins, rows = csv.reader(lines, delimiter=delimiter, strict=True), 1, list[Numbered]()
+    limit = csv.field_size_limit(max(csv.field_size_limit(), sum(map(len, lines))))
     try:
         for fields in reader:
-            if fields:
-                yield begins, fields
+            if len(fields) > 1 or "".join(fields).strip():
+                rows.append((begins, fields))
             begins = reader.line_num + 1
     except csv.Error as error:
         raise LoraLabError(f"{path}, line {begins}: {error} (a text with a quotation mark stands in quotation marks, the inner ones twice)") from None
+    finally:
+        csv.field_size_limit(limit)
+    return iter(rows)
 
 
 def _unquoted(rows: list[Numbered]) -> list[Numbered]:
@@ -140,12 +146,22 @@ def _named(rows: list[Numbered], path: Path) -> Iterator[tuple[int, Row]]:
     if not rows:
         return
     first, rest = [cell.strip() for cell in rows[0][1]], rows[1:]
-    first[0] = first[0] or "column 1"
+    first = [cell or f"column {number}" if number in (1, *_last_empty(first)) else cell for number, cell in enumerate(first, start=1)]
     if not _is_header(first, [fields for _, fields in rest]):
         first, rest = [f"column {number}" for number in range(1, len(first) + 1)], rows
     names = [sys.intern(name) for name in first]
     for line, fields in rest:
         yield line, dict(zip(names, fields, strict=True))
+
+
+def _last_empty(cells: list[str]) -> range:
+    """The numbers of the empty cells that end a row, the first being 1.
+
+    >>> list(_last_empty(["text", "", "label", "", ""]))
+    [4, 5]
+    """
+    filled = max((number for number, cell in enumerate(cells, start=1) if cell), default=0)
+    return range(filled + 1, len(cells) + 1)
 
 
 def _is_header(first: list[str], rest: list[list[str]]) -> bool:

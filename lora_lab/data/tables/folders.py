@@ -43,7 +43,7 @@ def read_parts(source: str | Path) -> Parts:
         return {ALL: read_lines(path, label=path.suffix[1:]) if path.suffix[1:] in LABELS else read_table(path)}
     if path.is_dir():
         return _folder(path)
-    if HUB_ID.fullmatch(name) and path.suffix not in (*SUFFIXES, ".parquet") and not name.startswith("."):
+    if HUB_ID.fullmatch(name) and path.suffix.lower() not in (*SUFFIXES, ".parquet") and not name.startswith("."):
         return _folder(_from_hub(name))
     raise LoraLabError(f"no data at {name!r}: expected one of {[*BUNDLED]}, a file that ends in {', '.join(SUFFIXES)}, a folder with such files, or "
                        f"a hub data set 'owner/name'{did_you_mean(name, [*BUNDLED])}")  # fmt: skip
@@ -67,7 +67,7 @@ def _bundled(file: str) -> Table:
 
 def _folder(folder: Path) -> Parts:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path, folder)]
-    tables = [path for path in files if path.suffix in ROWS and not ABOUT.fullmatch(path.name)]
+    tables = [path for path in files if path.suffix.lower() in ROWS and not ABOUT.fullmatch(path.name)]
     if tables:
         return _by_part(tables, folder)
     if labelled := [path for path in files if path.suffix[1:] in LABELS]:

@@ -54,6 +54,16 @@ def test_the_parts_that_a_source_has_stay_as_they_are(tmp_path):
     assert material.dropped["in the train rows, and held back, too"] == 4 and len(material.validation) + len(material.train) == 36
 
 
+def test_a_test_without_a_column_of_labels_is_none(tmp_path):
+    """GLUE's SST-2: test.tsv has index and sentence, and the labels are kept secret."""
+    lines = [f"text {number}\t{number % 2}" for number in range(40)]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(lines[:30]), encoding="utf-8")
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\n" + "\n".join(lines[30:]), encoding="utf-8")
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tsecret\n1\thidden\n", encoding="utf-8")
+    material = gather("sentiment", tmp_path)
+    assert len(material.test) == 10 and material.dropped["no label"] == 2 and "the validation rows are it" in "".join(material.notes)
+
+
 def test_a_source_for_one_part_and_no_parts_at_all(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", distinct(30))
     other = jsonl(tmp_path / "b.jsonl", [{"text": "other", "label": 1}, {"text": "more", "label": 0}])
@@ -98,11 +108,43 @@ def test_chats_of_both_kinds_become_messages(tmp_path, turns):
     assert sum(material.dropped.values()) == 3 and "no chat of user and assistant" in material.dropped
 
 
-def test_reviews_become_instructions(tmp_path):
-    rows = [{"product": "A lamp", "review": "Bright.", "sentiment": "Positive"}]
+def test_chats_with_one_system_message_are_divided_by_their_questions(tmp_path):
+    """Else all of them would be the same text, and none left for training."""
+    rows = [{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Question {number // 2}"},
+                          {"role": "assistant", "content": f"Answer {number}"}]} for number in range(40)]  # fmt: skip
+    material = gather("instruction", jsonl(tmp_path / "a.jsonl", rows))
+    asked = [{row["messages"][1]["content"] for row in material.part(part)} for part in PARTS]
+    assert sum(map(len, asked)) == 20 == len(set.union(*asked)) and len(material.train) >= 30
+
+
+def test_half_a_character_is_no_text(tmp_path):
+    """JSON can spell half of a surrogate pair, and no tokenizer takes it."""
+    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", [*distinct(20), {"text": "half \ud83d", "label": 1}]), wanted=())
+    assert material.dropped == {"the text holds half of a character": 1} and len(material.part("all")) == 20
+
+
+def test_a_part_that_was_dropped_says_why(tmp_path):
+    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct(20)))
+    model, tokenizer = decoder()
+    nothing = material.within(material.reader(model, tokenizer), model, 5)
+    with pytest.raises(LoraLabError, match=r"no train rows \(it has: none; dropped: 16 longer than 5 tokens \(train\)"):
+        nothing.part("train")
+
+
+@pytest.mark.parametrize(("label", "word"), [("Positive", "positive"), ("neg", "negative"), ("Mixed", "mixed")])
+def test_reviews_become_instructions(tmp_path, label, word):
+    rows = [{"product": "A lamp", "review": "Bright.", "sentiment": label}]
     material = gather("reviews", table(tmp_path / "r.csv", rows), wanted=())
-    instruction = "Write a positive review of the following product."
+    instruction = f"Write a {word} review of the following product."
     assert list(material.part("all")) == [{"instruction": instruction, "input": "A lamp", "output": "Bright."}]
+
+
+@pytest.mark.parametrize("write", [table, jsonl])
+def test_no_review_is_asked_for_by_a_number(tmp_path, write):
+    """"Write a 5 review" is no instruction, whether the file is CSV or JSON."""
+    path = write(tmp_path / ("r.csv" if write is table else "r.jsonl"), [{"product": "A lamp", "review": "Bright.", "rating": 5}])
+    with pytest.raises(LoraLabError, match="1 the label is a number, expected a word such as positive"):
+        gather("reviews", path)
 
 
 def test_rows_of_another_task_are_recognised(tmp_path):

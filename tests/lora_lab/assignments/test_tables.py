@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -74,7 +75,22 @@ def test_json_arrays_and_lines_are_tables_too(tmp_path):
         assert list(read) == rows and read.columns == ["Review Text", "n", "more"]
 
 
+def test_empty_cells_that_end_the_first_row_are_columns_without_a_name(tmp_path):
+    """As spreadsheets leave them; the header taken for a row would be a class of its own."""
+    rows = read_table(written(tmp_path, "t.csv", "text,label,,\nOne,pos,,\nTwo,neg,x,\n"))
+    assert rows.columns == ["text", "label", "column 3", "column 4"] and len(rows) == 2
+    assert len(read_table(written(tmp_path, "t.csv", "One,pos,\nTwo,neg,\nThree,pos,\n"))) == 3
+
+
+def test_blank_lines_long_texts_and_capital_endings_are_read(tmp_path):
+    """The csv module's own limit is 131,072 characters, and is as it was afterwards."""
+    limit, long = csv.field_size_limit(), "x" * 200_000
+    assert cells(tmp_path, "T.CSV", f"text,label\n\n   \n{long},1\nTwo,0\n") == [[long, "1"], ["Two", "0"]]
+    assert csv.field_size_limit() == limit
+
+
 BROKEN = {
+    "an object over several lines": ("t.json", '{\n "data": []\n}\n', "t.json, line 1: not JSON of a line.*expected an array"),
     "a field too many": ("t.csv", "text,label\na,1\nb,c,0\n", "t.csv, line 3: 3 fields, the first row has 2"),
     "an open quotation mark": ("t.csv", 'text,label\n"a,1\nb,0\n', "t.csv, line 2: .*stands in quotation marks"),
     "ragged tabs": ("t.tsv", "text\tlabel\na\t1\nb\n", "t.tsv, line 3: 1 fields"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from command_line import Folder, check_refusal, run
 from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinions, saved, t5, table
 
 import lora_lab
+import lora_lab.__main__
 from lora_lab.assignments import gather
 from lora_lab.assignments.record import RECORD
 
@@ -105,6 +107,18 @@ def test_held_out_rows_of_their_own_are_watched_and_no_row_is_held_back(shop, ca
     printed = capsys.readouterr().out
     assert re.search(r"^  train       40 rows", printed, re.MULTILINE) and re.search(r"^  validation  2 rows", printed, re.MULTILINE)
     assert shop.evaluate(data=other, split="all", **{"label-column": "Stars"}) == 0 and "all rows: 2" in capsys.readouterr().out
+
+
+def test_the_command_that_evaluates_is_told_with_rows_that_were_not_trained_on(shop, capsys):
+    """With --eval-data all rows of --data are trained on, so a tenth of them would be no test. The command runs as it is told."""
+    rows = [{"Review Text": f"fine cat {number}", "Stars": ("fine", "poor")[number % 2]} for number in range(4)]
+    other = jsonl(shop.folder / "held out.jsonl", rows)
+    for given, data in (({"eval-data": other}, f"--data '{other}' --split all"), ({}, f"--data {shop.table}")):
+        assert shop.finetune(**{"label-column": "Stars", **given}) == 0
+        command = capsys.readouterr().out.splitlines()[-1]
+        assert command.endswith(f"{data} --label-column Stars")
+        assert lora_lab.__main__.main([*shlex.split(command)[3:], "--precision", "fp32"]) == 0
+        capsys.readouterr()
 
 
 def test_the_words_that_are_asked_in_can_be_chosen_and_are_remembered(shop, capsys):

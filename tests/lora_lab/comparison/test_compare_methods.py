@@ -68,6 +68,8 @@ def test_a_method_that_cannot_do_it_does_not_keep_the_others_from_it(shop, capsy
     assert shop.compare(model=shop.folder / "short", methods="few-shot,zero-shot", **{"no-forgetting": True, "forgetting-data": None}) == 0
     printed = capsys.readouterr().out
     assert "\nzero-shot " in printed and re.search(r"^few-shot: .*the model's context is 64", printed, re.MULTILINE)
+    code = shop.compare(model=shop.folder / "short", methods="few-shot", **{"no-forgetting": True, "forgetting-data": None})
+    check_refusal(code, capsys, "no method could do it: few-shot: .*the model's context is 64")
 
 
 def test_an_encoder_is_compared_by_its_head(shop, capsys):
@@ -81,7 +83,9 @@ BAD = {
     "unknown method": ({"methods": "lora,qlora"}, "'qlora' is none of zero-shot, few-shot, lora, full, prompt.*did you mean 'lora'"),
     "no task": ({"task": None}, "--methods needs --task"), "no data": ({"data": None}, "--methods needs --data"),
     "an adapter": ({"adapter": "x"}, "--methods compares ways to learn a task"), "no rows": ({"rows": 0}, "--rows 0: expected at least 1"),
-    "no shots": ({"shots": [0]}, "--shots 0"), "another table": ({"out": "t.html"}, "a file that ends in .md"),
+    "no shots": ({"shots": [0]}, "--shots 0"),
+    "no passes": ({"epochs": 0, "max-steps": None}, "epochs=0"), "no batch": ({"micro-batch-size": 0}, "--micro-batch-size 0"),
+    "another table": ({"out": "t.html"}, "a file that ends in .md"), "nothing elsewhere": ({"no-forgetting": True}, "--no-forgetting with --forget"),
     "no steps": ({"max-steps": 0}, "max_steps=0"), "rows without methods": ({"methods": None}, "--data needs --methods"),
     "nothing to do": ({"methods": None, "task": None, "data": None, **dict.fromkeys(SHORT), "forgetting-data": None}, "needs --adapter and --prompt"),
 }  # fmt: skip

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from task_tools import decoder, workbench
+from task_tools import decoder, opinions, workbench
 
 from lora_lab import LoraLabError
 from lora_lab.assignments.base import spread
-from lora_lab.comparison import Results, Study, table
+from lora_lab.comparison import Elsewhere, Results, Study, table
 from lora_lab.comparison.methods import Method, Taught
 from lora_lab.comparison.table import markdown, text
 from lora_lab.training.guards import Diverged
@@ -64,6 +64,33 @@ def test_a_method_that_no_seed_changes_is_tested_once(study):
     study.methods = {"says": Says([0.2, 0.7], seeded=False)}
     study.run("says")
     assert [entry[2] for entry in study.read if entry[0] == "test"] == [0] and table(study, ["says"])[2][1] == "70.0"
+
+
+def test_a_seed_that_is_given_twice_counts_once(study):
+    study.seeds = (1, 1, 0)
+    study.run("says")
+    assert [entry[2] for entry in study.read if entry[0] == "test"] == [1, 0] and table(study, ["says"])[2][1].endswith("(2)")
+
+
+def test_runs_of_other_answers_or_class_names_are_other_runs(tmp_path):
+    """A results file that outlives a correction of the labels must not answer for them."""
+    right = opinions(60)
+    made = [workbench(tmp_path / str(number), rows=rows).facts for number, rows in
+            enumerate((right, right, [{**row, "label": 1 - row["label"]} for row in right],
+                       [{**row, "label": ("bad", "good")[row["label"]]} for row in right],
+                       [{**row, "label": ("dull", "fine")[row["label"]]} for row in right]))]  # fmt: skip
+    known = [{**facts, "source": "", "rows": None} for facts in made]
+    assert known[0] == known[1] == known[3] and known[0]["digest"] != known[2]["digest"] and known[0]["classes"] != known[4]["classes"]
+
+
+def test_what_was_not_measured_elsewhere_then_is_said(study):
+    """Runs of a command with --no-forgetting, or with other --forgetting-data, have no number for this column."""
+    study.run("says")
+    study.bench.elsewhere = Elsewhere("perplexity, other", lambda model: 1.5)
+    assert table(study, ["says"])[2][-2] == "not measured"
+    study.bench.source, study.results = lambda dtype: None, Results()
+    study.run("says")
+    assert table(study, ["says"])[2][-2] == "1.5 -> 1.5"
 
 
 def test_a_lower_loss_is_better(study, monkeypatch):

@@ -42,6 +42,15 @@ def test_every_method_does_the_task_with_every_kind_of_model(tmp_path, kind):
     assert int(lines["full fine-tuning"]["bytes per task"].replace(",", "")) > int(lines["LoRA"]["bytes per task"].replace(",", "")) > 0
 
 
+def test_an_untaught_model_is_asked_in_the_users_own_words_too(tmp_path):
+    """--template is a way like the others."""
+    bench = workbench(tmp_path)
+    usual = [{"words": way.words} for way in bench.reader.ways()]
+    assert METHODS["zero-shot"].choices(bench) == usual
+    bench.reader.ask_in("{text} Verdict:")
+    assert METHODS["zero-shot"].choices(bench) == [{"words": "{text} Verdict:"}, *usual]
+
+
 class FewChoices(Method):
     """A method with the first of its choices."""
 
