@@ -211,8 +211,8 @@ def a8() -> Rows:
     )  # fmt: skip
     rows.not_measured(
         "prompt formats of these models",
-        "Alpaca's form and chat templates are shown by tests/lora_lab/data/test_templates.py. The others are for the course's notebook on "
-        "instruction tuning, which is not written yet.",
+        "Alpaca's form and chat templates are shown by tests/lora_lab/data/test_templates.py. The others are in notebook 07 "
+        "of the course.",
     )  # fmt: skip
     return rows
 

@@ -1,6 +1,6 @@
 """Rows A9 to A23 of "Instruction Finetuning": fine-tuning for a use case, LoRA, prompt tuning, and what each option costs.
 
-What only a measurement can show is here without a number of ours; the reason names the test that shows it, or the part of the course that will.
+What only a measurement can show is here without a number of ours; the reason names the test or the notebook of the course that shows it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from .sizes import lora_elements, lora_parameters, prompt_parameters
 ATTENTION = "attention"
 
 
-def later(topic: str) -> str:
-    return f"A measurement, for the course's notebook on {topic}, which is not written yet."
+def measured_in(notebook: str) -> str:
+    """notebook: its number in the course."""
+    return f"A measurement, made in notebook {notebook} of the course."
 
 
 def a9() -> Rows:
     rows = Rows("A9", LECTURE)
-    rows.not_measured("tuning on one task raises it and can lower others (catastrophic forgetting)", later("sentiment analysis"))
+    rows.not_measured("tuning on one task raises it and can lower others (catastrophic forgetting)", measured_in("05"))
     return rows
 
 
@@ -54,13 +55,13 @@ def a10() -> Rows:
     rows.words("larger prompts make inference", "slower", slower, why)
     why = f"Requests after which tuning on 1,000 examples has cost no more than the examples in every prompt ({sizes})."
     rows.unstated("break-even of a tuned model", asked.break_even_requests or 0, "requests", why)
-    rows.not_measured("prefill time and cost per request on a small model", later("sentiment analysis"))
+    rows.not_measured("prefill time and cost per request on a small model", measured_in("08"))
     return rows
 
 
 def a11() -> Rows:
     rows = Rows("A11", LECTURE)
-    rows.not_measured("in-context learning may not work for smaller models", later("sentiment analysis"))
+    rows.not_measured("in-context learning may not work for smaller models", measured_in("08"))
     return rows
 
 
@@ -68,10 +69,10 @@ def a12() -> Rows:
     rows = Rows("A12", LECTURE)
     trained = predict("llama-2-7b", sequence_length=1).trained
     rows.number("parameters updated", "7", trained / 1e9, "billion", f"Full fine-tuning of Llama-2-7B trains all {trained:,}.")
-    rows.not_measured("500 examples are enough for a task", later("sentiment analysis"), stated="500", unit="examples")
-    rows.not_measured("1,000 examples are enough for a task", later("sentiment analysis"), stated="1,000", unit="examples")
+    rows.not_measured("500 examples are enough for a task", measured_in("05"), stated="500", unit="examples")
+    rows.not_measured("1,000 examples are enough for a task", measured_in("05"), stated="1,000", unit="examples")
     rows.not_measured("the loss is cross-entropy, over labelled tokens", "Shown by tests/lora_lab/training/test_fit.py.")
-    rows.not_measured("overfitting, and hyper-parameters that are hard to find", later("sentiment analysis"))
+    rows.not_measured("overfitting, and hyper-parameters that are hard to find", measured_in("05"))
     return rows
 
 
@@ -89,7 +90,7 @@ def a13() -> Rows:
     why = "4ND instead of 6ND: the weights' gradients are saved, the passes are not. Memory is where the difference is."
     rows.words("PEFT's compute", "less", "less" if ratio < 1 else "no less", f"{ratio:.2f} of full fine-tuning: {why}")
     rows.not_measured("frozen weights stay what they were", "Shown bit for bit by tests/lora_lab/training/test_precision.py.")
-    rows.not_measured("less prone to forgetting", later("sentiment analysis"))
+    rows.not_measured("less prone to forgetting", measured_in("05"))
     return rows
 
 
@@ -145,8 +146,8 @@ def a17() -> Rows:
 
 def a18() -> Rows:
     rows = Rows("A18", LECTURE)
-    rows.not_measured("prompt tuning reaches model tuning as size grows, and beats prompt design", later("choices and claims"))
-    rows.not_measured("mean and standard deviation of 3 runs", later("sentiment analysis"), stated="3", unit="runs")
+    rows.not_measured("prompt tuning reaches model tuning as size grows, and beats prompt design", measured_in("08"))
+    rows.not_measured("mean and standard deviation of 3 runs", measured_in("08"), stated="3", unit="runs")
     layers = architecture_of("smollm2-135m").layers
     rows.number("blocks of the uncut SmolLM2-135M", "30", layers, "", "The sizes compared here are this model cut to 10, 20 and 30 blocks.")
     return rows
@@ -154,29 +155,28 @@ def a18() -> Rows:
 
 def a19() -> Rows:
     rows = Rows("A19", LECTURE)
-    rows.not_measured("start from an instruction model", later("choices and claims"))
-    rows.not_measured("prefer PEFT to full fine-tuning", later("sentiment analysis"))
-    rows.not_measured("quality of data beats quantity", later("instruction tuning"))
+    rows.not_measured("start from an instruction model", "Notebook 08 of the course says why it is not: our model's base is not in the repository.")
+    rows.not_measured("prefer PEFT to full fine-tuning", measured_in("08"))
+    rows.not_measured("quality of data beats quantity", measured_in("07"))
     return rows
 
 
 def a20() -> Rows:
     rows = Rows("A20", LECTURE)
-    for task, topic in (("sentiment analysis as text classification", "sentiment analysis"), ("dialogue summarisation", "dialogue summarisation"),
-                        ("training Alpaca or Dolly", "instruction tuning")):  # fmt: skip
-        rows.not_measured(task, later(topic))
+    for task, notebook in (("sentiment analysis as text classification", "05"), ("dialogue summarisation", "06"), ("training Alpaca or Dolly", "07")):
+        rows.not_measured(task, measured_in(notebook))
     return rows
 
 
 def a21() -> Rows:
     rows = Rows("A21", LECTURE)
-    rows.not_measured("instruction tuning on many tasks from a base model", later("instruction tuning"))
+    rows.not_measured("instruction tuning on many tasks from a base model", measured_in("07"))
     return rows
 
 
 def a22() -> Rows:
     rows = Rows("A22", LECTURE)
-    rows.not_measured("models that imitate copy the style and not the substance", later("instruction tuning"))
+    rows.not_measured("models that imitate copy the style and not the substance", measured_in("07"))
     return rows
 
 
@@ -186,16 +186,17 @@ def a23() -> Rows:
     many = _run("falcon-40b", 50_000 * TOKENS_PER_PAIR * EPOCHS, "full")
     scratch = training_time("llama-2-70b", 2e12, gpus=2048, tokens_per_gpu_second=2e12 / (1_720_320 * 3600), price=PRICE)
     how = f"{TOKENS_PER_PAIR} tokens an example, {EPOCHS} epochs, {MFU:.0%} of an A100's peak, ${PRICE.dollars_per_hour:g} an hour"
-    rows.not_measured("labelled examples for PEFT, at least", later("sentiment analysis"), stated="100", unit="examples")
-    rows.not_measured("labelled examples for PEFT, at most", later("sentiment analysis"), stated="1,000", unit="examples")
-    rows.not_measured("labelled examples for instruction tuning", later("instruction tuning"), stated="50,000", unit="examples")
+    rows.not_measured("labelled examples for PEFT, at least", measured_in("05"), stated="100", unit="examples")
+    rows.not_measured("labelled examples for PEFT, at most", measured_in("05"), stated="1,000", unit="examples")
+    rows.not_measured("labelled examples for instruction tuning", "A judgement; notebook 08 of the course, the decision guide, has it as stated.",
+                      stated="50,000", unit="examples")  # fmt: skip
     rows.unstated("PEFT over Falcon-40B on 1,000 examples", few.dollars or 0.0, "dollars", f"LoRA: {how}.")
     rows.unstated("instruction tuning Falcon-40B on 50,000 examples", many.dollars or 0.0, "dollars", f"All weights: {how}.")
     rows.unstated("pre-training a model of 70B", scratch.dollars or 0.0, "dollars", "Llama-2-70B's published 1,720,320 GPU-hours at the same price.")
     costs = {"PEFT": few.dollars or 0.0, "instruction tuning": many.dollars or 0.0, "pre-training": scratch.dollars or 0.0}
     why = "By the dollars of the three rows above."
     rows.words("from low to very high cost", "PEFT, instruction tuning, pre-training", ", ".join(sorted(costs, key=costs.__getitem__)), why)
-    rows.not_measured("accuracy, privacy, customisation, skills", "Judgements, for the decision guide of the course, which is not written yet.")
+    rows.not_measured("accuracy, privacy, customisation, skills", "Judgements; notebook 08 of the course, the decision guide, has them as stated.")
     return rows
 
 

@@ -44,7 +44,7 @@ def b2() -> Rows:
     )
     rows.not_measured(
         "reviews read like marketing copy before tuning, like a customer after",
-        "Shown by tests/real/test_demo_quick.py: the demonstration's texts before and after; figures are for the course's first notebook.",
+        "Shown by tests/real/test_demo_quick.py: the demonstration's texts before and after; figures are in notebook 00 of the course.",
     )  # fmt: skip
     rows.not_measured(
         "'write a horrible review', an instruction that was never trained", "tests/lora_lab/data/test_bundled_reviews.py: it is in no row."
@@ -135,8 +135,8 @@ def b6() -> Rows:
     full = training_time(MODEL, pairs * length, gpus=7, tokens_per_gpu_second=SPEED)
     rows.not_measured("pairs of Alpaca's data", "A count of the data set.", stated="50,000", unit="pairs")
     rows.not_measured(
-        "tokens of each pair", "4,096 is Llama 2's window, the most that a pair could have, and not its length. The real count of such rows is "
-        "for the course's notebook on instruction tuning, which is not written yet.", stated="4,096", unit="tokens",
+        "tokens of each pair", "4,096 is Llama 2's window, the most that a pair could have, not its length; notebook 01 of the course counts it.",
+        stated="4,096", unit="tokens",
     )  # fmt: skip
     rows.number("all of them, if each fills the window", "200", full.tokens / 1e6, "million tokens", "50,000 x 4,096.")
     rows.number(

@@ -13,7 +13,7 @@ from ..architectures import architecture_of
 from ..footprint import Footprint, predict
 from ..optimizers import Shape, state_bytes
 from ..precision import precision_of
-from .lecture_a_use import later
+from .lecture_a_use import measured_in
 from .lecture_b import GPU, LECTURE, MODEL, SLIDE_PARAMETERS
 from .rows import Rows
 
@@ -132,7 +132,7 @@ def b9() -> Rows:
 
 def b10() -> Rows:
     rows = Rows("B10", LECTURE)
-    rows.not_measured("the change of the weights is small and can be forced to low rank", later("LoRA by hand (spectra of updates)"))
+    rows.not_measured("the change of the weights is small and can be forced to low rank", measured_in("02"))
     return rows
 
 
@@ -146,7 +146,7 @@ def b11() -> Rows:
 
 def b12() -> Rows:
     rows = Rows("B12", LECTURE)
-    rows.not_measured("the effort-benefit curve of adaptation depends on the size of the base model", later("choices and claims"))
+    rows.not_measured("the effort-benefit curve of adaptation depends on the size of the base model", measured_in("08"))
     return rows
 
 
