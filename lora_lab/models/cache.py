@@ -21,7 +21,7 @@ class LayerCache:
         start, self.length = self.length, self.length + keys.shape[2]
         self.keys = self._write(self.keys, keys, start)
         self.values = self._write(self.values, values, start)
-        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def _write(self, buffer: Tensor | None, new: Tensor, start: int) -> Tensor:
         if buffer is None:
