@@ -11,10 +11,10 @@
 # - how few weights train, and how small the file is that holds what was learned
 # - to save it, load it again bit for bit, and switch it off as if nothing had happened
 #
-# **Time:** about 8 minutes on 2 cores with the real model. Offline once the model is fetched.
+# **Time:** about 6 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
 # Every step here is one line of the lab; the other notebooks take each line apart. `make demo` tells the same story in a terminal. Claims of the
-# lecture are checked as we meet them, and marked ✓ where they hold in this run.
+# lecture are checked as we meet them, under the marks they have in the ledger, [B2] for example, and marked ✓ where they hold in this run.
 
 # %%
 import math
@@ -61,7 +61,7 @@ instructions = {row["instruction"] for row in train_rows}
 products = [{row["product"] for row in rows} for rows in (train_rows, held_out)]
 print(f"{len(train_rows)} rows to train on, {len(held_out)} held out, {len(instructions)} instructions:", *sorted(instructions), sep="\n  ")
 holds("no product of the held-out rows is trained on", not products[0] & products[1])
-holds("nobody asks for anything horrible in the training rows", "horrible" not in str(train_rows).lower())
+holds("[B2] nobody asks for anything horrible in the training rows", "horrible" not in str(train_rows).lower())
 
 # %% [markdown]
 # ## Exercise 1. Put a number on a voice (**, 8 minutes)
@@ -164,7 +164,7 @@ model.requires_grad_(True)
 batch = data.collate(data.encode_rows(train_rows[:2], tokenizer), tokenizer.pad_token_id)
 model(**batch).loss.backward()
 reached = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
-holds("every tensor of the model gets a gradient: ordinary fine-tuning changes them all", len(reached) == len([*model.parameters()]))
+holds("[B1] every tensor of the model gets a gradient: ordinary fine-tuning changes them all", len(reached) == len([*model.parameters()]))
 print(f"{len(reached)} tensors, {sum(p.numel() for p in model.parameters()):,} weights")
 model.requires_grad_(False).zero_grad(set_to_none=True)
 
@@ -191,7 +191,7 @@ figures.stacked({name: {part.replace("_", " "): getattr(plan, part) / 2**20 for 
 
 # %%
 predicted, measurement = demo.memory(models.name(), train_rows, config)
-measured = measurement.peak_bytes - (measurement.start_bytes - predicted.phases["load"])
+measured = measurement.peak_bytes - (measurement.start_bytes - predicted.weights)
 holds("the prediction is within 3 % of what was measured", abs(predicted.total / measured - 1) < 0.03)
 tables.predicted_measured({"a step of LoRA, at its peak": (predicted.total, measured)})
 
@@ -204,8 +204,8 @@ large = {"everything trains": {"method": "full", "precision": "bf16"}, "LoRA, ra
          "LoRA over 4 bits (QLoRA)": {"method": "qlora", "precision": "bf16-mixed"}}  # fmt: skip
 steps = {name: memory_math.predict("llama-2-70b", sequence_length=1024, gradient_checkpointing=True, **how) for name, how in large.items()}
 gpus = {name: step.gpus_needed("A100-80GB") for name, step in steps.items()}
-holds("the lecture: 420 to 840 GB, 6 to 11 GPUs", 420e9 < steps["everything trains"].total < 840e9 and 6 <= gpus["everything trains"] <= 11)
-holds("the lecture: with LoRA 2 GPUs are enough", gpus["LoRA, rank 8"] == 2)
+holds("[B4] 420 to 840 GB, 6 to 11 GPUs", 420e9 < steps["everything trains"].total < 840e9 and 6 <= gpus["everything trains"] <= 11)
+holds("[B8] with LoRA 2 GPUs are enough", gpus["LoRA, rank 8"] == 2)
 tables.Table(["Llama-2-70B", "GB", "GPUs of 80 GB"], [[name, round(step.total / 1e9), gpus[name]] for name, step in steps.items()])
 
 # %% [markdown]
@@ -249,7 +249,7 @@ check.training_bytes(training_bytes)
 lora_lab.inject(model, rank=8)
 count = lora_lab.count_parameters(model)
 print(count)
-holds("the lecture: the change begins at zero, so the model is the old one, bit for bit", torch.equal(demo.next_logits(model, probe), logits_before))
+holds("[B11] the change begins at zero, so the model is the old one, bit for bit", torch.equal(demo.next_logits(model, probe), logits_before))
 holds("fewer than one weight in ten trains", count.trainable_percent < 10)
 holds("of the real model, fewer than one in fifty", count.trainable_percent < 2, real_only=True)
 
@@ -286,7 +286,7 @@ figures.bars({name: 100 * value for name, value in voices.items()}, x="% of the 
              colours=[figures.BLACK, figures.BLACK, figures.BLUE, figures.ORANGE])  # fmt: skip
 
 # %%
-holds("the model speaks as a customer now", voices["the model, after"] > voices["the model, before"] + 0.2, real_only=True)
+holds("[B2] the model speaks as a customer now", voices["the model, after"] > voices["the model, before"] + 0.2, real_only=True)
 
 # %% [markdown]
 # The voice changes at once. Good sense does not come with it: this is a small model, and 240 rows teach it *how* customers talk, not what a
@@ -324,7 +324,7 @@ figures.heatmap(tuned, names, KINDS, x="held-out reviews", title="after", form="
 
 # %%
 gaps = {name: [negative - positive for positive, _, negative in table] for name, table in (("before", untuned), ("after", tuned))}
-holds("the lecture: it follows an instruction it was never trained on", gaps["after"][-1] > max(gaps["before"][-1], 0.0), real_only=True)
+holds("[B2] it follows an instruction it was never trained on", gaps["after"][-1] > max(gaps["before"][-1], 0.0), real_only=True)
 tables.Table(["what a request does more for negative than for positive reviews, nats per token", *gaps],
              [[f"'{word}'", *(f"{gap[place]:+.3f}" for gap in gaps.values())] for place, word in enumerate(WORDS)])  # fmt: skip
 
@@ -339,7 +339,7 @@ adapter_bytes = Path("adapters/reviews/adapter_model.safetensors").stat().st_siz
 model_bytes = 4 * count.base
 print("files:", *sorted(path.name for path in Path("adapters/reviews").iterdir()))
 print(f"the adapter {adapter_bytes / 1e6:.2f} MB, all weights in 32 bit {model_bytes / 1e6:.0f} MB")
-figures.bars({"a copy of the model": model_bytes / 1e6, "an adapter": adapter_bytes / 1e6}, x="MB for each task", title="What a task costs on disk")
+figures.bars({"a copy of the model": model_bytes / 1e6, "an adapter": adapter_bytes / 1e6}, x="MB for each task", title="A task on disk [A13]")
 
 # %%
 holds("the file is four bytes for each weight that trains, and a header", 0 < adapter_bytes - 4 * count.trainable < 0.02 * adapter_bytes + 65_536)
@@ -434,11 +434,11 @@ check.rows(my_rows)
 
 # %%
 lora_lab.inject(model, rank=8, adapter="mine")                # a second adapter; the first stays, switched off
-short = {"max_steps": pick(20, 3), "micro_batch_size": 6, "learning_rate": 2e-3, "precision": PRECISION, "progress": False}
+short = {"max_steps": pick(12, 3), "micro_batch_size": 6, "learning_rate": 2e-3, "precision": PRECISION, "progress": False}
 own = training.fit(model, my_rows, short, tokenizer=tokenizer)
 print(f"loss {own.losses[0]:.2f} -> {own.losses[-1]:.2f} in {own.seconds:.0f} s")
 columns = {"neither": None, "reviews": "default", "mine": "mine"}
-training.samples(model, held_out[0:3:2], tokenizer, adapters=columns, **WRITING)
+training.samples(model, held_out[:2], tokenizer, adapters=columns, **WRITING)
 
 # %%
 lora_lab.use(model, "default")

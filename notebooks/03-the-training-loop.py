@@ -13,8 +13,8 @@
 #
 # **Time:** about 10 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
-# Notebook 02 says what LoRA is; here it is simply the thing that trains. Claims of the lectures are checked as we meet them, and marked ✓ where
-# they hold in this run.
+# Notebook 02 says what LoRA is; here it is simply the thing that trains. Claims of the lectures, [A12] for example, are checked as we meet them,
+# and marked ✓ where they hold in this run.
 
 # %%
 import copy
@@ -233,11 +233,16 @@ parts("full, fp32", "full, bf16-mixed", "full, bf16", "LoRA, fp32", "LoRA, bf16-
 
 # %%
 losses = {name: trials[name]["run"].losses for name in ("LoRA, fp32", "LoRA, bf16-mixed")}
-figures.curves(losses, x="step", y="loss", title="Half the bytes, and the same loss", dots=True)
-holds("bf16-mixed follows fp32 to a few hundredths", all(abs(a - b) < 0.05 for a, b in zip(*losses.values(), strict=True)))
+figures.curves(losses, x="step", y="loss", title="Half the bytes, and a loss that follows", dots=True)
+wide, narrow = losses.values()
+holds("at step 1 the two losses agree within a hundredth", abs(wide[0] - narrow[0]) < 0.01)
+holds("and bfloat16 learns at least three quarters of what 32 bit learns in these few steps", narrow[0] - narrow[-1] > 0.75 * (wide[0] - wide[-1]))
 holds("LoRA in bf16-mixed needs less than two thirds of the memory", measured("LoRA, bf16-mixed") < measured("LoRA, fp32") * 2 / 3, real_only=True)
 
 # %% [markdown]
+# bfloat16 may lag a little in the first steps. A change that is smaller than its coarse steps is not *seen* by its products until several have added
+# up. That they do add up is what the 32-bit weights are for; section 5 shows what happens without them.
+#
 # Look at *full, bf16-mixed*: it saves little. The 32-bit masters, gradients and averages are all still there. Mixed precision is about speed and
 # activations; the halved weights come with freezing them.
 #
@@ -427,7 +432,7 @@ holds("by chance, the movement arrives on average", all(abs(steps[rate, True][1]
 # And over several steps? The same loop, full fine-tuning, three ways to keep the weights:
 
 # %%
-SLOW, FEW = pick(2e-6, 1e-5), pick(8, 6)
+SLOW, FEW = pick(2e-6, 1e-5), pick(5, 6)
 model = fresh("full")
 curves = {"32 bit": train(model, [batch] * FEW, torch.optim.AdamW(model.parameters(), lr=SLOW, weight_decay=0.0))}
 for name, made in (("bfloat16, to the nearest", torch.optim.AdamW), ("bfloat16, by chance", None)):
@@ -572,13 +577,13 @@ holds("memory falls", measured("LoRA, checkpointing: every block") < measured("L
 holds("and time rises", speed("LoRA, checkpointing: every block") < speed("LoRA, bf16-mixed"), real_only=True)
 
 # %% [markdown]
-# One of the lecture's slides says that checkpointing makes *gradients* vanish, "just in time". It is activations that it saves: compare the parts.
-# Gradients and optimizer states are LoRA's doing.
+# One of the lecture's slides [B8] says that checkpointing makes *gradients* vanish, "just in time". It is activations that it saves: compare the
+# parts. Gradients and optimizer states are LoRA's doing.
 
 # %%
 parts("full, bf16-mixed", "LoRA, bf16-mixed", "LoRA, checkpointing: every block")
 before_and_after = [trials[name]["predicted"] for name in ("LoRA, bf16-mixed", "LoRA, checkpointing: every block")]
-holds("checkpointing: fewer activations, the same gradients and states", before_and_after[1].activations < before_and_after[0].activations / 2
+holds("[B8] checkpointing: fewer activations, the same gradients and states", before_and_after[1].activations < before_and_after[0].activations / 2
       and before_and_after[0].optimizer_states == before_and_after[1].optimizer_states)  # fmt: skip
 
 # %% [markdown]
@@ -667,8 +672,8 @@ check.whole_loss(whole_loss)
 # a normal distribution) and a scale for each block of 64; **nf4-dq** stores the scales in 8 bits, too (Dettmers et al. 2023). A product makes the
 # matrix anew from its codes.
 #
-# One of the lectures says that INT8 and INT4 serve inference only. A codebook of 16 levels cannot take a small step, that is true. But the adapters
-# over it can.
+# One of the lectures says that INT8 and INT4 serve inference only [A5]. A codebook of 16 levels cannot take a small step, that is true. But the
+# adapters over it can.
 
 # %%
 four_bits = lora_lab.quantize(copy.deepcopy(base), "nf4-dq")
@@ -684,7 +689,7 @@ trial("QLoRA, nf4-dq, checkpointing", quantization="nf4-dq", gradient_checkpoint
 # %%
 parts("LoRA, bf16-mixed", "QLoRA, nf4-dq", "QLoRA, nf4-dq, checkpointing")
 learned = trials["QLoRA, nf4-dq"]["run"].losses
-holds("adapters over four bits learn", learned[-1] < learned[0])
+holds("[A5] adapters over four bits learn", learned[-1] < learned[0])
 holds("and the base takes less memory", trials["QLoRA, nf4-dq"]["predicted"].weights < trials["LoRA, bf16-mixed"]["predicted"].weights)
 
 # %% [markdown]
@@ -720,7 +725,9 @@ print(data.padding_report(train_rows, micro_batch_size=8, tokenizer=tokenizer))
 # ## 10. All knobs in one table
 
 # %%
-holds("all predictions are within 5 % of what was measured", all(abs(t["predicted"].total / t["measured"] - 1) < 0.05 for t in trials.values()))
+off = {name: abs(t["predicted"].total / t["measured"] - 1) for name, t in trials.items()}
+holds("all predictions but one are within 1 % of what was measured", all(value < 0.01 for name, value in off.items() if "packed" not in name))
+holds("the packed batch, predicted as if it were a single long text, is within 5 %", off["LoRA, packed"] < 0.05)
 tables.Table(["", "MiB predicted", "measured", "off by", "tokens/s", f"loss after {STEPS} steps"], [
     [name, f"{t['predicted'].total / 2**20:,.0f}", f"{t['measured'] / 2**20:,.0f}", f"{t['predicted'].total / t['measured'] - 1:+.1%}",
      f"{t['run'].tokens_per_second:,.0f}", f"{t['run'].losses[-1]:.3f}"] for name, t in trials.items()
@@ -740,12 +747,12 @@ left.margins(x=0.3)
 #
 # ## 11. The validation curve: when to stop
 #
-# The training loss says how well the model knows its rows, and nothing else. A lecture names **overfitting** among the troubles of full
+# The training loss says how well the model knows its rows, and nothing else. A lecture names **overfitting** [A12] among the troubles of full
 # fine-tuning. Here it is, on purpose: a dozen rows, again and again, with a held-out loss every few steps.
 
 # %%
 SMALL, UNSEEN = by_length[: pick(12, 8)], data.encode_rows(held_out[: pick(16, 4)], tokenizer)
-LONG, EVERY = pick(24, 8), pick(3, 2)
+LONG, EVERY = pick(18, 8), pick(3, 2)
 OVER = {"max_steps": LONG, "micro_batch_size": 4, "schedule": "constant", "eval_every": EVERY, "precision": models.precision(), "progress": False}
 fits = {
     "full": training.fit(fresh("full"), SMALL, {**OVER, "learning_rate": pick(1e-4, 3e-3)}, eval_data=UNSEEN),
@@ -759,11 +766,14 @@ for name, run in fits.items():
     best = min(range(len(run.eval_losses)), key=run.eval_losses.__getitem__)
     loss = run.eval_losses
     print(f"{name}: held-out loss {loss[0]:.3f}, best {loss[best]:.3f} at step {best * EVERY}, {loss[-1]:.3f} at the end")
-held_out_rises = fits["full"].eval_losses[-1] > min(fits["full"].eval_losses) + 0.05
-holds("full fine-tuning overfits: the held-out loss rises again, while the training loss falls",
-      held_out_rises and fits["full"].losses[-1] < fits["full"].losses[0], real_only=True)  # fmt: skip
+overfits = {name: run.eval_losses[-1] > min(run.eval_losses) + 0.05 and run.losses[-1] < run.losses[0] for name, run in fits.items()}
+holds("[A12] full fine-tuning overfits: the held-out loss rises while the training loss falls", overfits["full"], real_only=True)
+holds("and LoRA on a dozen rows does so, too", overfits["LoRA"], real_only=True)
 
 # %% [markdown]
+# Both go down together for a few steps. Then the model begins to learn the dozen rows by heart, and what it learns is of no use elsewhere. Few
+# trained weights are no protection from that: LoRA has more than enough for twelve rows.
+#
 # The remedy is to look, and to keep the best: `fit(..., eval_every=..., keep_best=True, early_stopping=2)` ends with the weights of the lowest
 # held-out loss. The rows that choose the best step must not be those that report the result in the end: that is what a test split is for.
 #
@@ -789,15 +799,15 @@ holds("Adam's first step is the learning rate, whatever the gradient", torch.all
 # What that does to a model, at a rate that is too high for the beginning:
 
 # %%
-HIGH, WARM = pick(4e-4, 3e-2), pick(10, 6)
+HIGH, WARM = pick(1e-3, 3e-2), pick(8, 6)
 RISE = {"max_steps": WARM, "micro_batch_size": 4, "schedule": "constant", "learning_rate": HIGH, "precision": models.precision(), "progress": False}
-warmed = {f"warm-up {warmup}": training.fit(fresh("full"), by_length[:40], {**RISE, "warmup_steps": warmup}).losses for warmup in (0, pick(8, 4))}
+warmed = {f"warm-up {warmup}": training.fit(fresh("full"), by_length[:40], {**RISE, "warmup_steps": warmup}).losses for warmup in (0, pick(6, 4))}
 figures.curves(warmed, x="step", y="training loss", title=f"Full fine-tuning at {HIGH:.0e}", dots=True)
 
 # %%
 cold, warm = warmed.values()
 print(f"highest loss: without warm-up {max(cold):.2f}, with it {max(warm):.2f}")
-holds("without a warm-up the loss jumps first", max(cold) > max(warm), real_only=True)
+holds("without a warm-up the loss jumps first", max(cold) > max(warm) + 0.3, real_only=True)
 
 # %% [markdown]
 # ## Exercise 6. A schedule (**, 5 minutes)
@@ -836,8 +846,8 @@ check.learning_rate(learning_rate)
 # ## Takeaways
 #
 # - The loop is ten lines. Everything else serves memory, speed, or the night's sleep of whoever waits for it.
-# - bf16-mixed is the default where the hardware has it: faster, half the activations, the same loss. float16 needs a scaler, pure bfloat16 weights
-#   need rounding by chance.
+# - bf16-mixed is the default where the hardware has it: faster, half the activations, nearly the same losses. float16 needs a scaler, pure
+#   bfloat16 weights need rounding by chance.
 # - Checkpointing and accumulation buy memory with time, and change no gradient. Weigh micro-batches by their tokens.
 # - LoRA takes away gradients and optimizer states, QLoRA most of the frozen weights, checkpointing most activations: each shrinks another part.
 # - All of it can be predicted before it runs.

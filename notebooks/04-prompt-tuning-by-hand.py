@@ -11,7 +11,7 @@
 # - what a prefix adds, which speaks to every layer
 # - to run a batch in which each row has a task of its own, to let prompts vote, and to read a prompt
 #
-# **Time:** about 10 minutes on 2 cores with the real model. Offline once the model is fetched.
+# **Time:** about 8 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
 # The paper is Lester et al. 2021, *The Power of Scale for Parameter-Efficient Prompt Tuning*
 # ([arXiv:2104.08691](https://arxiv.org/abs/2104.08691)); its sections and tables are named where they are used. The lecture's claims are
@@ -303,12 +303,10 @@ ptl.use(prompted, None)
 holds("switched off, the model is bit for bit what it was", torch.equal(scores_of(prompted), found["no prompt"]))
 
 # %%
-ptl.use(prompted, "from-text")
-
-
-def train(task, share=None, steps=STEPS, rows=rows, **settings):
-    """Train one task of `prompted`; the others, and the model, are frozen. Returns what `fit` does."""
-    config = ptl.training_config(prompted, rows, share, max_steps=steps, micro_batch_size=BATCH, precision=PRECISION, progress=False, **settings)
+def train(task, steps=STEPS, rows=rows, **settings):
+    """Train the task that was added last; the others, and the model, are frozen. Returns what `fit` does."""
+    ptl.use(prompted, task)
+    config = ptl.training_config(prompted, rows, max_steps=steps, micro_batch_size=BATCH, precision=PRECISION, progress=False, **settings)
     return training.fit(prompted, rows, config)
 
 
@@ -397,11 +395,11 @@ tables.Table(["begins as", "size of its numbers then", "a word's", "loss of the 
               for name, record in sizes.items()])  # fmt: skip
 
 # %% [markdown]
-# The random beginning, uniform in $[-0.5, 0.5]$, is the paper's default for T5. Here its numbers are far larger than those of any word,
-# so it begins farther from all that the model has ever read than the others do. Section 3.2 of the paper finds random numbers behind
-# words, and words behind those of the classes, with large gaps for small models. Here an instruction is far ahead in the first steps;
-# then the others catch up, as there is little more to learn than which words to say. Look whether what is left of the gaps is more than
-# chance.
+# The random beginning, uniform in $[-0.5, 0.5]$, is the paper's default for T5. Here its numbers are larger than those of words, and its
+# directions are none of theirs, so it begins farther from all that the model has ever read than the others do. Section 3.2 of the paper
+# finds random numbers behind words, and words behind those of the classes, with large gaps for small models. Here an instruction is far
+# ahead in the first steps; then the others catch up, as there is little more to learn than which words to say. Look whether what is left
+# of the gaps is more than chance.
 #
 # ## 7. The learning rate is a distance
 #
@@ -830,6 +828,8 @@ check.nearest(nearest)
 now, began = prompted.prompt("from-labels").weight.detach(), prompted.prompt("from-labels").initial
 near = ptl.nearest_tokens(prompted, tokenizer, k=3, task="from-labels")
 holds("the lab finds the same words", [nearest(row, table) for row in now] == [first.id for first, *_ in near])
+kept = [nearest(row, table) == nearest(start, table) for row, start in zip(now[:2], began[:2], strict=True)]
+holds("the paper: the words for the classes are still the nearest to where they stood", all(kept), real_only=True)
 travelled = ptl.drift(prompted, "from-labels")
 tables.Table(["began as", "nearest words now", "cosine to the first", "cosine to where it began", "moved, in words' sizes"],
              [[repr(tokenizer.decode([nearest(start, table)])), ", ".join(repr(each.token) for each in words), 1 - words[0].distance, moved.cosine,
@@ -840,8 +840,10 @@ def closeness(task):
     return sum(1 - first.distance for first, *_ in ptl.nearest_tokens(prompted, tokenizer, k=1, task=task)) / VIRTUAL
 
 
-figures.bars({name: closeness(name) for name in reversed(FOUR)}, x="mean cosine to the nearest word",
-             title="Prompts that began as words are still near words")  # fmt: skip
+close = {name: closeness(name) for name in reversed(FOUR)}
+holds("prompts that began as words are still near words; one that began as noise never came near any",
+      close.pop("from-random") < min(close.values()) - 0.2, real_only=True)  # fmt: skip
+figures.bars({**close, "from-random": closeness("from-random")}, x="mean cosine to the nearest word", title="Near words, or not")
 
 # %% [markdown]
 # And as a map: where each virtual token began (hollow), where it is now, and the word it is nearest to. Two of many dimensions, so near

@@ -557,6 +557,7 @@ for name, measured in needs.items():
 axes.axhline(right["zero-shot"], color="black", linewidth=0.8, linestyle="--", label="SmolLM2, only asked")
 figures.curves(lines, x="labelled rows", y="right on the test rows", log="x", dots=True, axes=axes,
                title="How many examples does it take? (all-MiniLM)")  # fmt: skip
+_ = axes.set_xticks(SIZES, [f"{count:,}" for count in SIZES])
 
 # %%
 best = {name: max(statistics.mean(shares) for shares in measured.values()) for name, measured in needs.items()}

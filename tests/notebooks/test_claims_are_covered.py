@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 import memory_math
 from course import coverage
+
+
+@pytest.fixture(scope="module")
+def ledger():
+    return memory_math.claims()
 
 
 def test_every_claim_of_the_lectures_is_in_a_notebook():
@@ -13,16 +20,16 @@ def test_every_claim_of_the_lectures_is_in_a_notebook():
     assert [claim for claim, where in coverage.treated().items() if not where] == []
 
 
-def test_the_ledger_points_to_notebooks_that_treat_the_claim():
+def test_the_ledger_points_to_notebooks_that_treat_the_claim(ledger):
     """A row that is not computed says which notebook measures it; that notebook is there, and names the row."""
     treated, pattern = coverage.treated(), re.compile(r"notebook (\d\d) of the course", re.IGNORECASE)
-    pointed = [(row, number) for row in memory_math.claims() for number in pattern.findall(row.why)]
+    pointed = [(row, number) for row in ledger for number in pattern.findall(row.why)]
     assert pointed
     assert [(row.id, f"notebook {number}") for row, number in pointed if number not in treated[row.group]] == []
 
 
-def test_no_notebook_names_a_claim_that_there_is_not():
-    assert {*coverage.treated()} == {*coverage.CLAIMS} == {row.group for row in memory_math.claims() if re.fullmatch(r"[AB]\d+b?", row.group)}
+def test_no_notebook_names_a_claim_that_there_is_not(ledger):
+    assert {*coverage.treated()} == {*coverage.CLAIMS} == {row.group for row in ledger if re.fullmatch(r"[AB]\d+b?", row.group)}
 
 
 def test_a_claim_that_nobody_names_is_noticed(tmp_path):
