@@ -69,7 +69,7 @@ def execute(source: Path, *, fast: bool = False) -> Any:
         manager = AsyncKernelManager(kernel_name=KERNEL, kernel_spec_manager=specs)
         client = NotebookClient(notebook, km=manager, timeout=None, resources={"metadata": {"path": str(work)}}, coalesce_streams=True,
                                 extra_arguments=["--log-level=ERROR"])  # fmt: skip
-        client.execute(env=environment(fast))
+        client.execute(env=environment(fast), cleanup_kc=True)  # a kernel that is given is left running otherwise
     return tidy(notebook, time.perf_counter() - started)
 
 

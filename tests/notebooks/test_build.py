@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 
 import nbformat
 import pytest
@@ -45,6 +46,15 @@ def changed(folder, old, new):
     assert old in SOURCE
     source.write_text(SOURCE.replace(old, new))
     return source
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks for a process by its number")
+def test_its_kernel_is_gone_when_a_notebook_is_done(folder):
+    """Nine notebooks would leave nine processes behind, each with its model."""
+    source = changed(folder, 'print(os.environ["LORA_LAB_COURSE"])', "print(os.getpid())")
+    kernel = int(build.execute(source, fast=True).cells[1].outputs[-1].text)
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
 
 
 def test_a_build_writes_the_executed_pair_and_nothing_else(folder, capsys):
