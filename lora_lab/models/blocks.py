@@ -40,11 +40,13 @@ def project_all(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 def _of_few(layer: nn.Module, x: Tensor, casts: dict[torch.dtype, Tensor]) -> Tensor:
     """casts: x by dtype, as far as it was needed."""
-    if not (isinstance(layer, nn.Linear) and few_rows.suits(layer.weight, x) and is_called_plainly(layer)):
+    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, LoRALinear) or not is_called_plainly(layer):
         return layer(x)
-    if type(layer) is nn.Linear:
+    if not few_rows.suits(layer.weight, x):
+        return layer(x)
+    if not isinstance(layer, LoRALinear):
         return few_rows.product(x, layer.weight, layer.bias)
-    if type(layer) is not LoRALinear or (pair := layer.lora_only_pair()) is None:
+    if (pair := layer.lora_only_pair()) is None:
         return layer(x)
     A, B, scaling = pair
     if A.dtype not in casts:

@@ -388,3 +388,12 @@ def test_a_few_rows_go_through_the_adapter_in_float32(rows: int) -> None:
         wanted = few_rows.product(x, layer.weight, None).float() + update
         torch.testing.assert_close(layer(x), wanted.bfloat16(), rtol=2**-8, atol=0)  # the last bit: sums in another order
         assert (layer(x) - wanted).abs().mean() < 2**-9 * wanted.abs().mean()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_few_rows_go_through_a_quantised_layer_as_it_is(adapted: bool) -> None:
+    """It has codes and no weight."""
+    model = lora_lab.quantize(nn.Sequential(nn.Linear(64, 48, dtype=torch.bfloat16)), "nf4")
+    model, x = lora_lab.inject(model, 8, init="random") if adapted else model, torch.randn(2, 64).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(project(model[0], x), model(x))
