@@ -30,6 +30,7 @@ from sentiment_models import READERS, Reader, published
 from sentiment_results import Results, Setting, table
 from torch import Tensor
 
+from lora_lab.training.evaluation import auc
 from lora_lab.training.guards import Diverged
 
 RESULTS = Path(__file__).with_name("results") / "sentiment.jsonl"
@@ -102,12 +103,12 @@ class Study:
                 raise
             outcome = DIVERGED
         record = {"setting": setting, **outcome, "wall": round(time.perf_counter() - started, 1), **self.facts}
-        self.results.append(record)
+        self.results.add(record)
         print(shown(record), flush=True)
 
     def outcome(self, taught: Taught, test: bool) -> dict[str, Any]:
         scores = taught.scores(self.splits.validation)
-        found = {"validation": accuracy(scores, self.splits.validation), "validation_auc": auc(scores, self.splits.validation)}
+        found = {"validation": accuracy(scores, self.splits.validation), "validation_auc": area(scores, self.splits.validation)}
         found["test"] = accuracy(taught.scores(self.splits.test), self.splits.test) if test else None
         return {**found, "trained": taught.trained, "bytes": taught.nbytes, "seconds": round(taught.seconds, 2)}
 
@@ -140,16 +141,9 @@ def accuracy(scores: Tensor, reviews: Sequence[Review]) -> float:
     return sum(row.index(max(row)) == review.label for row, review in zip(scores.tolist(), reviews, strict=True)) / len(reviews)
 
 
-def auc(scores: Tensor, reviews: Sequence[Review]) -> float:
-    """How often a positive review scores higher than a negative one: what a bias towards one answer does not hide.
-
-    >>> auc(Tensor([[0, 2], [0, 3], [0, 1]]), [Review("", 0), Review("", 1), Review("", 0)])
-    1.0
-    """
-    margins = scores[:, 1] - scores[:, 0]
-    positive = [review.label == 1 for review in reviews]
-    above = margins[positive][:, None] - margins[[not each for each in positive]][None]
-    return float(((above > 0).double() + 0.5 * (above == 0)).mean())
+def area(scores: Tensor, reviews: Sequence[Review]) -> float:
+    """The AUC of the margins."""
+    return auc(scores[:, 1] - scores[:, 0], [review.label for review in reviews])
 
 
 def shown(record: dict[str, Any]) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from sentiment_data import LABELS, Review
-from sentiment_models import LanguageModel, Reader, SentenceEncoder, logistic_regression
+from sentiment_models import LanguageModel, Reader, SentenceEncoder
 from torch import Tensor, nn
 
 import lora_lab
 import prompt_tuning_lab
 from lora_lab.training import fit
+from lora_lab.training.probing import linear_probe
 from prompt_tuning_lab.tuning import learning_rate
 
 VIRTUAL, RANK, EXAMPLES, MLP = 20, 8, 4, 128
@@ -86,7 +87,7 @@ def probe(reader: Reader, train: list[Review], choice: Choice, seed: int) -> Tau
     """Features once, then a linear head."""
     features, labels = reader.features(train), torch.tensor([review.label for review in train])
     started = time.process_time()
-    head = logistic_regression(features, labels, choice["l2"])
+    head = linear_probe(features, labels, l2=choice["l2"])
     numbers = sum(p.numel() for p in head.parameters())
     return Taught(lambda reviews: head(reader.features(reviews)).detach(), numbers, ITEM_BYTES * numbers, time.process_time() - started)
 

@@ -27,6 +27,7 @@ from lora_lab.training import score_choices
 from lora_lab.training.evaluation import class_logits
 from lora_lab.training.evaluation.passes import evaluating
 from lora_lab.training.precision import storage_dtype
+from lora_lab.training.probing import linear_probe
 from prompt_tuning_lab import inject
 
 Source = Callable[[torch.dtype], tuple[Any, Any]]  # a dtype -> a model with weights in it, and its tokenizer
@@ -193,7 +194,7 @@ class SentenceEncoder(Reader):
         return MeanPooledForSequenceClassification(encoder, self.probe(train, HEAD_L2)).eval()
 
     def probe(self, train: Sequence[Review], l2: float) -> nn.Linear:
-        return logistic_regression(self.features(train), torch.tensor([review.label for review in train]), l2)
+        return linear_probe(self.features(train), torch.tensor([review.label for review in train]), l2=l2)
 
     def ids(self, review: Review) -> list[int]:
         return [int(i) for i in self.tokenizer(review.text)["input_ids"]]
@@ -221,33 +222,6 @@ class SentenceEncoder(Reader):
 
     def _feature(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         return MEAN(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-
-
-def logistic_regression(features: Tensor, labels: Tensor, l2: float, steps: int = 200) -> nn.Linear:
-    """A linear head by L-BFGS, the features standardised for it and the scale folded into its weights. features: [n, H].  l2: on the weights.
-
-    >>> head = logistic_regression(torch.tensor([[0.0, 5.0], [1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]), torch.tensor([0, 0, 1, 1]), l2=1e-3)
-    >>> head(torch.tensor([[0.5, 5.0], [2.5, 5.0]])).argmax(-1).tolist()
-    [0, 1]
-    """
-    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    scaled, head = (features - mean) / std, nn.Linear(features.shape[1], int(labels.max()) + 1)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(head(scaled), labels) + l2 * head.weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
-    with torch.no_grad():
-        head.weight.div_(std)
-        head.bias.sub_(head.weight @ mean)
-    return head.requires_grad_(False)
 
 
 def published(name: str) -> Source:

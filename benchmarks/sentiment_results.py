@@ -1,63 +1,22 @@
-"""The results of the sentiment study: a JSON line for each run, found again by its whole setting; and the table they make.
+"""The table that the results of the sentiment study make.
 
-A line is {"setting": what was asked for, "validation": accuracy, "test": accuracy or null, ...}. Machine, versions and precision stand in the
-line and are no part of the setting: whoever has the file needs not run what is in it.
+They are lines of lora_lab's comparisons: {"setting": what was asked for, "validation": accuracy, "test": accuracy or null, ...}. Machine, versions
+and precision stand in the line and are no part of the setting: whoever has the file needs not run what is in it.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from sentiment_methods import METHODS
 
-Setting = dict[str, Any]
-Record = dict[str, Any]
+from lora_lab.comparison.results import Record, Results, Setting
+
+__all__ = ["Record", "Results", "Setting", "table"]
+
 COLUMNS = ("method", "trained", "bytes per task", "core-seconds", "validation", "test", "chosen")
-
-
-def key(setting: Setting) -> str:
-    return json.dumps(setting, sort_keys=True)
-
-
-class Results:
-    """A file of results. A line that was cut short by an interruption is no result."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: dict[str, Record] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            if (record := read_line(line)) is not None:
-                self.records[key(record["setting"])] = record
-
-    def __contains__(self, setting: Setting) -> bool:
-        return key(setting) in self.records
-
-    def __getitem__(self, setting: Setting) -> Record:
-        return self.records[key(setting)]
-
-    def append(self, record: Record) -> None:
-        """Written and flushed before it counts; behind a line that was cut short on a line of its own."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            cut_short = file.tell() > 0 and not self.path.read_bytes().endswith(b"\n")
-            file.write(b"\n" * cut_short + json.dumps(record).encode() + b"\n")
-        self.records[key(record["setting"])] = record
-
-    def of(self, **wanted: Any) -> list[Record]:
-        """The records whose setting has these values."""
-        return [record for record in self.records.values() if all(record["setting"].get(name) == value for name, value in wanted.items())]
-
-
-def read_line(line: str) -> Record | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) and "setting" in record else None
 
 
 # The table ------------------------------------------------------------------------------------------------------------------------

@@ -51,8 +51,6 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B:
     if not torch.is_grad_enabled() and x.numel() <= A.numel() and torch.promote_types(x.dtype, A.dtype) == A.dtype:
         return few_rows.adapted(x, weight, bias, A, B, scaling, x.to(A.dtype))
     A, B = A.to(x.dtype), B.to(x.dtype)
-    if not torch.is_grad_enabled():
-        return _AdaptedLinear.forward(x, weight, bias, A, B, scaling, None)[0]
     recipe = recipe_of(x)
     make, sources = (recipe.make, recipe.sources) if recipe else (None, ())
     result: Tensor = applied(_AdaptedLinear, x, weight, bias, A, B, scaling, make, *sources)[0]

@@ -40,9 +40,7 @@ def project_all(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 def _of_few(layer: nn.Module, x: Tensor, casts: dict[torch.dtype, Tensor]) -> Tensor:
     """casts: x by dtype, as far as it was needed."""
-    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, LoRALinear) or not is_called_plainly(layer):
-        return layer(x)
-    if not few_rows.suits(layer.weight, x):
+    if not (isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, LoRALinear) and is_called_plainly(layer) and few_rows.suits(layer.weight, x)):
         return layer(x)
     if not isinstance(layer, LoRALinear):
         return few_rows.product(x, layer.weight, layer.bias)

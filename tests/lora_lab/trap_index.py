@@ -5,18 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Trap:
-    """wrong: what goes wrong. source: who met it. tests: what would notice it here. why: what else is to be said, or why it cannot happen."""
-
-    wrong: str
-    source: str
-    tests: tuple[str, ...] = ()
-    why: str = ""
-
+from traps import Trap
 
 TRAPS: dict[int, Trap] = {
     1: Trap(

@@ -6,18 +6,7 @@ of this folder; test_prompt_traps.py checks that they exist, and that no test wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Trap:
-    """wrong: what goes wrong. source: who met it. tests: what would notice it here. why: what else is to be said, or why no test can."""
-
-    wrong: str
-    source: str
-    tests: tuple[str, ...] = ()
-    why: str = ""
-
+from traps import Trap
 
 TRAPS: dict[str, Trap] = {
     "T1": Trap(

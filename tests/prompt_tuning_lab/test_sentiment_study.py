@@ -179,7 +179,7 @@ def test_a_rate_that_diverges_is_recorded_and_not_chosen(study: sentiment.Study,
 def test_an_estimate_goes_by_what_was_measured(study: sentiment.Study, read: list[Any]) -> None:
     setting = next(study.missing(LM, "made-up"))
     assert study.estimate(setting) == sentiment.work(setting) * sentiment.SECONDS_A_ROW[LM]
-    study.results.append({"setting": setting, "validation": 0.5, "test": None, "wall": 100.0})
+    study.results.add({"setting": setting, "validation": 0.5, "test": None, "wall": 100.0})
     assert study.estimate(setting) == pytest.approx(100.0)
     assert study.estimate({**setting, "rows": 10 * setting["rows"]}) > 500
 
@@ -192,7 +192,7 @@ def test_a_line_that_was_cut_short_is_no_result_and_spoils_no_other(tmp_path: Pa
     path.write_text(json.dumps({"setting": {"seed": 0}, "test": 0.5}) + '\n{"setting": {"seed": 1}, "te')
     results = sentiment_results.Results(path)
     assert {"seed": 0} in results and {"seed": 1} not in results
-    results.append({"setting": {"seed": 1}, "test": 0.6})
+    results.add({"setting": {"seed": 1}, "test": 0.6})
     again = sentiment_results.Results(path)
     assert again[{"seed": 1}]["test"] == 0.6 and again[{"seed": 0}]["test"] == 0.5
 
@@ -202,8 +202,8 @@ def test_the_table_is_made_from_the_file_alone(tmp_path: Path) -> None:
     setting = {"model": LM, "method": "lora", "stage": "test", "choice": {"rate": 1e-3, "epochs": 1}, "rows": 2000}
     figures = {"validation": 0.8, "trained": 2_442_240, "bytes": 9_823_896, "seconds": 60}
     for seed, test in enumerate((0.80, 0.82, 0.84)):
-        results.append({"setting": {**setting, "seed": seed}, "test": test, **figures})
-    results.append({"setting": {**setting, "rows": 64, "seed": 0}, "test": 0.1, **figures})
+        results.add({"setting": {**setting, "seed": seed}, "test": test, **figures})
+    results.add({"setting": {**setting, "rows": 64, "seed": 0}, "test": 0.1, **figures})
     lines = sentiment_results.table(sentiment_results.Results(results.path), LM, sentiment_methods.METHODS, rows=2000).splitlines()
     assert lines[2:] == ["| LoRA, rank 8, all linear layers | 2,442,240 | 9,823,896 | 60 | 80.0 ± 0.0 (3) | 82.0 ± 2.0 (3) | rate 0.001, epochs 1 |"]
 
