@@ -8,7 +8,7 @@ Source of the gradients: Hu et al. 2021 (arXiv:2106.09685), equation 3, by the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,52 +50,96 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B:
     """
     if not torch.is_grad_enabled() and x.numel() <= A.numel() and torch.promote_types(x.dtype, A.dtype) == A.dtype:
         return few_rows.adapted(x, weight, bias, A, B, scaling, x.to(A.dtype))
-    A, B = A.to(x.dtype), B.to(x.dtype)
+    return adapted_linears(x, [(weight, bias, A, B)], [scaling])[0]
+
+
+Layer = tuple[Tensor, "Tensor | None", Tensor, Tensor]  # W [out, in], bias [out], A [r, in], B [out, r]
+
+
+def adapted_linears(x: Tensor, layers: Sequence[Layer], scalings: Sequence[float]) -> list[Tensor]:
+    """What several layers make of one x, as q, k and v do. All their A read x at once, and its gradient is written in one place."""
     recipe = recipe_of(x)
     make, sources = (recipe.make, recipe.sources) if recipe else (None, ())
-    result: Tensor = applied(_AdaptedLinear, x, weight, bias, A, B, scaling, make, *sources)[0]
-    return result
+    tensors = [tensor for weight, bias, A, B in layers for tensor in (weight, bias, A.to(x.dtype), B.to(x.dtype))]
+    return list(applied(_AdaptedLinears, x, make, scalings, *tensors, *sources)[: len(layers)])
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, make: Any,
-                *sources: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, shape = rows(x), [*x.shape[:-1], len(weight)]
-        low = scaling * F.linear(x, A)
-        y = F.linear(x, weight, bias).addmm_(low, B.T)
-        return torch.ops.aten._unsafe_view(y, shape), low  # a view could not be changed in place by who gets it
+class _AdaptedLinears(torch.autograd.Function):
+    """Its inputs behind the scalings: W, bias, A, B of every layer, and what x is made of. Its outputs: every y, and every scaling * A x."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, A, B, ctx.scaling, ctx.make, *sources = inputs
-        ctx.mark_non_differentiable(output[1])
+    def forward(x: Tensor, make: Any, scalings: Sequence[float], *tensors: Any) -> tuple[Tensor, ...]:
+        weights, biases, As, Bs = _by_kind(tensors, len(scalings))
+        x, shape = rows(x), x.shape[:-1]
+        lows = _lows(x, As, scalings)
+        ys = [F.linear(x, weight, bias).addmm_(low, B.T) for weight, bias, low, B in zip(weights, biases, lows, Bs, strict=True)]
+        return *(torch.ops.aten._unsafe_view(y, [*shape, y.shape[1]]) for y in ys), *lows  # views could not be changed in place by who gets them
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, ctx.make, ctx.scalings, *tensors = inputs
+        count = len(ctx.scalings)
+        weights, _, As, Bs = _by_kind(tensors, count)
+        ctx.shape = x.shape
+        ctx.mark_non_differentiable(*output[count:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, A, B, output[1], *(sources if ctx.make else [x]))
+        weights = weights if ctx.needs_input_grad[0] else [None] * count
+        ctx.save_for_backward(*weights, *As, *Bs, *output[count:], *(tensors[4 * count :] if ctx.make else [x]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight, A, B, low, *sources), grad = ctx.saved_tensors, grads[0]
-        if grad is None:
-            return (None,) * (7 + len(sources) * bool(ctx.make))
-        with outside_autocast(grad):
-            return *_gradients(ctx, rows(grad), grad.shape[:-1], weight, A, B, low, sources), None, None, *(None for _ in sources if ctx.make)
+        count, given = len(ctx.scalings), len(ctx.needs_input_grad)
+        if all(grad is None for grad in grads):
+            return (None,) * given
+        saved = ctx.saved_tensors  # asked once: under checkpointing that makes them
+        weights, As, Bs, lows = (saved[count * i : count * (i + 1)] for i in range(4))
+        filled = [B.new_zeros(len(low), len(B)) if grad is None else rows(grad) for grad, low, B in zip(grads, lows, Bs, strict=False)]
+        with outside_autocast(As[0]):
+            grad_x, *others = _gradients(ctx, filled, weights, As, Bs, lows, saved[4 * count :])
+        of_layers = [None if i % 4 < 2 else others[i // 4 + (count if i % 4 == 3 else 0)] for i in range(4 * count)]
+        return grad_x, None, None, *of_layers, *[None] * (given - 3 - 4 * count)
 
 
-def _gradients(
-    ctx: Any, grad: Tensor, shape: torch.Size, weight: Tensor | None, A: Tensor, B: Tensor, low: Tensor, sources: list[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """Of x, W, the bias, A, B and the scaling. grad: [rows, out], where x is [*shape, in]."""
-    x = rows(_again(ctx.make, sources)) if ctx.needs_input_grad[3] or torch.is_grad_enabled() else None
+def _by_kind(tensors: Sequence[Any], count: int) -> list[list[Any]]:
+    """The weights, the biases, the A and the B of so many layers."""
+    return [list(tensors[kind : 4 * count : 4]) for kind in range(4)]
+
+
+def _lows(x: Tensor, As: Sequence[Tensor], scalings: Sequence[float]) -> list[Tensor]:
+    """``scaling * A x`` of each layer, [rows, r]."""
+    parts = F.linear(x, joined(As, 0)).split([len(A) for A in As], 1)
+    return [scaling * part for scaling, part in zip(scalings, parts, strict=True)]
+
+
+def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _gradients(ctx: Any, grads: Sequence[Tensor], weights: Sequence[Tensor | None], As: Sequence[Tensor], Bs: Sequence[Tensor],
+               lows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor | None]:  # fmt: skip
+    """Of x, then of every A, then of every B. grads: [rows, out] each."""
+    wants_A, wants_B = any(ctx.needs_input_grad[5::4]), any(ctx.needs_input_grad[6::4])
+    x = rows(_again(ctx.make, sources)) if wants_A or torch.is_grad_enabled() else None
     if torch.is_grad_enabled() and x is not None:  # second derivatives go through A x, too
-        low = ctx.scaling * F.linear(x, A)
-    through_B = ctx.scaling * (grad @ B)
-    grad_A = through_B.T @ x if ctx.needs_input_grad[3] and x is not None else None
+        lows = _lows(x, As, ctx.scalings)
+    through = joined([scaling * (grad @ B) for scaling, grad, B in zip(ctx.scalings, grads, Bs, strict=True)], 1)
+    grad_As = (through.T @ x).split([len(A) for A in As]) if wants_A and x is not None else [None] * len(As)
     x = None  # made again, it need not stay beside its gradient
-    grad_B = (low.T @ grad).T if ctx.needs_input_grad[4] else None  # this way round is the faster one
-    grad_x = None if weight is None else (grad @ weight).addmm_(through_B, A).view(*shape, A.shape[1])
-    return grad_x, None, None, grad_A, grad_B, None
+    grad_Bs = [(low.T @ grad).T if wants_B else None for low, grad in zip(lows, grads, strict=True)]  # this way round is the faster one
+    return [_gradient_of_x(grads, weights, through, As, ctx.shape), *grad_As, *grad_Bs]
 
 
-def _again(make: Callable[..., Tensor] | None, sources: list[Tensor]) -> Tensor:
+def _gradient_of_x(grads: Sequence[Tensor], weights: Sequence[Tensor | None], through: Tensor, As: Sequence[Tensor],
+                   shape: torch.Size) -> Tensor | None:  # fmt: skip
+    """The sum over the layers of ``grad W + scaling * grad B A``; through: scaling * grad B of all of them, [rows, sum of r]."""
+    first, *others = weights
+    if first is None:
+        return None
+    total = grads[0] @ first
+    for grad, weight in zip(grads[1:], others, strict=True):
+        total.addmm_(grad, weight)  # type: ignore[arg-type]
+    return total.addmm_(through, joined(As, 0)).view(shape)
+
+
+def _again(make: Callable[..., Tensor] | None, sources: Sequence[Tensor]) -> Tensor:
     return sources[0] if make is None else make(*sources)

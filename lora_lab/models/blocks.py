@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import few_rows
 from ..autocast import autocast_dtype
 from ..functions import applied
 from ..layers import LoRALinear
 from ..remade import can_be_remade
+from ..together import is_called_plainly, together
 
 IGNORE = -100  # the label of a position that is not learned
 
@@ -33,7 +33,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
 def project_all(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of the layers makes of x. Whether x is few rows is asked once, and adapters of one dtype share their cast of it."""
     if not few_rows.are_few(x):
-        return [layer(x) for layer in layers]
+        return together(x, layers) or [layer(x) for layer in layers]
     casts = {x.dtype: x}
     return [_of_few(layer, x, casts) for layer in layers]
 
@@ -55,11 +55,6 @@ def _of_few(layer: nn.Module, x: Tensor, casts: dict[torch.dtype, Tensor]) -> Te
 def is_plain(layer: nn.Module) -> bool:
     """True where `layer(x)` is x @ weight.T + bias and nothing else: no subclass, no hook, no forward put on the instance."""
     return type(layer) is nn.Linear and is_called_plainly(layer)
-
-
-def is_called_plainly(layer: nn.Module) -> bool:
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks or _has_any_global_hook()
-    return not (hooks or "forward" in vars(layer))
 
 
 # Norm -----------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from ..adapters import checkpoint_contexts, under_selection
 from ..layers import LoRALinear
 from ..selection import RowSelection
+from ..together import is_called_plainly
 from ..token_rows.rows import TokenRows
-from .blocks import IGNORE, compute_dtype, is_called_plainly, is_plain
+from .blocks import IGNORE, compute_dtype, is_plain
 
 CHUNK_BYTES = 32 * 2**20
 

@@ -97,12 +97,25 @@ def lora_linear(model: Model, x: Sized, path: str) -> Sized:
         return model.linear(x, path)
     x = remember_selection(model, x)
     if adds_in_place(model, x, path, adapter):
-        y = adapted_linear(model, x, adapter, path)
-        return y if x.needs_grad else remember_selection(model, y)
+        return in_place(model, x, path, adapter)
     y = model.linear(x, path)
     update = dora_update(model, x, y, path, adapter) if adapter.magnitude else lora_update(model, x, adapter)
     update = update if x.needs_grad else remember_selection(model, update)
     return ops.add(model.tape, path, y, ops.cast(model.tape, update, y.itemsize))
+
+
+def lora_linears(model: Model, x: Sized, paths: list[str]) -> list[Sized]:
+    """lora_lab.together: layers of one x, which remember the selection once where all of them add in place."""
+    adapters = [model.adapters.get(path) for path in paths]
+    if not all(adapter and adds_in_place(model, x, path, adapter) for path, adapter in zip(paths, adapters, strict=True)):
+        return [lora_linear(model, x, path) for path in paths]
+    x = remember_selection(model, x)
+    return [in_place(model, x, path, adapter) for path, adapter in zip(paths, adapters, strict=True) if adapter]
+
+
+def in_place(model: Model, x: Sized, path: str, adapter: Adapter) -> Sized:
+    y = adapted_linear(model, x, adapter, path)
+    return y if x.needs_grad else remember_selection(model, y)
 
 
 def adds_in_place(model: Model, x: Sized, path: str, adapter: Adapter) -> bool:

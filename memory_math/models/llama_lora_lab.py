@@ -12,7 +12,7 @@ from ..request import Request
 from ..tape import Ledger, Sized
 from .attention_lora_lab import Scores, attend, attention_mask
 from .causal_lora_lab import CausalLM
-from .layers_lora_lab import gated, lora_linear, rms_norm, rotate
+from .layers_lora_lab import gated, lora_linear, lora_linears, rms_norm, rotate
 from .prompts_lora_lab import BlockPast
 
 Masks = dict[int | None, Sized | None]
@@ -51,7 +51,7 @@ class Block:
         return rms_norm(self.model, x, f"{self.path}.{name}")
 
     def attention(self, x: Sized, mask: Sized | None) -> Sized:
-        q, k, v = (lora_linear(self.model, x, f"{self.path}.self_attn.{name}_proj") for name in "qkv")
+        q, k, v = lora_linears(self.model, x, [f"{self.path}.self_attn.{name}_proj" for name in "qkv"])
         if self.model.arch.qk_norm:
             q, k = self.norm(q, "self_attn.q_norm"), self.norm(k, "self_attn.k_norm")
         angles = ops.cast(self.tape, self.rotary, q.itemsize)
@@ -61,7 +61,7 @@ class Block:
         return lora_linear(self.model, y, f"{self.path}.self_attn.o_proj")
 
     def mlp(self, x: Sized) -> Sized:
-        gate, up = (lora_linear(self.model, x, f"{self.path}.mlp.{name}_proj") for name in ("gate", "up"))
+        gate, up = lora_linears(self.model, x, [f"{self.path}.mlp.{name}_proj" for name in ("gate", "up")])
         product = gated(self.tape, "silu", gate, up)
         del gate, up
         return lora_linear(self.model, product, f"{self.path}.mlp.down_proj")

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from stamps import stamp_bytes
 
 import lora_lab
 from lora_lab.models import activations, falcon
 from lora_lab.models.loading import FAMILIES
-from lora_lab.models.recompute import Recomputable
-from lora_lab.targets import lora_layers
 from lora_lab.training import TrainConfig, fit, memory_saving, optimizers
 from lora_lab.training.precision import PRECISIONS, store_in
 from memory_math import MemoryMathError, compare, measure, predict, saved_bytes, savings
@@ -113,15 +112,14 @@ def batch_of(name: str, batch_size: int = BATCH, sequence_length: int = LENGTH, 
 
 
 def kept(name: str, model: Any, precision: str, **shape: int) -> int:
-    """What autograd keeps. Watched by hooks, a LoRA layer takes itself for checkpointed and keeps one int64 more, unless it is, and is not seen."""
+    """What autograd keeps, but for the stamps that watching makes LoRA layers keep."""
     batch = batch_of(name, **shape)
 
     def forward() -> Any:
         with autocast(precision):
             return model(**batch).loss
 
-    hidden = {part for block in model.modules() if isinstance(block, Recomputable) and block.recompute for part in block.modules()}
-    return saved_bytes(forward) - 8 * sum(layer not in hidden for layer in lora_layers(model).values())
+    return saved_bytes(forward) - stamp_bytes(forward)
 
 
 def predicted(name: str, **request: Any) -> Any:
