@@ -2,6 +2,7 @@
 # make test            every test, those on real models included
 # make lint            ruff and mypy
 # make bench           the benchmark of the README
+# make load            thousands of adapters and steps, a million rows; the tests have fewer (a quarter of an hour)
 # make notebooks       run the course's notebooks and write them anew (make notebooks FAST=1 only tries them, with models of a million weights)
 # make course          open them in Jupyter
 # make clean           remove the environment and what tools leave behind
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench notebooks course clean
+.PHONY: demo test lint bench load notebooks course clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m lora_lab demo $(if $(QUICK),--quick)
@@ -26,6 +27,9 @@ lint: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/step.py
+
+load: .venv/dev.stamp
+	LORA_LAB_LOAD_STEPS=10000 LORA_LAB_LOAD_ROWS=1000000 $(BIN)/python -m pytest tests/load
 
 notebooks: .venv/notebooks.stamp
 	$(BIN)/python notebooks/build.py $(if $(FAST),--fast)

@@ -82,7 +82,7 @@ def read(path: Any) -> Rows:
     """
     rows, lines = Rows([], str(path), []), list[int]()
     for line, row in numbered_values(path):
-        _check_of(row)(row, f"{path}, line {line}")
+        check_format(row, f"{path}, line {line}")
         rows.append({sys.intern(name): value for name, value in row.items()})  # else each row keeps its own copy of the fields' names
         lines.append(line)
     if not rows:
@@ -98,16 +98,22 @@ def numbered_values(path: Any) -> Iterator[tuple[int, Any]]:
         return
     for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
-            yield number, _parsed(line.rstrip("\r\n"), path, number)
+            yield number, parsed(line.rstrip("\r\n"), path, number)
 
 
 def text_lines(path: Any) -> Iterator[str]:
     """The lines of a UTF-8 file with their ends, split at line feeds only: U+2028 and U+0085 may stand inside a string."""
-    number = 1
+    return (line for _, line in placed_lines(path))
+
+
+def placed_lines(path: Any) -> Iterator[tuple[int, str]]:
+    """The same, each with the byte it begins at. Raises LoraLabError, with file and line."""
+    number, begin = 1, 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield begin, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                begin += len(line)
     except UnicodeDecodeError as error:
         raise LoraLabError(f"{path}, line {number}: not UTF-8 ({error.reason}): save the file as UTF-8") from None
     except OSError as error:
@@ -116,7 +122,7 @@ def text_lines(path: Any) -> Iterator[str]:
 
 def _array(text: str, path: Any) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON array with the line each begins on; parsed as a whole first, so that each comma is where it belongs."""
-    _parsed(text, path, 1)
+    parsed(text, path, 1)
     decoder, at, line, seen = json.JSONDecoder(), text.index("[") + 1, 1, 0
     while True:
         while text[at] in " \t\r\n,":
@@ -128,7 +134,7 @@ def _array(text: str, path: Any) -> Iterator[tuple[int, Any]]:
         yield line, row
 
 
-def _parsed(text: str, path: Any, line: int) -> Any:
+def parsed(text: str, path: Any, line: int) -> Any:
     """`text` begins on `line` of the file; where it breaks, the parser knows how many lines and columns further."""
     try:
         return json.loads(text)
@@ -140,12 +146,12 @@ def _parsed(text: str, path: Any, line: int) -> Any:
         raise LoraLabError(f"{path}, line {line}: JSON that cannot be read ({error})") from None
 
 
-def _check_of(row: Any) -> Callable[[Any, str], None]:
-    """The check of the format that the row is in."""
+def check_format(row: Any, where: str) -> None:
+    """Raise LoraLabError, beginning with `where`, for a row that is not in the one of the formats that its fields' names are of."""
     fields = row if isinstance(row, dict) else {}
-    if "label" in fields:
-        return check_labelled
-    return check_summarized if "dialogue" in fields and not {"instruction", "output", "messages"} & {*fields} else check_row
+    summarized = "dialogue" in fields and not {"instruction", "output", "messages"} & {*fields}
+    check = check_labelled if "label" in fields else check_summarized if summarized else check_row
+    check(row, where)
 
 
 def check_row(row: Any, where: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..data.batching import length_buckets
 from ..data.packing import packs, random_batches
 from .config import TrainConfig
 
-Examples = list[Any]
+Examples = Sequence[Any]
 
 
 def step_batches(examples: Examples, config: TrainConfig, processes: int = 1) -> Iterator[list[list[int]]]:

@@ -10,8 +10,9 @@ What a step is stands in run.py; here is what has to be true before the first an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     examples = task.encode(data, tokenizer, max_length)
     held_out = task.encode(eval_data, tokenizer, max_length) if eval_data else []
     _check_settings(config, held_out)
-    _check_model(model, [*examples, *held_out])
+    _check_model(model, itertools.chain(examples, held_out))
     _check_packs(config, data, examples)
     longest = max(len(example["input_ids"]) for example in examples)
     request = _request(model, config, longest, everyone, max(len(example.get("labels") or ()) for example in examples))
@@ -153,7 +154,7 @@ def _check_packs(config: TrainConfig, data: Any, examples: Examples) -> None:
         check_fits(len(example["input_ids"]), config.max_tokens, data.where(index) if isinstance(data, Placed) else f"row {index}")
 
 
-def _check_model(model: nn.Module, examples: Examples) -> None:
+def _check_model(model: nn.Module, examples: Iterable[Any]) -> None:
     """Raise LoraLabError for weights that hold no numbers, and for an id that is no word: on a GPU it would end the process, at its turn."""
     if meta := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
         raise LoraLabError(f"{meta[0]!r} is on the meta device, which holds shapes and no numbers: load the weights first")

@@ -1,0 +1,97 @@
+"""Rows that stay in their file: for data that do not fit into memory.
+
+`open_rows` reads a JSONL file once, checks every row, and keeps where each begins; a row is read again when it is asked for. What `fit` encodes of
+them waits in a temporary file in the same way, so that memory holds 16 bytes a row, and in training the batches of an epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from ..errors import LoraLabError
+from ..files import saving
+from .formats import Placed, Row, check_format, parsed, placed_lines, text_lines
+
+
+class RowsOnDisk(Sequence[Row], Placed):
+    """The rows of a JSONL file, in its order: a plain sequence, for `fit` and all else that takes rows. `where(i)` is "file, line n"."""
+
+    def __init__(self, path: Path, check: Callable[[Any, str], None] | None = None) -> None:
+        self.path, self._begins, self._lines = path, array("q"), array("q")
+        self._state = _state(path)
+        for number, (begin, line) in enumerate(placed_lines(path), start=1):
+            if not line.strip():
+                continue
+            if check is not None:
+                check(parsed(line.rstrip("\r\n"), path, number), f"{path}, line {number}")
+            self._begins.append(begin)
+            self._lines.append(number)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        """Raises LoraLabError where the file is no longer what was read."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        begin, line = self._begins[index], self._lines[index]
+        if _state(self.path) != self._state:
+            raise LoraLabError(f"{self.path} has changed since its rows were opened: open them anew")
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            row: Row = parsed(file.readline().decode("utf-8-sig"), self.path, line)
+            return row
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, line {self._lines[index]}"
+
+    def each(self, encode: Callable[[Row, str], Any]) -> Any:
+        """``encode(row, where)`` of every row, on disk as they are; the file goes with what is returned."""
+        return Encoded(encode(row, self.where(index)) for index, row in enumerate(self))
+
+
+class Encoded(RowsOnDisk):
+    """What became of rows, in a temporary file of its own."""
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="lora-lab-rows-")
+        path = Path(self._folder.name) / "encoded.jsonl"
+        with saving("encoded rows", path), path.open("w", encoding="ascii") as file:
+            file.writelines(f"{text}\n" for text in _texts(values))
+        super().__init__(path)
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    return (json.dumps(value, separators=(",", ":")) for value in values)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise LoraLabError(f"{path} cannot be read: {error.strerror or error}") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def open_rows(path: str | Path) -> RowsOnDisk:
+    """The rows of a .jsonl file in one of the formats of `load`, which stay on disk.
+
+    Raises LoraLabError, with file and line, for a missing or empty file, broken JSON, a row in none of the formats, or an array, which has to be
+    read as a whole (`load` does).
+    """
+    path = Path(path)
+    if next((line for line in text_lines(path) if line.strip()), "").lstrip().startswith("["):
+        raise LoraLabError(f"{path} is one JSON array, which has to be read as a whole: expected an object a line (JSONL), or use load")
+    rows = RowsOnDisk(path, check_format)
+    if not len(rows):
+        raise LoraLabError(f"{path} holds no rows: expected one JSON object a line")
+    return rows
