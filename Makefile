@@ -3,6 +3,8 @@
 # make lint            ruff and mypy
 # make bench           the benchmark of the README
 # make load            thousands of adapters and steps, a million rows; the tests have fewer (a quarter of an hour)
+# make fuzz            100,000 files that mean harm, where the tests have 10,000 (make fuzz CASES=1000000 SEED=7)
+# make faults          kill every save at 60 moments of chance, where the tests have 5, and at each of its file operations (make faults KILLS=500)
 # make notebooks       run the course's notebooks and write them anew (make notebooks FAST=1 only tries them, with models of a million weights)
 # make course          open them in Jupyter
 # make clean           remove the environment and what tools leave behind
@@ -13,7 +15,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench load notebooks course clean
+.PHONY: demo test lint bench load fuzz faults notebooks course clean
 
 demo: .venv/demo.stamp
 	$(BIN)/python -m lora_lab demo $(if $(QUICK),--quick)
@@ -30,6 +32,12 @@ bench: .venv/dev.stamp
 
 load: .venv/dev.stamp
 	LORA_LAB_LOAD_STEPS=10000 LORA_LAB_LOAD_ROWS=1000000 $(BIN)/python -m pytest tests/load
+
+fuzz: .venv/dev.stamp
+	LORA_LAB_FUZZ=$(or $(CASES),100000) LORA_LAB_FUZZ_SEED=$(or $(SEED),0) $(BIN)/python -m pytest -s tests/hostile
+
+faults: .venv/dev.stamp
+	LORA_LAB_KILLS=$(or $(KILLS),60) $(BIN)/python -m pytest tests/faults
 
 notebooks: .venv/notebooks.stamp
 	$(BIN)/python notebooks/build.py $(if $(FAST),--fast)

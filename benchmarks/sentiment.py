@@ -10,6 +10,7 @@ hours; an estimate comes first. Seconds are those of one core, so that it may ru
 
     python benchmarks/sentiment.py --table                                    the table of what is there
     python benchmarks/sentiment.py --model all-minilm-l6-v2 --method lora     a part
+    python benchmarks/sentiment.py --rows all --epochs 1 --method lora full   every training row, what was chosen above
     python benchmarks/sentiment.py --rows 64 --held-out 32 --results try.jsonl    does it run?
 """
 
@@ -56,12 +57,12 @@ class Study:
 
     def run(self, model: str, method: str) -> None:
         """Choose on the validation split, then teach anew and look at the test split."""
-        choices = METHODS[method].choices(model, self.epochs)
+        choices = METHODS[method].choices(model)
         for choice in choices if len(choices) > 1 else ():
             self.once(self.sweep_setting(model, method, choice))
         if not self.reads_test:
             return
-        choice = self.chosen(model, method)
+        choice = self.final(self.chosen(model, method))
         self.check_read_once(model, method, choice)
         for seed in self.seeds if METHODS[method].seeded else self.seeds[:1]:
             self.once(self.setting(model, method, "test", choice, self.rows, seed))
@@ -76,10 +77,14 @@ class Study:
 
     def chosen(self, model: str, method: str) -> Choice:
         """The best on the validation split; of equally good ones the first."""
-        choices = METHODS[method].choices(model, self.epochs)
+        choices = METHODS[method].choices(model)
         if len(choices) == 1:
             return choices[0]
         return max(choices, key=lambda choice: self.results[self.sweep_setting(model, method, choice)]["validation"])
+
+    def final(self, choice: Choice) -> Choice:
+        """With this study's epochs: like its rows they are those of the last runs, so that studies of more rows share one sweep."""
+        return {**choice, "epochs": self.epochs} if self.epochs and "epochs" in choice else choice
 
     def check_read_once(self, model: str, method: str, choice: Choice) -> None:
         """Stop where the test split has been read for another choice: a second look would choose by it."""
@@ -116,13 +121,13 @@ class Study:
 
     def missing(self, model: str, method: str) -> Iterator[Setting]:
         """The runs to come; which choice the last ones have is not known yet, and does not matter for their time."""
-        choices = METHODS[method].choices(model, self.epochs)
+        choices = METHODS[method].choices(model)
         sweep = [self.sweep_setting(model, method, choice) for choice in choices] if len(choices) > 1 else []
         yield from (setting for setting in sweep if setting not in self.results)
         done = {record["setting"]["seed"] for record in self.results.of(model=model, method=method, stage="test", rows=self.rows)}
         for seed in self.seeds if METHODS[method].seeded else self.seeds[:1]:
             if self.reads_test and seed not in done:
-                yield self.setting(model, method, "test", choices[0], self.rows, seed)
+                yield self.setting(model, method, "test", self.final(choices[0]), self.rows, seed)
 
     def estimate(self, setting: Setting) -> float:
         """Seconds, by the runs of this method that are there, else by a rule of thumb."""
@@ -162,10 +167,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=[*READERS], default=[*READERS])
     parser.add_argument("--method", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--rows", type=int, default=ROWS, help="training rows")
+    parser.add_argument("--rows", type=lambda text: None if text == "all" else int(text), default=ROWS, help="training rows, or all")
     parser.add_argument("--sweep-rows", type=int, default=SWEEP_ROWS, help="training rows of a sweep, at most")
     parser.add_argument("--held-out", type=int, help="validation and test rows, at most")
-    parser.add_argument("--epochs", type=int, help="others than each method's own")
+    parser.add_argument("--epochs", type=int, help="others than each method's own, once the rest is chosen")
     parser.add_argument("--no-test", action="store_true", help="sweeps only: the test rows stay unseen")
     parser.add_argument("--precision", choices=["fp32", "bf16-mixed"], help="default: what is faster here")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -175,6 +180,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     given = options()
+    given.rows = len(splits().train) if given.rows is None else given.rows
     results = Results(given.results)
     if not given.table:
         carry_out(given, results)

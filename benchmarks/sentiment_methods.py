@@ -57,10 +57,9 @@ class Method:
     seeded: bool = True
     epochs: dict[str, int] = field(default_factory=dict)
 
-    def choices(self, model: str, epochs: int | None = None) -> list[Choice]:
-        """epochs: others than the method's own."""
-        own = self.epochs.get(model, 0)
-        settings = {"epochs": epochs or own, "batch": BATCH} if own else {}
+    def choices(self, model: str) -> list[Choice]:
+        epochs = self.epochs.get(model, 0)
+        settings = {"epochs": epochs, "batch": BATCH} if epochs else {}
         return [{**choice, **settings} for choice in self.grids[model]]
 
 
@@ -172,5 +171,5 @@ METHODS: dict[str, Method] = {
     "prefix-random": Method("prefix, random", prompt(method="prefix", init="random"), OF_PREFIXES, epochs=epochs(3, 3)),
     "prefix-text": Method("prefix, from a text", prompt(method="prefix", init="text"), OF_PREFIXES, epochs=epochs(3, 3)),
     "lora": Method(f"LoRA, rank {RANK}, all linear layers", lora, grid("rate", (3e-4, 1e-3, 3e-3)), epochs=epochs(2, 3)),
-    "full": Method("full fine-tuning", full, grid("rate", (1e-5, 3e-5, 1e-4), (3e-5, 1e-4, 3e-4)), epochs=epochs(2, 3)),
+    "full": Method("full fine-tuning", full, grid("rate", (1e-5, 3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4)), epochs=epochs(2, 3)),
 }  # fmt: skip

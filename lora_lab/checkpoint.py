@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .adapters import activate
 from .borrowed import borrowed_of, tensor_of
 from .errors import LoraLabError, did_you_mean
-from .files import saving, write_file, write_json
+from .files import alone_in, saving, write_file, write_json
 from .injection import apply_plan, injection_of
 from .layers import LoRA
 from .merging import refuse_merged
@@ -66,8 +66,10 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
     tensors, config, metadata = _for_file(model, adapter, dtype)
     folder = Path(folder)
     with saving(f"adapter {adapter!r}", folder):
-        write_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
-        write_json(folder / CONFIG, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            write_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
+            write_json(folder / CONFIG, config)
 
 
 def _for_file(model: nn.Module, adapter: str, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:

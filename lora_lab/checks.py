@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -10,15 +10,22 @@ import torch
 from .errors import LoraLabError, did_you_mean
 from .initialization import INITIALISATIONS
 
+LARGEST = 2**31 - 1  # of a size
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
 
 def check_rank(rank: Any, name: str = "rank") -> int:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST:
         raise LoraLabError(f"{name}={rank!r}: expected a whole number of at least 1 (8 is a good start)")
     return rank
 
 
 def check_alpha(alpha: Any, name: str = "alpha") -> None:
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha)):
+    if alpha is not None and not is_number(alpha):
         raise LoraLabError(f"{name}={alpha!r}: expected a finite number (alpha = rank gives a scaling of 1)")
 
 

@@ -1,15 +1,23 @@
-"""Files written so that nothing is lost: each appears whole under its name, or what was there before stays. And the weights a folder holds."""
+"""Files written so that nothing is lost: each appears whole under its name, or what was there before stays. And the weights a folder holds.
+
+Killed at any moment, a save leaves the old file or the new one. It may leave a hidden ".<name>.unfinished-..." folder beside it, which the next save
+of that name removes. What a save has returned from survives a power failure, too: file and folder are synced, the first before the rename, the
+other after it; a disk that lies about that, and other files than those written here, are beyond this promise.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +25,7 @@ from typing import Any
 from .errors import LoraLabError
 
 ORIGIN = "lora_lab.json"  # in folders we converted: where the weights came from
+UNFINISHED = ".unfinished-"  # in the names of hidden folders that are being written
 
 
 def cache_folder() -> Path:
@@ -31,22 +40,21 @@ def cache_folder() -> Path:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary path beside `path`, then rename. A failure leaves what was there, and no litter."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o666 & ~_umask())
+    """Call `write` with a temporary path, then rename. A failure leaves what was there, and no litter."""
+    with workplace(path) as folder:
+        temporary = folder / path.name
+        write(temporary)
+        _finish(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_file(path, lambda temporary: _write_text(temporary, json.dumps(value, indent=2, sort_keys=True) + "\n"))
+    write_file(path, lambda temporary: _write_json(temporary, value))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -63,34 +71,147 @@ def saving(what: str, target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well. If another process was faster, its folder stays."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+def new_folder(target: Path, or_theirs: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well. Raises OSError where `target` is there by then, and not empty.
+
+    or_theirs: if another process was faster, its folder will do, and stays.
+    """
+    with workplace(target) as place:
+        (temporary := place / target.name).mkdir()
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
+        for path in (*temporary.rglob("*"), temporary):
+            _finish(path)
+        with contextlib.suppress(OSError):
+            target.rmdir()  # an empty one may be there
         try:
             os.rename(temporary, target)
         except OSError:
-            if not target.is_dir():
+            if not (or_theirs and target.is_dir()):
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    sync(target.parent)
+
+
+@contextlib.contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target`, removed afterwards; with it go those of processes that were killed in theirs."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}{UNFINISHED}"
+    remove_abandoned(target.parent, glob.escape(target.name))
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        with alone_in(folder):
+            if not folder.exists():  # another process took it for abandoned before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def remove_abandoned(folder: Path, name: str = "*") -> None:
+    """The hidden folders in `folder` whose processes were killed; those that live hold a lock. name: of what was to be written, a pattern."""
+    for left in folder.glob(f".{name}{UNFINISHED}*"):
+        with alone_in(left, patience_seconds=0) as abandoned:
+            if abandoned:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+# Several files at once --------------------------------------------------------------------------------------------------------
+
+DECIDED = ".lora-lab-new"
+OUTDATED = {"model.safetensors": ORIGIN, "tokenizer.json": "chat_template.jinja"}  # a new file: the older one that it makes untrue
+
+
+@contextlib.contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files take the place of those in `folder`, all of them or none.
+
+    One rename decides it, to folder/.lora-lab-new. From there they are moved one by one; where that is interrupted, `settle` goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        settle(folder)
+        with new_folder(folder / DECIDED) as place:
+            yield place
+        settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Finish what an interrupted `replacing_files` had decided; whoever reads those files calls this first. Raises LoraLabError where it cannot."""
+    decided = folder / DECIDED
+    if not decided.is_dir() or decided.is_symlink():
+        return
+    with saving("the rest of an interrupted save", folder):
+        for path in sorted(path for path in decided.rglob("*") if path.is_file()):
+            name = path.relative_to(decided)
+            if (folder / name).parent.resolve() != (folder.resolve() / name).parent:
+                raise LoraLabError(f"{path} is to be moved to {(folder / name).resolve()}, out of its folder: it was not written here; remove it")
+            (folder / name).parent.mkdir(exist_ok=True)
+            if str(name) in OUTDATED:
+                (folder / OUTDATED[str(name)]).unlink(missing_ok=True)
+            os.replace(path, folder / name)
+        sync(folder)
+        shutil.rmtree(decided)
+
+
+# Locks ------------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, patience_seconds: float = 10.0) -> Iterator[bool]:
+    """Lock a folder against other processes that do so, until the block or the process ends, however it ends. Yields whether it is locked.
+
+    It is not where another process keeps it for longer than `patience_seconds` (or this one, in a signal handler), nor where the system, or a
+    network's file system, has no such locks: what is done inside must be safe without, if not as tidy.
+    """
+    handle = None
+    with contextlib.suppress(OSError):  # Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
+    if handle is None:
+        yield False
+        return
+    with _locked(handle, patience_seconds) as locked:
+        yield locked
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold a file lock, so that two processes do not do the same work; where the system has none, both do it, harmlessly."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(os.open(path, os.O_RDWR | os.O_CREAT), math.inf):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(handle: int, patience_seconds: float) -> Iterator[bool]:
+    """Holds an open file's lock, where it can be had in time, and closes the file in the end."""
+    locked = _flock(handle, patience_seconds)
+    try:
+        yield locked
+    finally:
+        if locked:
+            _flock(handle, unlock=True)  # a process that was forked meanwhile has it, too
+        os.close(handle)
+
+
+def _flock(handle: int, patience_seconds: float = 0.0, unlock: bool = False) -> bool:
+    """Whether it could be done."""
     try:
         import fcntl
     except ImportError:
-        yield
-        return
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        return False
+    how, until = fcntl.LOCK_UN if unlock else fcntl.LOCK_EX | fcntl.LOCK_NB, time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(handle, how)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return False
 
 
 def check_writable(folder: Path) -> None:
@@ -127,16 +248,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Wait until what was written is on the disk, and not in its cache only."""
-    with open(path, "rb+") as handle:
-        os.fsync(handle.fileno())
+    """Wait until a file, or the names in a folder, are on the disk and not in its cache only."""
+    folder, windows = path.is_dir(), os.name == "nt"
+    if folder and windows:  # which cannot
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not folder:  # some network file systems cannot
+            raise
+    finally:
+        os.close(handle)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+def _finish(path: Path) -> None:
+    """As readable as any new file (temporary ones are their owner's only), and on the disk."""
+    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
+    sync(path)
 
 
 def _umask() -> int:
@@ -161,9 +290,17 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict):
         raise LoraLabError(f"{index} has no weight_map (tensor: file): download or copy the model again")
     names = sorted({str(name) for name in weight_map.values()})
-    if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+    if missing := [name for name in names if not is_file_in(folder, name)]:
         raise LoraLabError(f"{index} lists {missing[0]!r}, which is not in the folder: download or copy the model again")
     return [folder / name for name in names]
+
+
+def is_file_in(folder: Path, name: str) -> bool:
+    """Whether the name is one of a file in this very folder; not "../x", "/x", or one that no file can have."""
+    try:
+        return Path(name).name == name and (folder / name).is_file()
+    except (OSError, ValueError):  # too long, or with a zero byte
+        return False
 
 
 def weights_sha256(source: Path) -> str:

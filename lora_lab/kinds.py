@@ -189,7 +189,7 @@ class MultiheadKind(LinearKind):
         return dense(module, self.weight)
 
 
-KINDS = (Conv1DKind(), LinearKind(), EmbeddingKind(), ConvKind(), MultiheadKind())
+KINDS: list[LinearKind] = [Conv1DKind(), LinearKind(), EmbeddingKind(), ConvKind(), MultiheadKind()]
 
 
 def kind_of(module: nn.Module) -> LinearKind | None:

@@ -23,7 +23,7 @@ from .errors import LoraLabError
 from .initialization import INITIALISATIONS
 from .kinds import LinearKind, kind_of
 from .selection import RowSelection, remember_selection
-from .variants import EXTRAS, LORA, Variant, variant_of
+from .variants import LORA, Variant, variant_of
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -80,6 +80,11 @@ class AdapterParameters(nn.Module):
 
 def _never_called(module: nn.Module, inputs: Any) -> None:
     """AdapterParameters has no forward, so this never runs; that it is there is enough."""
+
+
+def containers_of(module: nn.Module) -> dict[str, AdapterParameters]:
+    """What a layer keeps of its adapters: lora_A, lora_B, and whatever their variants have beside."""
+    return {name: child for name, child in module._modules.items() if isinstance(child, AdapterParameters)}
 
 
 class LoRA:
@@ -191,8 +196,7 @@ class LoRA:
 
     def lora_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The adapter's tensors by container: lora_A, lora_B, and what its variant has."""
-        containers = {name: self.lora_extra(name) for name in ("lora_A", "lora_B", *EXTRAS)}
-        return {name: container[adapter] for name, container in containers.items() if adapter in container}
+        return {name: container[adapter] for name, container in containers_of(cast(nn.Module, self)).items() if adapter in container}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy: the class is made on the fly, so it travels as its base class."""
@@ -284,7 +288,7 @@ def detach_adapters(module: Any) -> dict[str, Any]:
     """Make a LoRA layer the plain layer it was; returns what `reattach_adapters` needs to undo that."""
     if hasattr(module, "lora_unregister"):  # the adapters of a parameter, beside it (parameters.py)
         return {"owner": module.lora_unregister()}
-    containers = {name: module._modules.pop(name) for name in ("lora_A", "lora_B", *EXTRAS) if name in module._modules}
+    containers = {name: module._modules.pop(name) for name in containers_of(module)}
     settings = {name: module.__dict__.pop(name) for name in ("lora_scaling", "lora_dropout", "lora_variant", "lora_active")}
     own, base = type(module), type(module).lora_base_class
     module.__class__ = base

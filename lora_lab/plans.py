@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .fused.parts import Layout
+from .patterns import at_the_end
 from .token_rows.targets import PlannedRows
 
 
@@ -122,6 +122,6 @@ class Plan:
 def first_match(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of the path, in dict order."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if at_the_end(key).match(path):
             return value
     return default

@@ -24,6 +24,7 @@ from .kinds import is_linear, kind_of
 from .layers import LoRA, is_adaptable, layer_shape
 from .parameters.layer import as_stack, part_of
 from .parameters.targets import check_apart, check_request, match_parameters
+from .patterns import at_the_end, compile_pattern
 from .plans import AdapterConfig, Plan, PlannedLayer, first_match
 from .token_rows.targets import plan_rows
 from .variants import variant_of
@@ -252,13 +253,6 @@ def check_layers(targets: list[str], layers: Sequence[int] | None) -> None:
         raise LoraLabError(f"layers={list(layers or ())}: there is no layer {absent[0]} among the targets; they are in {present}")
 
 
-def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise LoraLabError(f"{where}={pattern!r} is not a regular expression: {error}") from None
-
-
 # Checks -------------------------------------------------------------------------------------------------------------------
 
 
@@ -276,8 +270,10 @@ def check_config(config: AdapterConfig) -> None:
         if not isinstance(pattern, dict):
             raise LoraLabError(f"{name}={pattern!r}: expected a dict of name or pattern -> value")
         for key, value in pattern.items():
-            compile_pattern(key, name)
+            at_the_end(key, name)
             check(value, f"{name}[{key!r}]")
+            if value is None:
+                raise LoraLabError(f"{name}[{key!r}]=None: expected a number")
     if config.layers is not None and not (isinstance(config.layers, Iterable) and all(type(number) is int for number in config.layers)):
         raise LoraLabError(f"layers={config.layers!r}: expected a list of layer numbers")
 

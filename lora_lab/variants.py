@@ -184,7 +184,6 @@ def _row_squares(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
 
 LORA = Variant()
 VARIANTS: dict[str, type[Variant]] = {"lora": Variant, "dora": DoRA}
-EXTRAS = ("lora_magnitude_vector", "lora_A_start", "lora_B_start", "lora_B_bias", "lora_tokens")
 
 
 def variant_of(name: Any, init: str, freeze_A: bool = False) -> Variant:

@@ -211,7 +211,7 @@ def _from_name(name: str) -> Architecture:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise MemoryMathError(f"{path}: cannot be read as JSON ({problem})") from problem
     if not isinstance(content, dict):
         raise MemoryMathError(f"{path}: expected a JSON object with the model's fields, found {type(content).__name__}")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError, did_you_mean
-from lora_lab.files import saving, write_file, write_json
+from lora_lab.files import alone_in, saving, write_file, write_json
 from lora_lab.peft_files.config import CONFIG, TENSORS
 from lora_lab.streaming.shards import NAMES
 from lora_lab.wrapping import refuse_sharded, refuse_wrapped, whole
@@ -29,7 +29,7 @@ from .injection import check_task_name
 from .peft_files.config import peft_config, type_and_sizes
 from .peft_files.heads import head_tensors, heads_of, put_in_place, refuse_another_head, warn_of_the_unsaved
 from .peft_files.reading import BEGAN, KEY, NETWORK, Contents, read_contents, rows_for_file
-from .peft_files.trainable import INITIAL, digest_of, remove_others, write_trainable
+from .peft_files.trainable import INITIAL, digest_of, network_tensors, remove_others, write_trainable
 from .prompted_model import PromptedModel, check_module, check_prompted
 from .soft_prompt import Prompt
 
@@ -57,12 +57,15 @@ def save(prompted: PromptedModel, folder: str | Path, task: str | None = None, *
     warn_of_the_unsaved(prompted.base, heads)
     metadata = _metadata(prompted.base, prompt, config)
     folder, digest = Path(folder), digest_of(tensors[KEY])
+    network = network_tensors(prompt) if prompt.hidden_size is not None else None
     with saving(f"task {task or prompted.active!r}", folder):
-        if prompt.hidden_size is not None:
-            write_trainable(folder, digest, prompt)
-        write_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
-        write_json(folder / CONFIG, config)
-        remove_others(folder, digest)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):  # or another save could remove this network before the prompt that it belongs to is there
+            if network is not None:
+                write_trainable(folder, digest, prompt.method, network)
+            write_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata))
+            write_json(folder / CONFIG, config)
+            remove_others(folder, digest)
 
 
 def _ready(prompt: Prompt, dtype: torch.dtype | None) -> Tensor:

@@ -5,6 +5,7 @@ LORA_LAB_REQUIRE_REAL=1 (CI sets it) turns a real model that cannot be had from 
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -24,6 +25,14 @@ def one_thread_for_small_models(request):
     torch.set_num_threads(before if request.node.get_closest_marker("real") else 1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Every save waits until its files are on the disk, 10 ms or more each time; no power fails here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")

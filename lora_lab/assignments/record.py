@@ -47,4 +47,7 @@ def _classes(found: Any, path: Path) -> Classes | None:
         return None
     if not isinstance(found, Mapping) or not isinstance(found.get("names"), list) or not isinstance(found.get("of"), Mapping):
         raise LoraLabError(f"{path}: 'classes' is {found!r:.80}, expected names and what they are of")
-    return Classes(tuple(map(str, found["names"])), {str(label): int(number) for label, number in found["of"].items()})
+    names, of = tuple(map(str, found["names"])), dict(found["of"])
+    if not names or not all(type(number) is int and 0 <= number < len(names) for number in of.values()):
+        raise LoraLabError(f"{path}: 'of' is {of!r:.80}, expected the number of a class, 0 to {len(names) - 1}, for each label")
+    return Classes(names, of)

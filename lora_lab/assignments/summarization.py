@@ -11,7 +11,7 @@ from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape, plain
 from ..data.tables.labels import Classes
 from ..errors import LoraLabError
-from ..training.evaluation import Written, rouge
+from ..training.evaluation import Written, ordinary_words, rouge, unsaid
 from .base import Assignment, Cells, Reader, Reading, Scores, Way, digest, kind_of, text_in
 from .writing import Writer
 
@@ -45,21 +45,28 @@ class Summarization(Assignment):
 
 
 class Summarizer(Writer):
-    """Judged by what the summaries have in common with the right ones."""
+    """Judged by what the summaries have in common with the right ones, and by the wrong facts in them that can be seen: the mean of a summary."""
 
     quality = "rougeL"
     higher_is_better = True
     has_words = True
 
     def judged(self, written: Sequence[Written], rows: Sequence[Row]) -> Scores:
-        return _rouge([each.text for each in written], rows)
+        return _judged([each.text for each in written], rows)
 
     def score(self, model: nn.Module, rows: Sequence[Row], way: Way | None = None) -> float:
         return self.judged(self.written(model, rows, way), rows)[self.quality]
 
     def without_model(self, rows: Sequence[Row]) -> tuple[str, Scores] | None:
-        return "the text itself", _rouge([row["dialogue"] for row in rows], rows)
+        return "the text itself", _judged([row["dialogue"] for row in rows], rows)
 
 
-def _rouge(texts: Sequence[str], rows: Sequence[Row]) -> Scores:
-    return {kind: score.f1 for kind, score in rouge(texts, [row["summary"] for row in rows], kinds=KINDS).items()}
+def _judged(texts: Sequence[str], rows: Sequence[Row]) -> Scores:
+    common = rouge(texts, [row["summary"] for row in rows], kinds=KINDS)
+    return {**{kind: score.f1 for kind, score in common.items()}, "wrong facts": sum(map(len, wrong_facts(texts, rows))) / len(rows)}
+
+
+def wrong_facts(texts: Sequence[str], rows: Sequence[Row]) -> list[list[str]]:
+    """Of a summary for each row, the numbers and names that the dialogue has not."""
+    ordinary = ordinary_words(text for row in rows for text in (row["dialogue"], row["summary"]))
+    return [unsaid(text, row["dialogue"], ordinary) for text, row in zip(texts, rows, strict=True)]

@@ -134,7 +134,8 @@ def trained(bench: Workbench, model: nn.Module, rows: Sequence[Row], learning_ra
     predict: another way to predict, by (model, examples, config).
     """
     examples = bench.reader.examples(rows)
-    config = TrainConfig.of({**bench.training, "learning_rate": learning_rate, "seed": seed, "precision": bench.precision, "progress": False})
+    config = TrainConfig.of({**bench.training, "learning_rate": learning_rate, "seed": seed, "precision": bench.precision,
+                              "progress": bench.reader.reading.progress})  # fmt: skip
     config.warmup_steps = round(WARM_UP * (config.max_steps or count_steps(list(examples), config)))
     memory = Memory()
     if request is not None:

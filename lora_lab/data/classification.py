@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import LoraLabError
 from .formats import Row, check_labelled, each_encoded
-from .templates import need_tokenizer, token_ids
+from .templates import check_size, need_tokenizer, token_ids
 
 Label = int | float | list[float]
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"  # transformers' words
@@ -32,7 +32,7 @@ def encode_labelled(rows: Sequence[Row], tokenizer: Any, max_length: int | None,
 
     def encode(row: Row, where: str) -> dict[str, Any]:
         nonlocal problem
-        example = _encode(row, tokenizer, where)
+        example = _encode(row, tokenizer, where, max_length)
         _check_length(len(example["input_ids"]), max_length, where)
         problem = problem or problem_of(row, labels)  # the first row's is that of all
         return {**example, "label": label_of(row, labels, problem, where)}
@@ -70,12 +70,13 @@ def _number(value: Any, expected: str, where: str) -> float:
     return float(value)
 
 
-def _encode(row: Row, tokenizer: Any, where: str) -> dict[str, list[int]]:
+def _encode(row: Row, tokenizer: Any, where: str, max_length: int | None) -> dict[str, list[int]]:
     if not isinstance(row, Mapping):
         raise LoraLabError(f"{where}: a row is a {type(row).__name__}, expected an object with text (or input_ids) and label")
     if "input_ids" in row:
         return _encoded_already(row, where)
     check_labelled(row, where)
+    check_size(row, max_length, where)
     need_tokenizer(tokenizer, where)
     encoded = tokenizer(*(row[name] for name in ("text", "text_pair") if row.get(name) is not None))
     return _without_idle_types({name: [int(i) for i in encoded[name]] for name in ("input_ids", "token_type_ids") if name in encoded})

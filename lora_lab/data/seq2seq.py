@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import LoraLabError
 from .formats import Row, check_row, each_encoded
-from .templates import IGNORE, Example, messages_of, need_tokenizer, token_ids
+from .templates import IGNORE, Example, check_size, messages_of, need_tokenizer, token_ids
 
 
 def encode_answers(rows: Sequence[Row], tokenizer: Any, max_length: int | None = None) -> list[Example]:
@@ -23,7 +23,7 @@ def encode_answers(rows: Sequence[Row], tokenizer: Any, max_length: int | None =
 
     max_length: tokens either may have. Raises LoraLabError, naming the row, for one that is longer, empty, or has no labels.
     """
-    return each_encoded(rows, lambda row, where: _checked(_encode(row, tokenizer, where), max_length, where))
+    return each_encoded(rows, lambda row, where: _checked(_encode(row, tokenizer, where, max_length), max_length, where))
 
 
 def question_of(row: Row) -> str:
@@ -43,10 +43,11 @@ def _parts(row: Row) -> tuple[str, str]:
     return "\n\n".join(message["content"] for message in messages[:last]), answer
 
 
-def _encode(row: Row, tokenizer: Any, where: str) -> Example:
+def _encode(row: Row, tokenizer: Any, where: str, max_length: int | None) -> Example:
     if isinstance(row, Mapping) and "input_ids" in row:
         return _encoded_already(row, where)
     check_row(row, where)
+    check_size(row, None if max_length is None else 2 * max_length, where)
     need_tokenizer(tokenizer, where)
     question, answer = _parts(row)
     eos, labels = getattr(tokenizer, "eos_token_id", None), list(tokenizer.encode(answer))

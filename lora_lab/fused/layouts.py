@@ -258,6 +258,9 @@ def check_parts(path: str, parts: Layout, config: Any) -> None:
         if getattr(config, name) == value:
             raise LoraLabError(f"{name}={value!r}, but target_modules={config.target_modules!r} names only {', '.join(parts.names)} of {path!r}: "
                                f"{why}; name the whole layer, or leave {name} out")  # fmt: skip
+    if config.variant not in ("lora", "dora"):
+        raise LoraLabError(f"variant={config.variant!r}, but target_modules={config.target_modules!r} names only {', '.join(parts.names)} of "
+                           f"{path!r}: parts of a layer have 'lora' and 'dora'; name the whole layer")  # fmt: skip
 
 
 # Layouts that the caller gives -----------------------------------------------------------------------------------------------------

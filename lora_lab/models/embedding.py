@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,13 +68,16 @@ class Pooling:
         for module in _modules(folder):
             kind = str(module.get("type")).rpartition(".")[2]
             if kind == "Pooling":
-                mode = _mode(read_json(folder / str(module.get("path")) / "config.json"), folder)
+                mode = _mode(read_json(folder / _inside(folder, module.get("path")) / "config.json"), folder)
             elif kind == "Normalize":
                 normalize = True
             elif kind != "Transformer":
                 raise LoraLabError(f"{folder / 'modules.json'} has a {kind} after the encoder: expected Transformer, Pooling and Normalize only")
         settings = folder / "sentence_bert_config.json"
-        return cls(mode, normalize, read_json(settings).get("max_seq_length") if settings.is_file() else None)
+        longest = read_json(settings).get("max_seq_length") if settings.is_file() else None
+        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+            raise LoraLabError(f"{settings}: max_seq_length={longest!r}, expected a whole number of at least 1, or null")
+        return cls(mode, normalize, longest)
 
 
 def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 32, *, pooling: Pooling | None = None) -> Tensor:
@@ -131,7 +135,7 @@ def _longest(model: nn.Module, pooling: Pooling) -> int | None:
 def copy_layout(model: PretrainedModel, folder: Path) -> None:
     """Beside a saved encoder, the files that say how its vectors are made; they are those of the folder it was loaded from."""
     source = model.source_folder
-    if model.head_path is not None or model.new_head or source is None or not source.is_dir() or source == folder.resolve():
+    if model.head_path is not None or model.new_head or source is None or not source.is_dir():
         return
     for path in (path for pattern in LAYOUT for path in source.glob(pattern)):
         target = folder / path.relative_to(source)
@@ -145,6 +149,13 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise LoraLabError(f"{path} holds no list of modules: expected sentence-transformers' {{'type', 'path'}} each")
     return modules
+
+
+def _inside(folder: Path, name: Any) -> str:
+    """The name of a folder in the model's own, and of none elsewhere."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{0,100}", name) or name == "..":
+        raise LoraLabError(f"{folder / 'modules.json'}: path={name!r}: expected the name of a folder beside it, such as '1_Pooling'")
+    return name
 
 
 def _mode(config: dict[str, Any], folder: Path) -> str:

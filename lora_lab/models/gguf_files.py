@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import LARGEST, is_number
 from ..errors import LoraLabError
+from .gguf_header import check_header
 from .gguf_tokenizer import build_tokenizer
 from .tokenizer import Tokenizer
 
@@ -40,6 +42,7 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         self.gguf, self.path = import_gguf(), path
         try:
+            check_header(path)
             self.reader = self.gguf.GGUFReader(path)
             self.metadata = {name: field.contents() for name, field in self.reader.fields.items()}
         except LoraLabError:
@@ -52,18 +55,18 @@ class GGUFFile:
     def config(self) -> dict[str, Any]:
         """A transformers config.json as a dict."""
         names = {tensor.name for tensor in self.reader.tensors}
-        heads, eos = self._number("attention.head_count"), self.metadata.get("tokenizer.ggml.eos_token_id")
+        heads, eos = self._whole("attention.head_count"), self.metadata.get("tokenizer.ggml.eos_token_id")
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": self._vocabulary(),
-            "hidden_size": self._number("embedding_length"),
-            "intermediate_size": self._number("feed_forward_length"),
-            "num_hidden_layers": self._number("block_count"),
+            "hidden_size": self._whole("embedding_length"),
+            "intermediate_size": self._whole("feed_forward_length"),
+            "num_hidden_layers": self._whole("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._number("attention.head_count_kv", heads),
+            "num_key_value_heads": self._whole("attention.head_count_kv", heads),
             "head_dim": self._head_dim(heads),
-            "max_position_embeddings": self._number("context_length"),
+            "max_position_embeddings": self._whole("context_length"),
             "rms_norm_eps": float(f"{self._number('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32
             "hidden_act": "silu",
             "attention_bias": "blk.0.attn_q.bias" in names,
@@ -77,16 +80,19 @@ class GGUFFile:
 
     def tensors(self, progress: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(transformers' name, float32 tensor) one at a time."""
-        heads = self._number("attention.head_count")
-        kv_heads = self._number("attention.head_count_kv", heads)
+        heads = self._whole("attention.head_count")
+        kv_heads = self._whole("attention.head_count_kv", heads)
         for stored in tqdm(self.reader.tensors, desc="dequantise", unit="tensor", disable=not progress):
             if stored.name == "rope_freqs.weight":  # factors of the rotary frequencies: in the config
                 continue
-            values = self._dequantise(stored)
-            values = values.reshape([int(size) for size in reversed(stored.shape)]).float()
-            if ".attn_q." in stored.name or ".attn_k." in stored.name:
-                values = unpermute(values, heads if ".attn_q." in stored.name else kv_heads)
-            yield transformers_name(stored.name), values
+            name = transformers_name(stored.name)
+            try:
+                values = self._dequantise(stored).reshape([int(size) for size in reversed(stored.shape)]).float()
+                if ".attn_q." in stored.name or ".attn_k." in stored.name:
+                    values = unpermute(values, heads if ".attn_q." in stored.name else kv_heads)
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise LoraLabError(f"{self.path}: tensor {stored.name!r} {stored.shape.tolist()} cannot be read: {error}") from None
+            yield name, values
 
     def _dequantise(self, stored: Any) -> Tensor:
         try:
@@ -96,16 +102,24 @@ class GGUFFile:
             raise LoraLabError(f"{self.path}: the gguf package cannot dequantise {stored.name!r} ({kind}): take a Q4_0 or Q8_0 file") from None
 
     def tokenizer(self) -> Tokenizer | None:
-        return build_tokenizer(self.metadata) if "tokenizer.ggml.tokens" in self.metadata else None
+        if "tokenizer.ggml.tokens" not in self.metadata:
+            return None
+        try:
+            return build_tokenizer(self.metadata)
+        except LoraLabError:
+            raise
+        except Exception as error:  # ids without a token, merges of no tokens: what the library raises is plain Exception
+            raise LoraLabError(f"{self.path}: its tokenizer cannot be rebuilt ({type(error).__name__}: {error}); put a tokenizer.json beside the "
+                               "file") from None  # fmt: skip
 
     def _vocabulary(self) -> int:
         embedding = next((tensor for tensor in self.reader.tensors if tensor.name == "token_embd.weight"), None)
-        if embedding is None:
+        if embedding is None or len(embedding.shape) != 2:
             raise LoraLabError(f"{self.path} lacks the tensor 'token_embd.weight': it is not a complete Llama model")
         return int(embedding.shape[1])
 
     def _head_dim(self, heads: int) -> int:
-        head_dim = int(self._number("attention.key_length", self._number("embedding_length") // heads))
+        head_dim = self._whole("attention.key_length", self._whole("embedding_length") // heads)
         if (rotated := self._number("rope.dimension_count", head_dim)) != head_dim:
             raise LoraLabError(f"{self.path} rotates {rotated} of each head's {head_dim} dimensions; this version reads models that rotate all")
         return head_dim
@@ -114,6 +128,14 @@ class GGUFFile:
         value = self.metadata.get(f"llama.{key}", default)
         if value is None:
             raise LoraLabError(f"{self.path} lacks the field 'llama.{key}': it is not a complete Llama model")
+        if not is_number(value):
+            raise LoraLabError(f"{self.path}: llama.{key} is {value!r:.80}, expected a number")
+        return value
+
+    def _whole(self, key: str, default: Any = None) -> int:
+        value = self._number(key, default)
+        if not isinstance(value, int) or not 1 <= value <= LARGEST:
+            raise LoraLabError(f"{self.path}: llama.{key} is {value!r}, expected a whole number of at least 1")
         return value
 
     def _rope_scaling(self) -> dict[str, Any] | None:

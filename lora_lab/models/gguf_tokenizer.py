@@ -6,6 +6,7 @@ Two kinds exist for Llama models: byte-level BPE ("gpt2", with the name of how t
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from ..errors import LoraLabError
 from .tokenizer import Tokenizer
 
+LONGEST_TOKEN = 1000  # characters: each place in it is looked at as a merge
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # llama.cpp's token types
 # How text is cut before merging, by llama.cpp's name for it. None: the byte-level pre-tokenizer's own expression, GPT-2's.
 LLAMA3_CUT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
@@ -28,6 +30,10 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     needed = "tokenizer.ggml.merges" if kind == "gpt2" else "tokenizer.ggml.scores"
     if needed not in metadata:
         raise LoraLabError(f"the GGUF file lacks the field {needed!r}: its tokenizer cannot be rebuilt; put a tokenizer.json beside the file")
+    if longest := [token for token in metadata["tokenizer.ggml.tokens"] if len(token) > LONGEST_TOKEN]:
+        raise LoraLabError(f"a token of {len(longest[0]):,} characters: expected {LONGEST_TOKEN} at most")
+    if not isinstance(metadata.get("tokenizer.chat_template"), (str, NoneType)):
+        raise LoraLabError("tokenizer.chat_template is no text")
     backend = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
     added = [(token, type_) for token, type_ in zip(tokens, types, strict=False) if type_ in (UNKNOWN, CONTROL, USER_DEFINED)]

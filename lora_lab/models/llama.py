@@ -58,9 +58,9 @@ class LlamaConfig:
         """Read a Hugging Face config, of transformers 4 or 5. Raises LoraLabError for a missing or unsupported field."""
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         check_config(source, cls.family, needed, ("num_key_value_heads", "head_dim", "max_position_embeddings"))
+        check_config(given := {**cls.defaults, **source}, cls.family, (), ("sliding_window",))
         if (activation := source.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise LoraLabError(f"hidden_act={activation!r}: expected 'silu', the gate of every released {cls.family}")
-        given = {**cls.defaults, **source}
         given |= flags(given, {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}) | shares(given, {"attention_dropout": 0.0})
         heads = source["num_attention_heads"]
         head_dim = given.get("head_dim") or source["hidden_size"] // heads
@@ -92,9 +92,10 @@ def layer_windows(given: dict[str, Any], window: int | None) -> tuple[int | None
     """layer_types says which layers have the window (transformers 5); before, Qwen's were those from max_window_layers on."""
     count, kinds = given["num_hidden_layers"], given.get("layer_types")
     if kinds is None:
-        first = given.get("max_window_layers", 0)
+        if isinstance(first := given.get("max_window_layers", 0), bool) or not isinstance(first, int):
+            raise LoraLabError(f"max_window_layers={first!r} in config.json: expected the number of the first layer with a window")
         return tuple(window if layer >= first else None for layer in range(count))
-    if not isinstance(kinds, list) or len(kinds) != count or not {*kinds} <= {"sliding_attention", "full_attention"}:
+    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in ("sliding_attention", "full_attention") for kind in kinds):
         raise LoraLabError(f"layer_types={kinds!r} in config.json: expected 'full_attention' or 'sliding_attention' for each of {count} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 

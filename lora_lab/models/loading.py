@@ -6,21 +6,23 @@ Weights are safetensors only: a pickled checkpoint can run code when it is read,
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import LoraLabError, did_you_mean
-from ..files import ORIGIN, read_json, saving, weight_files, write_file, write_json
+from ..files import read_json, replacing_files, saving, settle, weight_files, write_json
 from ..layers import LoRA
+from ..streaming.shards import opened, read_shard
 from .base import PretrainedModel
 from .bert import BertModel, RobertaModel
 from .bert_heads import BertForMaskedLM, BertForSequenceClassification, RobertaForMaskedLM, RobertaForSequenceClassification
+from .config import check_against
 from .embedding import LAYOUT, copy_layout
 from .falcon import FalconForCausalLM
 from .gpt2 import GPT2LMHeadModel
@@ -28,7 +30,7 @@ from .llama import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3
 from .neox import GPTNeoXForCausalLM
 from .t5 import MT5ForConditionalGeneration, T5EncoderModel, T5ForConditionalGeneration
 from .tasks import Head, begin_head, class_of
-from .tokenizer import Tokenizer
+from .tokenizer import GENERATION, Tokenizer
 
 FAMILIES: dict[str, type[PretrainedModel]] = {
     family.__name__: family for family in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -76,7 +78,10 @@ def load(name_or_path: str | Path, dtype: torch.dtype | None = None, device: Any
 
 
 def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files. Raises LoraLabError for a model with adapters in it."""
+    """Write config.json, model.safetensors and the tokenizer's files: all of them or, where it is interrupted, none (files.py says how).
+
+    Raises LoraLabError for a model with adapters in it, and where the disk refuses; earlier files are untouched then.
+    """
     if any(isinstance(module, LoRA) for module in model.modules()):
         raise LoraLabError("this model has LoRA layers: save the adapter with lora_lab.save, or eject it before saving the model")
     for name, first in model.tied.items():
@@ -87,20 +92,24 @@ def save(model: PretrainedModel, folder: str | Path, tokenizer: Tokenizer | None
     config = {name: value for name, value in model.config.to_dict().items() if name != "torch_dtype"}  # transformers 4's name for dtype
     config["architectures"] = [next((each.__name__ for each in type(model).__mro__ if each.__name__ in FAMILIES), type(model).__name__)]
     tensors = {model.stored_name(name): tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in model.tied}
-    with saving("model", folder):
-        write_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-        write_json(folder / "config.json", {**config, "dtype": dtype})
-        (folder / ORIGIN).unlink(missing_ok=True)  # these weights come from here now
-        copy_layout(model, folder)
+    with saving("model", folder), replacing_files(folder) as place:
+        save_file(tensors, place / "model.safetensors", {"format": "pt"})
+        write_json(place / "config.json", {**config, "dtype": dtype})
+        copy_layout(model, place)
         if tokenizer is not None:
-            tokenizer.save(folder)
+            if (folder / GENERATION).is_file():
+                shutil.copyfile(folder / GENERATION, place / GENERATION)  # of which the tokenizer changes one entry
+            tokenizer.save(place)
 
 
 # Sources --------------------------------------------------------------------------------------------------------------------
 
 
 def _load_folder(folder: Path, name: str, dtype: Any, device: Any, head: Head) -> tuple[PretrainedModel, Tokenizer | None]:
-    model = build(read_json(folder / "config.json"), read_weights(weight_files(folder)), dtype, device, head)
+    settle(folder)
+    config, files = read_json(folder / "config.json"), weight_files(folder)
+    check_against(config, [tensor.shape for file in files for tensor in read_shard(file).tensors.values()])
+    model = build(config, read_weights(files), dtype, device, head)
     model.name_or_path, model.source_folder = name, folder.resolve()
     return model, Tokenizer.from_folder(folder)
 
@@ -109,7 +118,8 @@ def _load_gguf(path: Path, dtype: Any, device: Any, head: Head) -> tuple[Pretrai
     from .gguf_files import GGUFFile
 
     file = GGUFFile(path)
-    model = build(file.config(), file.tensors(), dtype, device, head)
+    check_against(config := file.config(), [[int(size) for size in tensor.shape] for tensor in file.reader.tensors])
+    model = build(config, file.tensors(), dtype, device, head)
     model.name_or_path, model.source_folder = str(path), path.resolve()
     return model, file.tokenizer()
 
@@ -127,12 +137,9 @@ def _from_hub(name: str) -> Path:
 def read_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) one at a time, so that a cast never holds the model twice."""
     for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise LoraLabError(f"{path} is truncated or not a safetensors file ({error}): download or copy it again") from None
+        with opened(path, "download or copy it again") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
 
 
 # Building -------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import LARGEST, is_number
 from ..errors import LoraLabError, did_you_mean
+
+NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+           "mscale", "mscale_all_dim")  # fmt: skip
+MAY_BE_0 = ("mscale", "mscale_all_dim")  # not given, then
+FACTORS = ("short_factor", "long_factor")  # one for each frequency
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,30 @@ class Rope:
             numbers["original_max_position_embeddings"] = outside or numbers.get("original_max_position_embeddings") or positions
         if not partial and share != 1.0:
             raise LoraLabError(f"partial_rotary_factor={share!r}: rotating a part of each head is not read here, no Llama does")
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        if not is_number(share) or not 0 < share <= 1:
             raise LoraLabError(f"partial_rotary_factor={share!r}: expected a number above 0, 1 at most (0.25 in GPT-NeoX)")
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        if not is_number(theta) or theta <= 0:
             raise LoraLabError(f"rope_theta={theta!r}: expected a positive number (10000 in the first Llamas)")
         if not isinstance(kind, str) or kind not in KINDS:
             raise LoraLabError(f"rope_type={kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
-        return cls(float(theta), int(dim * share), positions, kind, numbers)
+        rope = cls(float(theta), int(dim * share), positions, kind, numbers)
+        rope._check()
+        return rope
+
+    def _check(self) -> None:
+        if self.dim < 2 or self.dim % 2:
+            raise LoraLabError(f"rotary positions turn pairs of numbers, and each head has {self.dim} that turn: expected an even number (head_dim, "
+                               "hidden_size / num_attention_heads, partial_rotary_factor)")  # fmt: skip
+        for name, value in self.numbers.items():
+            each = value if name in FACTORS and isinstance(value, list) and len(value) == self.dim // 2 else [value]
+            fine = all(is_number(one) and 0 <= one <= LARGEST and (one > 0 or name in MAY_BE_0) for one in each)
+            if name in (*NUMBERS, *FACTORS) and value is not None and not fine:
+                raise LoraLabError(f"{name}={value!r:.80} of rope_type={self.kind!r}: expected "
+                                   + (f"{self.dim // 2} positive numbers" if name in FACTORS else "a positive number"))  # fmt: skip
+        trained = self.numbers.get("original_max_position_embeddings", 2)
+        if (self.kind == "yarn" and self.theta <= 1) or (self.kind == "dynamic" and self.dim == 2) or (self.kind == "longrope" and trained <= 1):
+            raise LoraLabError(f"rope_type={self.kind!r} with rope_theta={self.theta}, heads that turn {self.dim} numbers and {self.numbers}: "
+                               "expected a base above 1, more than 2 numbers, and more than one position")  # fmt: skip
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: [B or 1, T] -> cos and sin, float32 [B or 1, T, 1, dim / 2]."""

@@ -74,7 +74,8 @@ class T5Config:
             raise LoraLabError(f"relative_attention_num_buckets={buckets}, relative_attention_max_distance={distance}: expected at least 4 buckets, "
                                "and a distance beyond half of them")  # fmt: skip
         for name in ("pad_token_id", "decoder_start_token_id"):
-            if (token := getattr(self, name)) not in range(self.vocab_size):
+            token = getattr(self, name)
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise LoraLabError(f"{name}={token!r} in config.json: expected an id, 0 to {self.vocab_size - 1}")
 
     @property

@@ -46,7 +46,8 @@ class Head:
         own = {key: value for key in ("num_labels", "problem_type") if (value := getattr(self, key)) is not None}
         if own and not name.endswith("ForSequenceClassification"):
             raise LoraLabError(f"{', '.join(own)}: a {name} has no classes (task='sequence-classification' has)")
-        if self.num_labels not in (None, len(config.get("id2label") or ())):
+        labels = config.get("id2label")
+        if self.num_labels not in (None, len(labels) if isinstance(labels, dict) else 0):
             config = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
         return {**config, **own, "architectures": [name]}
 

@@ -5,20 +5,19 @@ Method names are those of transformers' tokenizers, so that either kind can be g
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tokenizers
 
 from ..errors import LoraLabError
-from ..files import write_file, write_json
+from ..files import json_object, write_file, write_json
+from .chat_sandbox import render
 
 Message = dict[str, str]
+GENERATION = "generation_config.json"
 
 
 @dataclass
@@ -38,29 +37,31 @@ class Tokenizer:
             return None
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:  # the library raises plain Exception, and where it panics none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise LoraLabError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
         backend.no_truncation()  # settings of somebody's last call, which would cut or pad every text from here on
         backend.no_padding()
         config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
         special = {key: _text(value) for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
-        stop = _json(folder / "generation_config.json").get("eos_token_id", _json(folder / "config.json").get("eos_token_id"))
-        stop_ids = frozenset([stop] if isinstance(stop, int) else stop or [])
-        template = folder / "chat_template.jinja"
-        chat_template = template.read_text(encoding="utf-8") if template.is_file() else _default_template(config.get("chat_template"))
-        return cls(backend, special, chat_template, stop_ids)
+        if odd := [key for key, token in special.items() if not token.isascii() and token != token.encode("utf-8", "replace").decode()]:
+            raise LoraLabError(f"{folder}: {odd[0]}={special[odd[0]]!a} holds half of a character")
+        stop = _json(folder / GENERATION).get("eos_token_id", _json(folder / "config.json").get("eos_token_id"))
+        return cls(backend, special, _template(folder, config.get("chat_template")), stop_ids_of(stop))
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and generation_config.json, which transformers reads too."""
         folder = Path(folder)
-        write_file(folder / "tokenizer.json", lambda path: self.backend.save(str(path)))
+        text = self.backend.to_str(pretty=True)  # the library's own `save` reports a full disk as an Exception of no class
+        write_file(folder / "tokenizer.json", lambda path: _write(path, text))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
         if "cls_token" in self.special and any(self("a", "a")["token_type_ids"]):
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # BERT's; transformers would leave the types out
         write_json(folder / "tokenizer_config.json", {**config, **({"chat_template": self.chat_template} if self.chat_template else {})})
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # an older one would win over ours
         if self.stop_ids:
-            generation = folder / "generation_config.json"
+            generation = folder / GENERATION
             write_json(generation, {**_json(generation), "eos_token_id": sorted(self.stop_ids)})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -123,58 +124,30 @@ class Tokenizer:
         return self.vocab_size
 
 
-def render(template: str, **variables: Any) -> str:
-    """Render a chat template in jinja2's sandbox: a template comes with a model, so it is somebody else's program.
-
-    Raises LoraLabError for a template that is not valid, refuses its input, or reaches for what the sandbox forbids.
-    """
-    import jinja2
-
-    try:
-        return str(_sandbox().from_string(template).render(**variables))
-    except jinja2.TemplateError as error:
-        raise LoraLabError(f"the chat template refused: {error}") from None
-    except Exception as error:  # whatever somebody else's program may raise
-        raise LoraLabError(f"the chat template failed on these messages: {type(error).__name__}: {error}") from None
+def stop_ids_of(value: Any) -> frozenset[int]:
+    """What ends a generation, as configurations have it: an id, a list of them, or null."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+        raise LoraLabError(f"eos_token_id={value!r:.80}: expected a token's id, or a list of them")
+    return frozenset(ids)
 
 
-@functools.cache
-def _sandbox() -> Any:
-    """The environment transformers gives its templates: the same filters, functions and tags."""
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks what is to be learned; here it is only rendered."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    environment.globals["dict"] = lambda *items, **named: dict(*items, **named)  # the type itself would let dict.update(...) through
-    return environment
+def _template(folder: Path, in_config: Any) -> str | None:
+    """That of chat_template.jinja, else the configuration's; of a list of named ones the default."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise LoraLabError(f"{path} is not UTF-8 ({error.reason})") from None
+    if isinstance(in_config, list):
+        named = [entry.get("template") for entry in in_config if isinstance(entry, dict) and entry.get("name") == "default"]
+        in_config = next(iter(named), None)
+    return in_config if isinstance(in_config, str) else None
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> NoReturn:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
-
-
-def _default_template(value: Any) -> str | None:
-    """A template, or the default one of a list of named ones."""
-    if isinstance(value, list):
-        return next((entry["template"] for entry in value if entry.get("name") == "default"), None)
-    return value if isinstance(value, str) else None
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _text(token: str | dict[str, Any]) -> str:
@@ -182,8 +155,4 @@ def _text(token: str | dict[str, Any]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise LoraLabError(f"{path} is not JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+    return json_object(path.read_bytes(), path) if path.is_file() else {}

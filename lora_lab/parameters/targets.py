@@ -30,10 +30,9 @@ def match_parameters(model: nn.Module, names: Any) -> list[str]:
 
     Raises LoraLabError for a name that matches nothing, and for a parameter that cannot be adapted so.
     """
+    check_names(names)
     if names is None:
         return []
-    if isinstance(names, str) or not isinstance(names, (Sequence, set, frozenset)) or not all(isinstance(name, str) for name in names):
-        raise LoraLabError(f"target_parameters={names!r}: expected a list of names like ['experts.gate_up_proj', 'experts.down_proj']")
     present = own_parameters(model)
     for name in names:
         if not any(_matches(name, path) for path in present):
@@ -44,6 +43,12 @@ def match_parameters(model: nn.Module, names: Any) -> list[str]:
     for path in matched:
         check_parameter(path, *present[path])
     return matched
+
+
+def check_names(names: Any) -> None:
+    several = names is None or (isinstance(names, (Sequence, set, frozenset)) and not isinstance(names, str))
+    if not several or not all(isinstance(name, str) for name in names or ()):
+        raise LoraLabError(f"target_parameters={names!r}: expected a list of names like ['experts.gate_up_proj', 'experts.down_proj']")
 
 
 def _matches(name: str, path: str) -> bool:

@@ -23,6 +23,7 @@ from ..injection import injection_of
 from ..kinds import is_conv1d
 from ..layers import LoRA
 from ..parameters.layer import ParameterLoRA, parameter_path
+from ..parameters.targets import check_names
 from ..plans import AdapterConfig, first_match
 from ..targets import check_config, name_matches
 from .parameters import short_names
@@ -197,6 +198,7 @@ def from_peft(config: dict[str, Any], path: Path, not_here: Collection[str] = ()
     try:
         check_config(ours)
         check_modules_to_save(ours.modules_to_save)
+        check_names(ours.target_parameters)
         if not isinstance(ours.ensure_weight_tying, bool):
             raise LoraLabError(f"ensure_weight_tying={ours.ensure_weight_tying!r}: expected true or false")
     except LoraLabError as error:

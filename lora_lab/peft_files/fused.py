@@ -58,7 +58,7 @@ def _with_parts(planned: PlannedLayer, config: AdapterConfig, described: Any, fo
         return planned
     try:
         rank, scaling, layout = int(described["rank"]), float(described["scaling"]), _layout(described)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise LoraLabError(f"{folder}: its metadata describe the parts of {planned.path!r} as {described!r}, which is damaged") from None
     fits = layout.out == planned.fan_out and math.isclose(scaling, planned.scaling, rel_tol=1e-9)
     if not fits or not 1 <= rank <= planned.rank // len(layout.parts):

@@ -64,7 +64,12 @@ def parameters_in_metadata(model: nn.Module, layers: Mapping[str, LoRA]) -> dict
 
 def described_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What our files say of the modules whose parameters they adapt; nothing in PEFT's."""
-    return json_object(metadata[DESCRIBED], Path(DESCRIBED)) if DESCRIBED in metadata else {}
+    described = json_object(metadata[DESCRIBED], Path(DESCRIBED)) if DESCRIBED in metadata else {}
+    for owner, saved in described.items():
+        names = saved.get("names") if isinstance(saved, dict) else None
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names) or "transposed" not in saved:
+            raise LoraLabError(f"{DESCRIBED} in the metadata has {saved!r:.80} for {owner!r}: expected the names of its parameters, and 'transposed'")
+    return described
 
 
 def _in_file(key: str, owners: Owners) -> str:

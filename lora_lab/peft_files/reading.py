@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import LoraLabError, did_you_mean
@@ -25,6 +24,7 @@ from ..layers import is_adaptable
 from ..parameters.layer import part_at
 from ..parameters.targets import check_apart
 from ..plans import AdapterConfig, PlannedLayer
+from ..streaming.shards import check_shape, opened
 from ..targets import plan_layer, plan_parameter
 from .attention import attentions_from_file, with_its_attention
 from .borrowed import adapted_paths, of_this_model, own_tensors
@@ -69,11 +69,11 @@ def _read_tensors(folder: Path) -> tuple[Named, dict[str, str]]:
     path = folder / TENSORS
     if not path.is_file():
         raise LoraLabError(what_is_missing(folder))
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoraLabError(f"{path} is truncated or not a safetensors file ({error}): save or copy the adapter again") from None
+    with opened(path, "save or copy the adapter again") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        for key, tensor in tensors.items():
+            check_shape(path, key, tensor.shape)
+        return tensors, file.metadata() or {}
 
 
 def _by_layer(tensors: Named) -> Layers:

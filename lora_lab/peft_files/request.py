@@ -21,7 +21,8 @@ from torch import nn
 from ..borrowed import names_of_each, of_an_adapter
 from ..errors import LoraLabError
 from ..kinds import is_linear, kind_of
-from ..targets import compile_pattern, is_head, name_matches
+from ..patterns import compile_pattern
+from ..targets import is_head, name_matches
 from .config import CONFIG
 from .ties import owner_of
 
@@ -41,7 +42,8 @@ class Request:
 
     def means(self, model: nn.Module, path: str, module: nn.Module) -> bool | None:
         """Whether a layer has an adapter; None where that depends on PEFT's version."""
-        if _matches(self.excluded, path) or any(compile_pattern(rf"(^|.*\.){name}($|\..*)", "modules_to_save").match(path) for name in self.whole):
+        whole = (compile_pattern(name, "modules_to_save", r"(^|.*\.)", r"($|\..*)") for name in self.whole)
+        if _matches(self.excluded, path) or any(pattern.match(path) for pattern in whole):
             return False
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
             return is_linear(module) and (None if is_head(model, path, module) else True)
@@ -55,8 +57,8 @@ class Request:
         return answers.pop() if len(answers) == 1 else None
 
     def _number(self, path: str, before: str) -> int | None:
-        patterns = [rf"(?:^|{before}\.){pattern}" for pattern in self.before] or [rf"{before}\.[^.]*"]
-        found = (compile_pattern(rf"{pattern}\.(?P<number>\d+)\.", "layers_pattern").match(path) for pattern in patterns)
+        patterns = [(rf"(?:^|{before}\.)", pattern) for pattern in self.before] or [(rf"{before}\.", "[^.]*")]
+        found = (compile_pattern(pattern, "layers_pattern", begin, r"\.(?P<number>\d+)\.").match(path) for begin, pattern in patterns)
         return next((int(match["number"]) for match in found if match), None)
 
 

@@ -9,19 +9,19 @@ first byte is written, and the new folder appears whole, by a rename.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraLabError, did_you_mean
-from ..files import json_object, new_folder, saving, weights_sha256, write_json
+from ..files import json_object, new_folder, saving, settle, weights_sha256, write_json
 from ..parameters.merging import place_parameters
 from ..peft_files.config import warn_of_another_base
 from ..peft_files.folder import AdapterFile, Pair, Rows, read_adapter
@@ -107,6 +107,7 @@ def merge_checkpoint(base_folder: str | Path, adapter_folder: str | Path, out_fo
         raise LoraLabError(f"out_folder={str(out)!r} is there and not empty: choose a new folder (nothing is overwritten)")
     if dtype is not None and dtype not in NAMES:
         raise LoraLabError(f"dtype={dtype!r}: expected one of {', '.join(map(str, NAMES))}, or None to keep the base's")
+    settle(base_folder)
     job = Job(read_checkpoint(base_folder), _read_config(base_folder), dtype)
     adapter = read_adapter(Path(adapter_folder))
     plan_merge(job, adapter, untie)
@@ -117,8 +118,6 @@ def merge_checkpoint(base_folder: str | Path, adapter_folder: str | Path, out_fo
         _write_index(job, base_folder, temporary)
         _copy_files(base_folder, temporary)
         _write_config(job, temporary)
-        with contextlib.suppress(FileNotFoundError):
-            out.rmdir()  # empty, as checked; if somebody has filled it meanwhile, this fails and their files stay
     replaced = tuple(key for key, change in job.changes.items() if not change.computed)
     return MergeReport(out, tuple(job.merged), replaced, len(job.all_tensors()) - len(job.changes), bool(job.new_heads))
 
@@ -322,7 +321,8 @@ def _write_index(job: Job, base_folder: Path, folder: Path) -> None:
     new = {key: (name, tensor) for name, shard in job.shards.items() for key, tensor in job.tensors(shard).items()}
     total = sum(_new_tensor(job, key, tensor, None).nbytes for key, (_, tensor) in new.items())
     index = json_object((base_folder / INDEX).read_bytes(), base_folder / INDEX)
-    metadata = {**(index.get("metadata") or {}), "total_size": total}
+    known = index.get("metadata")
+    metadata = {**(known if isinstance(known, dict) else {}), "total_size": total}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": {key: name for key, (name, _) in sorted(new.items())}})
 
 
@@ -339,7 +339,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise LoraLabError(f"{path} is missing: without it transformers cannot load the result, and whether the embeddings are tied is unknown")
-    return json_object(path.read_bytes(), path)
+    config = json_object(path.read_bytes(), path)
+    names, parts = config.get("architectures") or [], [config, config.get("text_config") or {}]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LoraLabError(f"{path}: architectures={names!r:.80}, expected a list of names")
+    if not all(isinstance(part, dict) and isinstance(part.get("model_type"), (str, NoneType)) for part in parts):
+        raise LoraLabError(f"{path}: model_type is no name, or text_config no object: download or copy it again")
+    return config
 
 
 def _write_config(job: Job, folder: Path) -> None:

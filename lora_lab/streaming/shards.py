@@ -7,10 +7,11 @@ several with an index, model.safetensors.index.json, that says which tensor is i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,61 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LoraLabError
-from ..files import json_object
+from ..files import is_file_in, json_object
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
               "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
+MOST_HEADER = 32 << 20
 BLOCK_NUMBERS = 1 << 20  # numbers to a block: 4 MiB in float32, of which about ten exist at a time
+
+
+@contextlib.contextmanager
+def opened(path: Path, way_out: str = "save or copy it again") -> Iterator[Any]:
+    """A safetensors file, open. Raises LoraLabError for a damaged one, inside the block, too: some of it shows only when a tensor is read."""
+    try:
+        _check_header(path)
+        with _opened_at_once(path) as file:
+            yield file
+    except LoraLabError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, TypeError, LookupError) as error:  # torch's, for shapes of 2**63
+        raise LoraLabError(f"{path} is truncated or not a safetensors file ({error}): {way_out}") from None
+
+
+def _opened_at_once(path: Path) -> Any:
+    """safe_open opens a file twice, for its header and for its numbers; again, where another process has replaced it in between."""
+    while True:
+        before = _identity(path)
+        try:
+            file = safe_open(path, "pt")
+        except Exception:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return file
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_header(path: Path) -> None:
+    """Each tensor in a header takes ten times its text once it is read."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if MOST_HEADER < length <= path.stat().st_size:
+        raise LoraLabError(f"{path} has a header of {length:,} bytes, expected {MOST_HEADER:,} at most: no model has so many tensors in one file")
+
+
+def check_shape(path: Path, key: str, shape: Iterable[int]) -> None:
+    """A tensor of no numbers takes no bytes in a file, and may still have sides that PyTorch cannot multiply."""
+    if math.prod(max(size, 1) for size in shape) >= 2**62:
+        raise LoraLabError(f"{path}: tensor {key!r} is {list(shape)}, larger than any memory: it is damaged")
 
 
 @dataclass(frozen=True)
@@ -41,6 +89,8 @@ class StoredTensor:
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) over the first dimension. Every block opens the file anew: a mapping that stays open counts as memory."""
+        if not math.prod(self.shape):
+            return
         if not self.shape:
             yield 0, self.read()
             return
@@ -50,11 +100,8 @@ class StoredTensor:
 
     def read(self, start: int | None = None, stop: int | None = None) -> Tensor:
         """Rows start to stop, or all of it."""
-        try:
-            with safe_open(self.file, "pt") as file:
-                return file.get_slice(self.key)[start:stop] if self.shape else file.get_tensor(self.key)
-        except (SafetensorError, OSError) as error:
-            raise LoraLabError(f"{self.file}: tensor {self.key!r} could not be read: {error}") from None
+        with opened(self.file) as file:
+            return file.get_slice(self.key)[start:stop] if self.shape else file.get_tensor(self.key)
 
 
 @dataclass(frozen=True)
@@ -67,13 +114,12 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """What a safetensors file holds; reads the header only. Raises LoraLabError for a damaged file."""
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
-            tensors = {key: StoredTensor(path, key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-            return Shard(tensors, file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoraLabError(f"{path} is truncated or not a safetensors file ({error}): save or copy it again") from None
+    with opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        tensors = {key: StoredTensor(path, key, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        for key, tensor in tensors.items():
+            check_shape(path, key, tensor.shape)
+        return Shard(tensors, file.metadata() or {})
 
 
 def read_checkpoint(folder: Path) -> dict[str, Shard]:
@@ -86,7 +132,7 @@ def read_checkpoint(folder: Path) -> dict[str, Shard]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise LoraLabError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
     names = sorted(set(weight_map.values()))
-    if absent := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+    if absent := [name for name in names if not is_file_in(folder, name)]:
         raise LoraLabError(f"{folder / INDEX} names {absent[0]!r}, which is not in the folder: copy the missing shard")
     shards = {name: read_shard(folder / name) for name in names}
     if lost := [key for key, name in weight_map.items() if key not in shards[name].tensors]:

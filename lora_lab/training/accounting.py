@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..files import saving
+from ..files import saving, sync
 
 
 def reset_peak(device: torch.device) -> None:
@@ -53,10 +53,14 @@ class Log:
                 if not keep_bytes and self.path.exists() and self.size():
                     os.replace(self.path, self.path.with_name("log.previous.jsonl"))
                 self.path.touch()
-                os.truncate(self.path, keep_bytes)
+                os.truncate(self.path, min(keep_bytes, self.size()))  # somebody may have taken it away
 
     def size(self) -> int:
-        return 0 if self.path is None else self.path.stat().st_size
+        """Bytes, all of them on the disk: a snapshot that knows of them must not outlive them."""
+        if self.path is None:
+            return 0
+        sync(self.path)
+        return self.path.stat().st_size
 
     def write(self, **entry: Any) -> None:
         if self.path is not None:

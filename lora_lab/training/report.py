@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..checks import is_number
 from ..errors import LoraLabError
 from ..files import saving, write_file
 from .line_chart import Line, Point, column, line_chart, number_text
@@ -74,6 +75,8 @@ def _entry(line: str, where: str) -> dict[str, Any]:
         raise LoraLabError(f"{where}: not JSON ({error})") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
         raise LoraLabError(f"{where}: expected an object with a 'step', as training writes them")
+    if odd := [name for name, value in entry.items() if not (value is None or isinstance(value, bool) or is_number(value))]:
+        raise LoraLabError(f"{where}: {odd[0]!r:.40} is {entry[odd[0]]!r:.80}, expected a number, as training writes them")
     return entry
 
 

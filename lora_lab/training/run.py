@@ -58,6 +58,7 @@ class Run:
         self.optimizers = self._make_optimizers()
         self.result = FitResult()
         self.best: dict[str, Tensor] = {}
+        self.saved_step: int | None = None
         self.folder = Path(config.output_dir) if config.output_dir is not None else None
         self.steps = config.max_steps or count_steps(examples, config, world.size)
         self.call: nn.Module = model
@@ -142,8 +143,11 @@ class Run:
         return self.folder
 
     def save(self, step: int) -> None:
+        if step == self.saved_step:  # Ctrl-C in a step that is saved anyway: writing it again would remove it first
+            return
         snapshot = state.capture(self, step)
         self.world.first_does(lambda: snapshots.write(self.output_dir, snapshot, self.config.keep_snapshots))
+        self.saved_step = step
 
     def finish(self) -> FitResult:
         result = self.result

@@ -4,13 +4,15 @@
         tensors.safetensors     what trains, the optimizer's states, the generators' states
         state.json              numbers: step, losses, the scale, where the log ends, the SHA-256 of the tensors
 
-A snapshot appears whole or not at all: it is written beside its place and renamed. One that is damaged all the same is noticed by its
-checksum, and the one before is used.
+A snapshot appears whole or not at all: it is written beside its place, synced and renamed before an older one is removed; files.py says what that
+is good for. One that is damaged all the same is noticed by its checksum, and the one before is used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -18,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import LoraLabError
-from ..files import json_object, new_folder, saving, sha256, sync, write_json
+from ..files import json_object, new_folder, remove_abandoned, saving, sha256, workplace, write_json
+from ..streaming.shards import opened
 
 FOLDER, TENSORS, STATE = "snapshots", "tensors.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
@@ -43,16 +45,20 @@ class Snapshot:
 
 
 def write(output_dir: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write a snapshot, then remove all but the newest `keep`. Raises LoraLabError where the disk refuses; earlier ones are untouched."""
+    """Write a snapshot, then remove all but the newest `keep`. Raises LoraLabError where the disk refuses; earlier ones are untouched.
+
+    Those of later steps go, too: they are damaged, or the run would not be at this step again, and would count as the newest.
+    """
     target = output_dir / FOLDER / f"step-{snapshot.step:06d}"
     with saving(f"step {snapshot.step}", target):
         shutil.rmtree(target, ignore_errors=True)  # of a run that was begun anew over this one
         with new_folder(target) as folder:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}, folder / TENSORS)
-            sync(folder / TENSORS)
             write_json(folder / STATE, {"format": FORMAT, "tensors_sha256": sha256(folder / TENSORS), **snapshot.state})
-    for older in _folders(output_dir)[keep:]:
-        shutil.rmtree(older, ignore_errors=True)
+    folders = _folders(output_dir)
+    for other in {*folders} - {*folders[folders.index(target) :][:keep]}:
+        shutil.rmtree(other, ignore_errors=True)
+    remove_abandoned(output_dir / FOLDER)
     return target
 
 
@@ -84,8 +90,9 @@ def _read(folder: Path) -> Snapshot:
             raise LoraLabError(f"{folder} has format {state.get('format')!r}, this version reads {FORMAT}")
         if state.get("tensors_sha256") != sha256(folder / TENSORS):
             raise LoraLabError(f"{folder / TENSORS} is damaged (its SHA-256 is not the one written with it)")
-        return Snapshot(load_file(folder / TENSORS), state)
-    except (OSError, SafetensorError, KeyError) as error:
+        with opened(folder / TENSORS) as file:
+            return Snapshot({name: file.get_tensor(name) for name in file.keys()}, state)
+    except OSError as error:
         raise LoraLabError(f"{folder} is incomplete ({error})") from None
 
 
@@ -97,8 +104,11 @@ def _folders(output_dir: Path) -> list[Path]:
 
 
 def remove_all(output_dir: Path) -> None:
-    """A run that begins anew leaves no snapshot of an earlier one to be resumed by mistake."""
-    shutil.rmtree(output_dir / FOLDER, ignore_errors=True)
+    """A run that begins anew leaves no snapshot of an earlier one to be resumed by mistake; all go at once, as half of them would look like a run."""
+    if not output_dir.is_dir():
+        return
+    with saving("a new run", output_dir), workplace(output_dir / FOLDER) as place, contextlib.suppress(FileNotFoundError):
+        os.rename(output_dir / FOLDER, place / FOLDER)
 
 
 # Optimizers ------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,14 @@ def capture(run: Run, step: int) -> Snapshot:
 @torch.no_grad()
 def restore(run: Run, snapshot: Snapshot) -> None:
     """Put a run where a snapshot was taken. Raises LoraLabError, nothing changed, where it was another run."""
-    _check(run, snapshot)
+    try:
+        _check(run, snapshot)
+        _check_whole(run, snapshot)
+    except LoraLabError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise LoraLabError(f"the snapshot of step {snapshot.state.get('step')!r:.20} was changed since it was written ({error!r:.80}): "
+                           "delete it, and the one before is used") from None  # fmt: skip
     run.learning()
     for name, parameter in run.trained.items():
         parameter.copy_(divided_like(parameter, snapshot.tensors[f"weights/{name}"]))
@@ -78,9 +86,9 @@ def refuse_unfinished(output_dir: Path) -> None:
             state = snapshots.newest(output_dir).state
     except LoraLabError:
         return
-    if not state["finished"]:
-        raise LoraLabError(f"{output_dir} holds a run that was stopped after step {state['step']} of {state['steps']}: resume=True goes on with it; "
-                           f"to start anew choose another output_dir, or delete {output_dir / snapshots.FOLDER}")  # fmt: skip
+    if not state.get("finished"):
+        raise LoraLabError(f"{output_dir} holds a run that was stopped after step {state.get('step')} of {state.get('steps')}: resume=True goes on "
+                           f"with it; to start anew choose another output_dir, or delete {output_dir / snapshots.FOLDER}")  # fmt: skip
 
 
 # Parts of the state -------------------------------------------------------------------------------------------------------------
@@ -124,6 +132,32 @@ def _set_random_states(states: dict[str, Tensor]) -> None:
         torch.get_device_module().set_rng_state(states["device"])
 
 
+def _check_whole(run: Run, snapshot: Snapshot) -> None:
+    """Raise an error where a part is missing that `restore` takes, or is of another kind."""
+    tensors, state = snapshot.tensors, snapshot.state
+    shapes = {f"weights/{name}": p.shape for name, p in run.trained.items()}
+    shapes |= {f"buffers/{name}": buffer.shape for name, buffer in statistics(run.model).items()}
+    shapes |= {name: run.trained[name.removeprefix("best/")].shape for name in tensors if name.startswith("best/")}
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} is {list(tensors[name].shape)}, expected {list(shape)}")
+    for weight, values in optimizer_states(snapshot).items():
+        sizes = [value.numel() for value in values.values() if isinstance(value, Tensor)]
+        if not all(isinstance(value, (Tensor, int, float)) for value in values.values()) or max(sizes, default=0) > run.trained[weight].numel():
+            raise ValueError(f"the optimizer's state of {weight}")
+    if state["processes"] == run.world.size:
+        now, then = torch.get_rng_state(), tensors[f"random/{run.world.rank}/cpu"]
+        if (then.dtype, then.shape) != (now.dtype, now.shape):
+            raise ValueError("the random numbers' state")
+    result, numbers = FitResult(**state["result"]), [state["step"], state["log_bytes"]]
+    counts = [value for name, value in vars(result).items() if not isinstance(value, list) and name != "best_step"]
+    lists = [*result.losses, *result.eval_losses]
+    if not all(isinstance(value, (int, float)) and value >= 0 for value in counts) or not all(isinstance(value, (int, float)) for value in lists):
+        raise ValueError("the numbers of the run")
+    if not all(type(number) is int and number >= 0 for number in numbers) or not result.steps == state["step"] <= run.steps:
+        raise ValueError("step or log_bytes")
+
+
 # Circumstances ------------------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +193,7 @@ def given(run: Run) -> dict[str, Any]:
     return {**settings, "the SHA-256 of the rows": fingerprint(run.examples), "the SHA-256 of eval_data": fingerprint(run.held_out)}
 
 
-def fingerprint(examples: list[Any]) -> str:
+def fingerprint(examples: Iterable[Any]) -> str:
     """SHA-256 of the encoded rows."""
     digest = hashlib.sha256()
     for example in examples:

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import MemoryMathError
 
+LARGEST, MOST_LAYERS = 2**31 - 1, 2_000  # layers are gone through one by one; the deepest model that was published has 1,000
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "decoder_layers", "encoder_layers")
 SAME_TASK = {"LMHeadModel": "ForCausalLM", "WithLMHeadModel": "ForConditionalGeneration"}  # GPT-2's name for it, and T5's of 2020
 
 
@@ -29,8 +31,9 @@ class Fields:
         if value is None:
             found = ", ".join(sorted(map(str, self.config))) or "nothing"
             raise MemoryMathError(f"{self.name}: the config has no {name} ({purpose}); found: {found}")
-        if isinstance(value, bool) or not isinstance(value, int) or (value < least and value != default):
-            raise MemoryMathError(f"{self.name}: {name}={value!r} ({purpose}): expected a whole number of at least {least}")
+        most = MOST_LAYERS if name in DEPTHS else LARGEST
+        if isinstance(value, bool) or not isinstance(value, int) or (not least <= value <= most and value != default):
+            raise MemoryMathError(f"{self.name}: {name}={value!r} ({purpose}): expected a whole number of at least {least}, at most {most:,}")
         return value
 
     def flag(self, field: str, default: bool) -> bool:

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ..errors import MemoryMathError
 from .base import Architecture, LinearLayer, Tensor, linear, matrix, norm
 from .fields import Fields
 
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "mixtral": 8}  # what a config that leaves the field out stands for
+MOST_EXPERTS = 4096  # with transformers 4's layers they are gone through one by one
 HEAD_DIM = {"qwen3": 128, "gemma": 256}
 
 
@@ -117,6 +119,8 @@ class Mixtral(Llama):
     def read(cls, fields: Fields, task: str, labels: int) -> Mixtral:
         experts = fields.whole("num_local_experts|num_experts", "the experts of a block", 8)
         chosen = fields.whole("num_experts_per_tok", "the experts of a token", 2)
+        if experts > MOST_EXPERTS:
+            raise MemoryMathError(f"{fields.name}: {experts:,} experts in a block: expected {MOST_EXPERTS} at most")
         return cls(**{**vars(Llama.read(fields, task, labels)), "experts": experts, "experts_per_token": chosen})
 
     def of_transformers_4(self) -> Mixtral:

@@ -129,7 +129,7 @@ def from_peft(config: dict[str, Any], base: nn.Module, path: Path) -> Written:
     Raises LoraLabError for another method, a feature that is not read here, a number that makes no sense, and another model.
     """
     peft_type = config.get("peft_type")
-    if peft_type in REFUSED:
+    if isinstance(peft_type, str) and peft_type in REFUSED:
         raise LoraLabError(f"{path}: peft_type is {peft_type!r}: {REFUSED[peft_type]}")
     known = (*ROWS, PREFIX, OWN_PREFIX)
     if peft_type not in known:

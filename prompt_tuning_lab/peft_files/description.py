@@ -85,7 +85,7 @@ def describe(folder: str | Path) -> Description:
     shard = read_shard(folder / TENSORS)
     config = read_config(folder, shard.metadata, stacklevel=4)
     peft_type = config.get("peft_type")
-    if peft_type not in METHODS:
+    if not isinstance(peft_type, str) or peft_type not in METHODS:
         known = f"expected one of {', '.join(METHODS)}{did_you_mean(peft_type, METHODS)}"
         raise LoraLabError(f"{folder / CONFIG}: peft_type is {peft_type!r}: {REFUSED.get(str(peft_type), known)}")
     tensor, tokens = shard.tensors.get(KEY), config.get("num_virtual_tokens")

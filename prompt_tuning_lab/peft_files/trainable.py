@@ -37,11 +37,15 @@ def path_of(folder: Path, digest: str) -> Path:
     return folder / f"trainable-{digest}.safetensors"
 
 
-def write_trainable(folder: Path, digest: str, prompt: Prompt) -> None:
+def network_tensors(prompt: Prompt) -> dict[str, Tensor]:
+    """What is to be written of a reparameterised prompt: whole, on the CPU."""
     tensors = {**prompt.state_dict(), INITIAL: prompt.get_buffer(INITIAL)}
-    ready = {name: whole(tensor.detach()).to("cpu").contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "lora_lab_method": prompt.method}
-    write_file(path_of(folder, digest), lambda path: save_file(ready, path, metadata))
+    return {name: whole(tensor.detach()).to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def write_trainable(folder: Path, digest: str, method: str, tensors: dict[str, Tensor]) -> None:
+    metadata = {"format": "pt", "lora_lab_method": method}
+    write_file(path_of(folder, digest), lambda path: save_file(tensors, path, metadata))
 
 
 def remove_others(folder: Path, digest: str) -> None:
@@ -62,24 +66,26 @@ def read_trainable(plain: Prompt, folder: Path, digest: str) -> Prompt | None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise LoraLabError(f"{path}: {name!r} ({tensor.dtype}, {list(tensor.shape)}): expected finite numbers")
-    prompt = _empty(plain, shard.metadata.get("lora_lab_method"), tensors, path)
-    expected = {**prompt.state_dict(), INITIAL: prompt.get_buffer(INITIAL)}
-    shapes, wanted = ({name: list(tensor.shape) for name, tensor in each.items()} for each in (tensors, expected))
-    if shapes != wanted:
-        raise LoraLabError(f"{path} has {shapes}, expected {wanted}: save the task again")
+    method = shard.metadata.get("lora_lab_method")
+    for device in ("meta", "cpu"):  # a network may be far larger than the file that says how wide it is
+        prompt = _empty(plain, method, tensors, path, device)
+        expected = {**prompt.state_dict(), INITIAL: prompt.get_buffer(INITIAL)}
+        shapes, wanted = ({name: list(tensor.shape) for name, tensor in each.items()} for each in (tensors, expected))
+        if shapes != wanted:
+            raise LoraLabError(f"{path} has {shapes}, expected {wanted}: save the task again")
     with torch.no_grad():
         prompt.to(next(iter(tensors.values())).dtype).get_buffer(INITIAL).copy_(tensors.pop(INITIAL))
     prompt.load_state_dict(tensors)
     return prompt
 
 
-def _empty(plain: Prompt, method: str | None, tensors: dict[str, Tensor], path: Path) -> Prompt:
+def _empty(plain: Prompt, method: str | None, tensors: dict[str, Tensor], path: Path, device: str) -> Prompt:
     """A network of the sizes that the tensors have; no random number is drawn that would be missed elsewhere."""
     first = tensors.get(FIRST_LAYERS.get(method or "", ""))
     if first is None or first.ndim != 2 or INITIAL not in tensors:
         raise LoraLabError(f"{path}: method {method!r} with {sorted(tensors)}: expected one of {', '.join(FIRST_LAYERS)} with its first layer and "
                            f"{INITIAL!r}")  # fmt: skip
-    zeros = torch.zeros_like(plain.get_buffer(INITIAL))
+    zeros = torch.zeros_like(plain.get_buffer(INITIAL), device=device)
     with torch.random.fork_rng(devices=[]):
         if method == "prefix":
             return PrefixMLP(zeros, len(first))

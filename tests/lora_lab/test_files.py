@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -41,7 +42,7 @@ def test_a_file_is_written_under_another_name_and_then_renamed(tmp_path):
     seen, path = [], tmp_path / "deep" / "file.txt"
 
     def write(temporary):
-        seen.append((temporary.parent, temporary != path, path.exists()))
+        seen.append((temporary.parent.parent, temporary != path, path.exists()))
         temporary.write_text("new")
 
     files.write_file(path, write)
@@ -80,6 +81,9 @@ def test_permissions_are_those_of_any_new_file(tmp_path, umask, mask, mode):
     with files.new_folder(tmp_path / "folder"):
         pass
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
+    with files.new_folder(tmp_path / "private") as temporary:
+        (temporary / "file").touch(mode=0o600)  # as safetensors makes its files
+    assert stat.S_IMODE((tmp_path / "private" / "file").stat().st_mode) == mode
     assert os.umask(mask) == mask  # asking for it did not change it
 
 
@@ -96,7 +100,7 @@ def test_a_folder_appears_when_its_block_has_ended(tmp_path):
     target = tmp_path / "deep" / "folder"
     with files.new_folder(target) as temporary:
         (temporary / "file").write_text("x")
-        assert not target.exists() and temporary.parent == target.parent
+        assert not target.exists() and temporary.parent.parent == target.parent
     assert names(target.parent) == ["folder"] and names(target) == ["file"]
 
 
@@ -108,11 +112,13 @@ def test_an_exception_in_the_block_leaves_nothing(tmp_path, failure):
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_another_process_has_finished_meanwhile_stays(tmp_path):
-    with files.new_folder(tmp_path / "folder") as temporary:
-        (temporary / "file").write_text("mine")
-        (tmp_path / "folder").mkdir()
-        (tmp_path / "folder" / "file").write_text("theirs")
+def test_a_folder_that_another_process_has_finished_meanwhile_stays_and_is_an_error_unless_it_will_do(tmp_path):
+    for will_do in (True, False):
+        refused = contextlib.nullcontext() if will_do else pytest.raises(OSError, match="not empty|exists")
+        with refused, files.new_folder(tmp_path / "folder", or_theirs=will_do) as temporary:
+            (temporary / "file").write_text("mine")
+            (tmp_path / "folder").mkdir(exist_ok=True)
+            (tmp_path / "folder" / "file").write_text("theirs")
     assert (tmp_path / "folder" / "file").read_text() == "theirs" and names(tmp_path) == ["folder"]
 
 
@@ -225,3 +231,60 @@ def test_saving_translates_safetensors_own_error(tmp_path):
 
     with pytest.raises(LoraLabError, match="could not save it"), files.saving("it", tmp_path):
         save_file({}, tmp_path / "no" / "such" / "folder" / "file")
+
+
+# Several files together -----------------------------------------------------------------------------------------------------
+
+
+def test_files_are_replaced_together_and_the_rest_of_the_folder_stays(tmp_path):
+    for name in ("model.safetensors", "config.json", files.ORIGIN, "chat_template.jinja", "README.md"):
+        (tmp_path / name).write_text("old")
+    with files.replacing_files(tmp_path) as place:
+        (place / "1_Pooling").mkdir()
+        for name in ("model.safetensors", "config.json", "1_Pooling/config.json"):
+            (place / name).write_text("new")
+        assert (tmp_path / "config.json").read_text() == "old"
+    contents = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert contents == {**dict.fromkeys(("model.safetensors", "config.json", "1_Pooling/config.json"), "new"), "README.md": "old",
+                        "chat_template.jinja": "old"}  # of a tokenizer that stays; the origin of the weights is gone  # fmt: skip
+    assert names(tmp_path) == ["1_Pooling", "README.md", "chat_template.jinja", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("what", ["a link out of the folder", "the folder itself a link"])
+def test_a_folder_that_came_from_elsewhere_moves_nothing_out_of_itself(tmp_path, what):
+    """An interrupted save is finished by whoever loads; a stranger's folder may only look like one."""
+    outside, folder = tmp_path / "outside", tmp_path / "model"
+    outside.mkdir()
+    (outside / "config.json").write_text("mine")
+    decided = folder / files.DECIDED
+    if what == "a link out of the folder":
+        (decided / "1_Pooling").mkdir(parents=True)
+        (decided / "1_Pooling" / "config.json").write_text("theirs")
+        (folder / "1_Pooling").symlink_to(outside)
+        with pytest.raises(LoraLabError, match="out of its folder"):
+            files.settle(folder)
+    else:
+        folder.mkdir()
+        decided.symlink_to(outside)
+        files.settle(folder)
+    assert names(outside) == ["config.json"] and (outside / "config.json").read_text() == "mine"
+
+
+def test_files_and_names_are_on_the_disk_when_a_save_returns(tmp_path, monkeypatch):
+    """Content before the rename, the new name after it: a power failure in between leaves the old file."""
+    happened, fsync, replace, rename = [], os.fsync, os.replace, os.rename
+
+    def synced(handle):
+        happened.append(("sync", os.stat(handle).st_ino))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *paths: happened.append(("rename", None)) or replace(*paths))
+    monkeypatch.setattr(os, "rename", lambda *paths: happened.append(("rename", None)) or rename(*paths))
+    files.write_json(tmp_path / "a.json", {})
+    assert happened == [("sync", (tmp_path / "a.json").stat().st_ino), ("rename", None), ("sync", tmp_path.stat().st_ino)]
+    happened.clear()
+    with files.new_folder(tmp_path / "folder") as place:
+        (place / "file").write_text("x")
+    inside = [("sync", (tmp_path / "folder" / "file").stat().st_ino), ("sync", (tmp_path / "folder").stat().st_ino)]
+    assert happened == [*inside, ("rename", None), ("sync", tmp_path.stat().st_ino)]

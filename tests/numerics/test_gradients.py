@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +156,9 @@ def test_the_bounds_are_not_wider_than_they_must_be(method: tuple[str, Any, Grad
     _, model, wanted = method
     found = given_to_the_optimizer(copy.deepcopy(model), {"precision": "fp32", "micro_batch_size": 6})
     assert distance({name: gradient * 34 / 35 for name, gradient in found.items()}, wanted) > max(BOUNDS.values())
+
+
+def test_the_page_on_precision_shows_these_bounds() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "precision.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `([\w-]+)` \| [\de.-]+ \| ([\de.-]+) \|", page, re.MULTILINE)
+    assert {precision: float(bound) for precision, bound in shown} == BOUNDS

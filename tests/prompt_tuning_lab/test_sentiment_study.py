@@ -151,7 +151,19 @@ def test_a_second_choice_does_not_get_to_see_the_test_rows(study: sentiment.Stud
     asked = len(read)
     with pytest.raises(SystemExit, match="choose by the test"):
         study.run(LM, "made-up")
-    assert all(reviews is study.splits.validation for _, reviews in read[asked:])
+    assert len(read) == asked
+
+
+def test_studies_of_more_rows_or_other_epochs_share_a_sweep(study: sentiment.Study, read: list[Any]) -> None:
+    """What is chosen from 500 rows is chosen once: all rows, or one epoch of them, are asked of the last runs alone."""
+    study.run(LM, "made-up")
+    done = len(read)
+    study.rows, study.epochs = 40, 5
+    assert [setting["stage"] for setting in study.missing(LM, "made-up")] == ["test"] * 2
+    study.run(LM, "made-up")
+    assert {name for name, _ in read[done:]} == {"3, seed 0, 40 rows", "3, seed 1, 40 rows"}
+    assert [record["setting"]["choice"]["epochs"] for record in study.results.of(stage="test", rows=40)] == [5, 5]
+    assert {record["setting"]["choice"]["epochs"] for record in study.results.of(stage="validation")} == {2}
 
 
 def test_without_test_nothing_but_validation_is_read(study: sentiment.Study, read: list[Any]) -> None:
@@ -215,7 +227,7 @@ def test_the_table_is_made_from_the_file_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", [LM, ENCODER])
 def test_every_method_runs_for_both_models(study: sentiment.Study, model: str, method: str) -> None:
     study.reads_test = False
-    choice = sentiment_methods.METHODS[method].choices(model, 1)[0]
+    choice = study.final(sentiment_methods.METHODS[method].choices(model)[0])
     setting = study.setting(model, method, "test", choice, 4, 0)
     study.once(setting)
     record = study.results[setting]

@@ -87,8 +87,8 @@ def test_what_evaluate_prints_is_what_the_library_says_of_the_same_rows(shop, ca
 
 
 @pytest.mark.parametrize(("task", "rows", "kind", "measures"), [
-    ("summarization", dialogues, "model", ["loss", "clean", "rouge1", "rouge2", "rougeL"]),
-    ("summarization", dialogues, "t5", ["loss", "clean", "rouge1", "rouge2", "rougeL"]),
+    ("summarization", dialogues, "model", ["loss", "clean", "rouge1", "rouge2", "rougeL", "wrong"]),
+    ("summarization", dialogues, "t5", ["loss", "clean", "rouge1", "rouge2", "rougeL", "wrong"]),
     ("instruction", instructions, "model", ["loss", "clean"]), ("reviews", instructions, "model", ["loss", "clean"]),
 ])  # fmt: skip
 def test_texts_are_learned_and_judged(shop, capsys, task, rows, kind, measures):

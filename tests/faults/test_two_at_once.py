@@ -1,0 +1,181 @@
+"""Two processes that save to the same place at once: what loads is what one of them saved, whole, at every moment and in the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dying
+import pytest
+import savers
+import torch
+from cases import names
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import lora_lab
+import prompt_tuning_lab
+from lora_lab import LoraLabError
+from lora_lab.files import alone_in, write_file
+from lora_lab.streaming import shards
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")
+ROUNDS = 8
+
+
+def together(*works: Callable[[], Any]) -> list[int]:
+    """Children that start at the same moment; the parent does not wait for them."""
+    start, children = time.monotonic() + 0.05, []
+    for work in works:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                time.sleep(max(0.0, start - time.monotonic()))
+                work()
+                os._exit(0)
+            except LoraLabError:
+                os._exit(2)
+            finally:
+                os._exit(1)
+        children.append(child)
+    return children
+
+
+def codes(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def again_and_again(save: Callable[[], Any]) -> Callable[[], None]:
+    return lambda: [save() for _ in range(ROUNDS)] and None
+
+
+def saved_by_two(folder: Path, first: Callable[[], Any], second: Callable[[], Any], read: Callable[[], Any]) -> Any:
+    """What loads in the end; on the way, too, it is what one of them saved."""
+    first()
+    one = read()
+    second()
+    other = read()
+    children = together(again_and_again(first), again_and_again(second))
+    while (over := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
+        found = read()
+        assert savers.same(found, one) or savers.same(found, other)
+    assert over is not None and codes(children) == [0, 0]
+    found = read()
+    assert savers.same(found, one) or savers.same(found, other)
+    assert not [name for name in names(folder) if "unfinished" in name]
+    return found
+
+
+def test_two_adapters_in_one_folder(tmp_path: Path) -> None:
+    """The configuration in the end is that of the tensors."""
+    saved_by_two(tmp_path, *(lambda rank=rank: lora_lab.save(savers.adapted(rank), tmp_path / "adapter") for rank in (2, 4)),
+                 lambda: savers.read_adapter(tmp_path))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_lab.load(savers.our_llama(), tmp_path / "adapter")
+
+
+def test_two_prompts_in_one_folder_and_the_network_is_that_of_the_prompt(tmp_path: Path) -> None:
+    """Each save removes the networks of others; never that of a prompt whose save has only begun."""
+    read = lambda: savers.read_prompt(tmp_path)["rows"]  # noqa: E731
+    saved_by_two(tmp_path, *(lambda seed=seed: prompt_tuning_lab.save(savers.prompted(seed), tmp_path / "prompt") for seed in (0, 1)), read)
+    assert savers.read_prompt(tmp_path)["kind"] == type(savers.prompted(0).prompt()).__name__
+
+
+def test_two_models_in_one_folder(tmp_path: Path) -> None:
+    """A reader may come between two files; it says so, or has one of the two. In the end the folder is one of them."""
+    children = together(*(again_and_again(lambda width=width: savers.save_model(tmp_path, width)) for width in (16, 24)))
+    assert codes(children) == [0, 0]
+    found, expected = savers.read_model(tmp_path), []
+    for width in (16, 24):
+        savers.save_model(tmp_path / str(width), width)
+        expected.append(savers.read_model(tmp_path / str(width)))
+    assert any(savers.same(found, each) for each in expected)
+    assert not [name for name in names(tmp_path) if "unfinished" in name or "lora-lab-new" in name]
+
+
+def test_two_merges_into_one_folder(tmp_path: Path) -> None:
+    """One of them makes it; the other one says that it is there."""
+    savers.base_and_adapter(tmp_path)
+    ended = codes(together(*(lambda: savers.merge(tmp_path) for _ in range(3))))
+    assert sorted(ended) == [0, 2, 2]
+    found = savers.read_model(tmp_path, "merged")
+    savers.base_and_adapter(tmp_path / "alone")
+    savers.merge(tmp_path / "alone")
+    assert savers.same(found, savers.read_model(tmp_path / "alone", "merged"))
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors opens it twice: the header of the one and the numbers of the other would be an adapter of noise, without a word."""
+    first, second, opened = tmp_path / "first", tmp_path / "second", []
+    save_file({"a": torch.ones(2)}, first)
+    save_file({"a": torch.zeros(300), "b": torch.ones(2)}, second)
+
+    def replaced_meanwhile(path: Path, framework: str) -> Any:
+        opened.append(path)
+        if len(opened) == 1:
+            second.replace(first)
+            raise RuntimeError("size is smaller than the required mapping size")
+        return safe_open(path, framework)
+
+    monkeypatch.setattr(shards, "safe_open", replaced_meanwhile)
+    assert {*shards.read_shard(first).tensors} == {"a", "b"} and len(opened) == 2
+
+
+# What a live process writes in is not litter ----------------------------------------------------------------------------------------------
+
+
+def test_a_save_removes_what_a_killed_one_left_and_not_what_a_live_one_writes(tmp_path: Path) -> None:
+    def slowly(temporary: Path) -> None:
+        temporary.write_text("slow")
+        (tmp_path / "begun").touch()
+        wait_for("go on")
+
+    def wait_for(name: str) -> list[Path]:
+        until = time.monotonic() + dying.PATIENCE_SECONDS
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < until, f"{name!r} never appeared"
+            time.sleep(0.01)
+        return [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+
+    killed = together(lambda: write_file(tmp_path / "file", slowly))
+    left = wait_for("begun")
+    os.kill(killed[0], signal.SIGKILL)
+    assert codes(killed) == [-signal.SIGKILL] and len(left) == 1
+    (tmp_path / "begun").unlink()
+    slow = together(lambda: write_file(tmp_path / "file", slowly))
+    own = wait_for("begun")
+    assert len(own) == 1 and own != left  # it removed the other
+    write_file(tmp_path / "file", lambda temporary: temporary.write_text("fast"))
+    assert (tmp_path / "file").read_text() == "fast" and own[0].exists()
+    (tmp_path / "go on").touch()
+    assert codes(slow) == [0] and (tmp_path / "file").read_text() == "slow"
+    assert names(tmp_path) == ["begun", "file", "go on"]
+
+
+def test_a_folder_that_somebody_keeps_locked_is_waited_for_and_then_written_all_the_same(tmp_path: Path) -> None:
+    """A save in a signal handler, in the middle of a save, must not wait for itself for ever."""
+    pytest.importorskip("fcntl")
+    with alone_in(tmp_path) as first, alone_in(tmp_path, patience_seconds=0.05) as second:
+        assert first and not second
+    with alone_in(tmp_path, patience_seconds=0) as again:
+        assert again
+
+
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with alone_in(tmp_path):
+        child = together(lambda: time.sleep(60))
+    try:
+        with alone_in(tmp_path, patience_seconds=0) as again:
+            assert again
+    finally:
+        os.kill(child[0], signal.SIGKILL)
+        os.waitpid(child[0], 0)
+    assert dying.run(lambda: None).finished
