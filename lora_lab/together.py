@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .adapted_linear import adapted_linears, is_simple
+from .autocast import is_eager
 from .layers import LoRALinear
 from .selection import remember_selection
 
 
 def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
     """What each of the layers makes of x, in a step of training; None where one of them has to be called by itself."""
-    if len(layers) < 2 or not torch.is_grad_enabled():
+    if len(layers) < 2 or not torch.is_grad_enabled() or not is_eager():
         return None
     ours = [layer for layer in layers if type(layer) is LoRALinear and is_called_plainly(layer) and layer.lora_active == layers[0].lora_active]
     pairs = [pair for layer in ours if (pair := layer.lora_only_pair()) is not None]

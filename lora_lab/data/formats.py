@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 from ..errors import LoraLabError, did_you_mean
 
@@ -37,6 +37,22 @@ class Placed:
     def each(self, encode: Callable[[Row, str], Any]) -> list[Any]:
         """``encode(row, where)`` of every row."""
         return [encode(row, self.where(index)) for index, row in enumerate(cast("Iterable[Row]", self))]
+
+
+class PlacedSequence(Sequence[Row], Placed):
+    """One whose rows are fetched when they are asked for."""
+
+    def row(self, index: int) -> Row:
+        """index: 0 to len - 1."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        found = range(len(self))[index]
+        return self.row(found) if isinstance(found, int) else [self.row(each) for each in found]
 
 
 def each_encoded(rows: Iterable[Row], encode: Callable[[Row, str], Any]) -> list[Any]:

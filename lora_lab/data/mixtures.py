@@ -14,16 +14,16 @@ import math
 import random
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 from ..errors import LoraLabError, did_you_mean
-from .formats import Placed, Row
+from .formats import Placed, PlacedSequence, Row
 from .templates import encode_rows
 
 WAYS = ("proportional", "equal")
 
 
-class Mixture(Sequence[Row], Placed):
+class Mixture(PlacedSequence):
     """Rows of several sources in random order: a plain sequence, for `fit` and all else that takes rows. Rows are referred to, not copied.
 
     weights: the share of each source, 0 to 1.  len(): rows in one pass, which `fit` calls an epoch.  A row's `where` begins with its source.
@@ -39,13 +39,7 @@ class Mixture(Sequence[Row], Placed):
     def __len__(self) -> int:
         return len(self._row)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def row(self, index: int) -> Row:
         return self.sources[self._names[self._source[index]]][self._row[index]]
 
     def where(self, index: int) -> str:

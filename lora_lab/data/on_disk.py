@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from ..errors import LoraLabError
 from ..files import saving
-from .formats import Placed, Row, check_format, parsed, placed_lines, text_lines
+from .formats import PlacedSequence, Row, check_format, parsed, placed_lines, text_lines
 
 
-class RowsOnDisk(Sequence[Row], Placed):
+class RowsOnDisk(PlacedSequence):
     """The rows of a JSONL file, in its order: a plain sequence, for `fit` and all else that takes rows. `where(i)` is "file, line n"."""
 
     def __init__(self, path: Path, check: Callable[[Any, str], None] | None = None) -> None:
@@ -35,14 +35,8 @@ class RowsOnDisk(Sequence[Row], Placed):
     def __len__(self) -> int:
         return len(self._begins)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+    def row(self, index: int) -> Row:
         """Raises LoraLabError where the file is no longer what was read."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
         begin, line = self._begins[index], self._lines[index]
         if _state(self.path) != self._state:
             raise LoraLabError(f"{self.path} has changed since its rows were opened: open them anew")

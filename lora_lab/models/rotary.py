@@ -60,13 +60,14 @@ class Rope:
         if not isinstance(kind, str) or kind not in KINDS:
             raise LoraLabError(f"rope_type={kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
         rope = cls(float(theta), int(dim * share), positions, kind, numbers)
-        rope._check()
+        rope._check(dim)
         return rope
 
-    def _check(self) -> None:
-        if self.dim < 2 or self.dim % 2:
-            raise LoraLabError(f"rotary positions turn pairs of numbers, and each head has {self.dim} that turn: expected an even number (head_dim, "
-                               "hidden_size / num_attention_heads, partial_rotary_factor)")  # fmt: skip
+    def _check(self, head: int) -> None:
+        """head: the numbers of one, of which an odd part turns with one more."""
+        if not 0 < self.dim + self.dim % 2 <= head:
+            raise LoraLabError(f"rotary positions turn pairs of numbers, and {self.dim} of each head's {head} are to turn: expected pairs that a head has "
+                               "(head_dim, hidden_size / num_attention_heads, partial_rotary_factor)")  # fmt: skip
         for name, value in self.numbers.items():
             each = value if name in FACTORS and isinstance(value, list) and len(value) == self.dim // 2 else [value]
             fine = all(is_number(one) and 0 <= one <= LARGEST and (one > 0 or name in MAY_BE_0) for one in each)

@@ -271,3 +271,15 @@ def test_examples_shown_as_a_prefix_are_examples_in_the_text(study: sentiment.St
     before = "".join(f"Review: {each.text}\nSentiment: {('negative', 'positive')[each.label]}\n\n" for each in examples)
     in_the_text = reader.zero_shot(before + reader.template, reviews)
     torch.testing.assert_close(found, in_the_text, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/soft-prompts-that-work.md"])
+def test_the_tables_on_the_pages_are_those_of_the_runs(page: str) -> None:
+    """Every line of them, as `python benchmarks/sentiment.py --table` prints it from the runs that are kept."""
+    results = sentiment_results.Results(sentiment.RESULTS)
+    printed = [sentiment_results.table(results, model, sentiment_methods.METHODS, rows=sentiment.ROWS).splitlines() for model in (LM, ENCODER)]
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8").splitlines()
+    shown = [[line for line in text if line in lines[2:]] for lines in printed]
+    titles = {method.title for method in sentiment_methods.METHODS.values()}
+    assert [line for line in text if line.startswith("| ") and line[2:].split(" | ")[0] in titles] == shown[0] + shown[1]
+    assert shown == [lines[2:] for lines in printed]
