@@ -66,8 +66,8 @@ class Rope:
     def _check(self, head: int) -> None:
         """head: the numbers of one, of which an odd part turns with one more."""
         if not 0 < self.dim + self.dim % 2 <= head:
-            raise LoraLabError(f"rotary positions turn pairs of numbers, and {self.dim} of each head's {head} are to turn: expected pairs that a head "
-                               "has (head_dim, hidden_size / num_attention_heads, partial_rotary_factor)")  # fmt: skip
+            raise LoraLabError(f"rotary positions turn pairs of numbers, and {self.dim} of each head's {head} are to turn: expected pairs "
+                               "that a head has (head_dim, hidden_size / num_attention_heads, partial_rotary_factor)")  # fmt: skip
         for name, value in self.numbers.items():
             each = value if name in FACTORS and isinstance(value, list) and len(value) == self.dim // 2 else [value]
             fine = all(is_number(one) and 0 <= one <= LARGEST and (one > 0 or name in MAY_BE_0) for one in each)
