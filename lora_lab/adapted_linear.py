@@ -1,4 +1,4 @@
-"""``W x + scaling * B A x`` of a frozen nn.Linear in one autograd Function: the same numbers, fewer passes over memory.
+"""``W x + scaling * B A x`` of a frozen nn.Linear, or of several with one x, in an autograd Function: the same numbers, fewer passes over memory.
 
 Written as a sum, the layer's output is made three times (W x, the update, their sum), and so is the gradient of x. Here the small products are
 added in place into the large ones, which is most of what LoRA costs beside the frozen model; kept for backward are x, A, B and A x as before. A
@@ -107,22 +107,22 @@ def _by_kind(tensors: Sequence[Any], count: int) -> list[list[Any]]:
 
 def _lows(x: Tensor, As: Sequence[Tensor], scalings: Sequence[float]) -> list[Tensor]:
     """``scaling * A x`` of each layer, [rows, r]."""
-    parts = F.linear(x, joined(As, 0)).split([len(A) for A in As], 1)
+    parts = F.linear(x, _joined(As, 0)).split([len(A) for A in As], 1)
     return [scaling * part for scaling, part in zip(scalings, parts, strict=True)]
 
 
-def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor], weights: Sequence[Tensor | None], As: Sequence[Tensor], Bs: Sequence[Tensor],
                lows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor | None]:  # fmt: skip
     """Of x, then of every A, then of every B. grads: [rows, out] each."""
-    wants_A, wants_B = any(ctx.needs_input_grad[5::4]), any(ctx.needs_input_grad[6::4])
+    wants_A, wants_B = (any(ctx.needs_input_grad[3 + kind : 3 + 4 * len(As) : 4]) for kind in (2, 3))
     x = rows(_again(ctx.make, sources)) if wants_A or torch.is_grad_enabled() else None
     if torch.is_grad_enabled() and x is not None:  # second derivatives go through A x, too
         lows = _lows(x, As, ctx.scalings)
-    through = joined([scaling * (grad @ B) for scaling, grad, B in zip(ctx.scalings, grads, Bs, strict=True)], 1)
+    through = _joined([scaling * (grad @ B) for scaling, grad, B in zip(ctx.scalings, grads, Bs, strict=True)], 1)
     grad_As = (through.T @ x).split([len(A) for A in As]) if wants_A and x is not None else [None] * len(As)
     x = None  # made again, it need not stay beside its gradient
     grad_Bs = [(low.T @ grad).T if wants_B else None for low, grad in zip(lows, grads, strict=True)]  # this way round is the faster one
@@ -138,7 +138,7 @@ def _gradient_of_x(grads: Sequence[Tensor], weights: Sequence[Tensor | None], th
     total = grads[0] @ first
     for grad, weight in zip(grads[1:], others, strict=True):
         total.addmm_(grad, weight)  # type: ignore[arg-type]
-    return total.addmm_(through, joined(As, 0)).view(shape)
+    return total.addmm_(through, _joined(As, 0)).view(shape)
 
 
 def _again(make: Callable[..., Tensor] | None, sources: Sequence[Tensor]) -> Tensor:

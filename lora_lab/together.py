@@ -18,8 +18,8 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor] | None:
     """What each of the layers makes of x, in a step of training; None where one of them has to be called by itself."""
     if len(layers) < 2 or not torch.is_grad_enabled() or not is_eager():
         return None
-    ours = [layer for layer in layers if type(layer) is LoRALinear and is_called_plainly(layer) and layer.lora_active == layers[0].lora_active]
-    pairs = [pair for layer in ours if (pair := layer.lora_only_pair()) is not None]
+    ours = [layer for layer in layers if type(layer) is LoRALinear and is_called_plainly(layer)]
+    pairs = [pair for layer in ours if (pair := layer.lora_only_pair()) is not None and layer.lora_active == ours[0].lora_active]
     if len(pairs) < len(layers) or not all(is_simple(x, layer.weight, layer.bias, A) for layer, (A, _, _) in zip(ours, pairs, strict=True)):
         return None
     x = remember_selection(x, ours[0].lora_active)

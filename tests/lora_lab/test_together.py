@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_where_one_layer_is_another_matter_each_is_called_by_itself(case: str) -
     found = project_all(x, *model)
     torch.manual_seed(1)
     assert_same(found, [layer(x) for layer in model])
+
+
+@pytest.mark.parametrize("adapted", [names for count in range(4) for names in itertools.combinations("012", count)])
+def test_any_of_the_layers_may_have_an_adapter(adapted: tuple[str, ...]) -> None:
+    model, x = nn.ModuleList(nn.Linear(6, width, dtype=torch.float64) for width in WIDTHS), torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    if adapted:
+        lora_lab.inject(model, 2, target_modules=[*adapted], init="random")
+    assert (together(x, model) is None) == (len(adapted) < 3)
+    assert_same(project_all(x, *model), [layer(x) for layer in model])
 
 
 def test_it_is_for_training_alone() -> None:
