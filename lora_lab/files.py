@@ -1,8 +1,8 @@
 """Files written so that nothing is lost: each appears whole under its name, or what was there before stays. And the weights a folder holds.
 
 Killed at any moment, a save leaves the old file or the new one. It may leave a hidden ".<name>.unfinished-..." folder beside it, which the next save
-of that name removes. What a save has returned from survives a power failure, too: file and folder are synced, the first before the rename, the
-other after it; a disk that lies about that, and other files than those written here, are beyond this promise.
+of that name removes where file locks exist. What a save has returned from survives a power failure, too: file and folder are synced, the first
+before the rename, the other after it; a disk that lies about that, and other files than those written here, are beyond this promise.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def saving(what: str, target: Path) -> Iterator[None]:
-    """Turn the system's refusal (disk full, no permission, a file in the way) into one clear line."""
+def saving(what: str, target: Path, left: str = "what was there before is untouched") -> Iterator[None]:
+    """Turn the system's refusal (disk full, no permission, a file in the way) into one clear line.  left: what is there then."""
     try:
         yield
     except OSError as error:
-        raise LoraLabError(f"could not save {what} to {target}: {error.strerror or error} (what was there before is untouched)") from error
+        raise LoraLabError(f"could not save {what} to {target}: {error.strerror or error} ({left})") from error
     except Exception as error:  # safetensors reports a failed write with its own class
         if type(error).__name__ != "SafetensorError":
             raise
-        raise LoraLabError(f"could not save {what} to {target}: {error} (what was there before is untouched)") from error
+        raise LoraLabError(f"could not save {what} to {target}: {error} ({left})") from error
 
 
 @contextlib.contextmanager
@@ -131,28 +131,44 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
-        settle(folder)
+        _settle(folder)
         with new_folder(folder / DECIDED) as place:
             yield place
-        settle(folder)
+        _settle(folder)
 
 
 def settle(folder: Path) -> None:
     """Finish what an interrupted `replacing_files` had decided; whoever reads those files calls this first. Raises LoraLabError where it cannot."""
+    if not (folder / DECIDED).is_dir():  # nearly always: a reader does not wait for a save that has decided nothing yet
+        return
+    with alone_in(folder):
+        _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """In a folder that is locked. Where there are no locks another process may do the same: what is gone, it has moved."""
     decided = folder / DECIDED
     if not decided.is_dir() or decided.is_symlink():
         return
-    with saving("the rest of an interrupted save", folder):
-        for path in sorted(path for path in decided.rglob("*") if path.is_file()):
-            name = path.relative_to(decided)
-            if (folder / name).parent.resolve() != (folder.resolve() / name).parent:
-                raise LoraLabError(f"{path} is to be moved to {(folder / name).resolve()}, out of its folder: it was not written here; remove it")
-            (folder / name).parent.mkdir(exist_ok=True)
-            if str(name) in OUTDATED:
-                (folder / OUTDATED[str(name)]).unlink(missing_ok=True)
-            os.replace(path, folder / name)
+    with saving("the rest of an interrupted save", folder, f"some of its files are in place; the others are in {DECIDED}, for the next load or save"):
+        waiting: list[Path] = []
+        with contextlib.suppress(FileNotFoundError):
+            waiting = sorted(path for path in decided.rglob("*") if path.is_file())
+        for path in waiting:
+            _move_to_its_place(path, path.relative_to(decided), folder)
         sync(folder)
-        shutil.rmtree(decided)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(decided)
+
+
+def _move_to_its_place(path: Path, name: Path, folder: Path) -> None:
+    if (folder / name).parent.resolve() != (folder.resolve() / name).parent:
+        raise LoraLabError(f"{path} is to be moved to {(folder / name).resolve()}, out of its folder: it was not written here; remove it")
+    (folder / name).parent.mkdir(exist_ok=True)
+    if str(name) in OUTDATED:
+        (folder / OUTDATED[str(name)]).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, folder / name)
 
 
 # Locks ------------------------------------------------------------------------------------------------------------------------
@@ -179,7 +195,7 @@ def alone_in(folder: Path, patience_seconds: float = 10.0) -> Iterator[bool]:
 def lock(path: Path) -> Iterator[None]:
     """Hold a file lock, so that two processes do not do the same work; where the system has none, both do it, harmlessly."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(os.open(path, os.O_RDWR | os.O_CREAT), math.inf):
+    with _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), math.inf):
         yield
 
 

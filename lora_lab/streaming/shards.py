@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +31,37 @@ ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32":
               "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 MOST_HEADER = 32 << 20
 BLOCK_NUMBERS = 1 << 20  # numbers to a block: 4 MiB in float32, of which about ten exist at a time
+MOST_TRIES = 100
+NO_MEMORY = re.compile("not enough memory|(can't|[Cc]annot) allocate memory")  # in torch's RuntimeErrors; they say nothing of the file
 
 
 @contextlib.contextmanager
 def opened(path: Path, way_out: str = "save or copy it again") -> Iterator[Any]:
-    """A safetensors file, open. Raises LoraLabError for a damaged one, inside the block, too: some of it shows only when a tensor is read."""
+    """A safetensors file, open. Raises LoraLabError for a damaged one, inside the block, too: some of it shows only when a tensor is read.
+
+    And for one that is missing, or that the system refuses to read. Where memory runs out, that error stays what it is: the file may be good.
+    """
     try:
         _check_header(path)
         with _opened_at_once(path) as file:
             yield file
-    except LoraLabError:
+    except (LoraLabError, torch.OutOfMemoryError):
         raise
-    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, TypeError, LookupError) as error:  # torch's, for shapes of 2**63
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path.exists():  # safetensors says so of any file that it cannot open
+            raise LoraLabError(f"{path} is missing: {way_out}") from None
+        raise LoraLabError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, LookupError) as error:  # torch's, for shapes of 2**63
+        if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
+            raise
+        if "unable to open file" in str(error):  # torch's, for too many open files
+            raise LoraLabError(f"{path} cannot be read: {error}") from None
         raise LoraLabError(f"{path} is truncated or not a safetensors file ({error}): {way_out}") from None
 
 
 def _opened_at_once(path: Path) -> Any:
     """safe_open opens a file twice, for its header and for its numbers; again, where another process has replaced it in between."""
-    while True:
+    for _ in range(MOST_TRIES):
         before = _identity(path)
         try:
             file = safe_open(path, "pt")
@@ -57,6 +71,7 @@ def _opened_at_once(path: Path) -> Any:
         else:
             if _identity(path) == before:
                 return file
+    raise LoraLabError(f"{path} was replaced {MOST_TRIES} times while it was opened: wait until nobody writes it any more")
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

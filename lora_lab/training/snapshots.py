@@ -32,6 +32,10 @@ NAME = re.compile(r"step-(\d{6,})")
 FORMAT = 1  # of these files; a newer one is refused
 
 
+class Damaged(LoraLabError):
+    """A snapshot that no other try will read; or all of them, or there is none."""
+
+
 @dataclass
 class Snapshot:
     """tensors: by name, on the CPU.  state: what JSON holds, "step" among it."""
@@ -47,7 +51,7 @@ class Snapshot:
 def write(output_dir: Path, snapshot: Snapshot, keep: int) -> Path:
     """Write a snapshot, then remove all but the newest `keep`. Raises LoraLabError where the disk refuses; earlier ones are untouched.
 
-    Those of later steps go, too: they are damaged, or the run would not be at this step again, and would count as the newest.
+    Of those of later steps only the damaged ones go, which `newest` has passed over; one that is whole, or cannot be read at the moment, stays.
     """
     target = output_dir / FOLDER / f"step-{snapshot.step:06d}"
     with saving(f"step {snapshot.step}", target):
@@ -56,7 +60,8 @@ def write(output_dir: Path, snapshot: Snapshot, keep: int) -> Path:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}, folder / TENSORS)
             write_json(folder / STATE, {"format": FORMAT, "tensors_sha256": sha256(folder / TENSORS), **snapshot.state})
     folders = _folders(output_dir)
-    for other in {*folders} - {*folders[folders.index(target) :][:keep]}:
+    place = folders.index(target)
+    for other in (*filter(_is_damaged, folders[:place]), *folders[place + keep :]):
         shutil.rmtree(other, ignore_errors=True)
     remove_abandoned(output_dir / FOLDER)
     return target
@@ -68,32 +73,52 @@ def any_in(output_dir: Path) -> bool:
 
 
 def newest(output_dir: Path) -> Snapshot:
-    """The newest snapshot that is whole; a warning names each that is not.
+    """The newest snapshot that is whole; a warning names each that is damaged.
 
-    Raises LoraLabError where there is none.
+    Raises Damaged where there is none, and another LoraLabError where one cannot be read at the moment: it may be whole, and is not passed over.
     """
     folders = _folders(output_dir)
     if not folders:
-        raise LoraLabError(f"nothing to resume: {output_dir / FOLDER} holds no step-... folder; the run has to be started with save_every")
+        raise Damaged(f"nothing to resume: {output_dir / FOLDER} holds no step-... folder; the run has to be started with save_every")
     for folder in folders:
         try:
             return _read(folder)
-        except LoraLabError as error:
+        except Damaged as error:
             warnings.warn(f"{error}; going back to the snapshot before", stacklevel=2)
-    raise LoraLabError(f"nothing to resume: all {len(folders)} snapshots in {output_dir / FOLDER} are damaged")
+    raise Damaged(f"nothing to resume: all {len(folders)} snapshots in {output_dir / FOLDER} are damaged")
 
 
 def _read(folder: Path) -> Snapshot:
+    state = _checked_state(folder)
+    with opened(folder / TENSORS) as file:
+        return Snapshot({name: file.get_tensor(name) for name in file.keys()}, state)
+
+
+def _checked_state(folder: Path) -> dict[str, Any]:
+    """Raises Damaged where a file is missing, or is not the one that was written; LoraLabError where the system refuses to read it."""
     try:
-        state = json_object((folder / STATE).read_bytes(), folder / STATE)
-        if state.get("format") != FORMAT:
-            raise LoraLabError(f"{folder} has format {state.get('format')!r}, this version reads {FORMAT}")
-        if state.get("tensors_sha256") != sha256(folder / TENSORS):
-            raise LoraLabError(f"{folder / TENSORS} is damaged (its SHA-256 is not the one written with it)")
-        with opened(folder / TENSORS) as file:
-            return Snapshot({name: file.get_tensor(name) for name in file.keys()}, state)
+        content, digest = (folder / STATE).read_bytes(), sha256(folder / TENSORS)
+    except FileNotFoundError as error:
+        raise Damaged(f"{folder} is incomplete ({error})") from None
     except OSError as error:
-        raise LoraLabError(f"{folder} is incomplete ({error})") from None
+        raise LoraLabError(f"{folder} cannot be read ({error}): try again, or delete it, and the snapshot before is used") from None
+    try:
+        state = json_object(content, folder / STATE)
+    except LoraLabError as error:
+        raise Damaged(str(error)) from None
+    if state.get("format") != FORMAT:
+        raise Damaged(f"{folder} has format {state.get('format')!r}, this version reads {FORMAT}")
+    if state.get("tensors_sha256") != digest:
+        raise Damaged(f"{folder / TENSORS} is damaged (its SHA-256 is not the one written with it)")
+    return state
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        _checked_state(folder)
+    except LoraLabError as error:
+        return isinstance(error, Damaged)
+    return False
 
 
 def _folders(output_dir: Path) -> list[Path]:

@@ -84,7 +84,7 @@ def refuse_unfinished(output_dir: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = snapshots.newest(output_dir).state
-    except LoraLabError:
+    except snapshots.Damaged:
         return
     if not state.get("finished"):
         raise LoraLabError(f"{output_dir} holds a run that was stopped after step {state.get('step')} of {state.get('steps')}: resume=True goes on "
@@ -142,8 +142,7 @@ def _check_whole(run: Run, snapshot: Snapshot) -> None:
         if tensors[name].shape != shape:
             raise ValueError(f"{name} is {list(tensors[name].shape)}, expected {list(shape)}")
     for weight, values in optimizer_states(snapshot).items():
-        sizes = [value.numel() for value in values.values() if isinstance(value, Tensor)]
-        if not all(isinstance(value, (Tensor, int, float)) for value in values.values()) or max(sizes, default=0) > run.trained[weight].numel():
+        if weight not in run.trained or not all(value is None or isinstance(value, (Tensor, int, float)) for value in values.values()):
             raise ValueError(f"the optimizer's state of {weight}")
     if state["processes"] == run.world.size:
         now, then = torch.get_rng_state(), tensors[f"random/{run.world.rank}/cpu"]

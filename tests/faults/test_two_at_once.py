@@ -128,6 +128,23 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(tmp_path: Pa
     assert {*shards.read_shard(first).tensors} == {"a", "b"} and len(opened) == 2
 
 
+def test_a_file_that_is_replaced_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, other = tmp_path / "tensors", tmp_path / "other"
+    save_file({"a": torch.ones(2)}, tensors)
+    tries = iter(range(10 * shards.MOST_TRIES))
+
+    def replaced_meanwhile(path: Path, framework: str) -> Any:
+        next(tries)
+        save_file({"a": torch.ones(2)}, other)
+        other.replace(tensors)
+        return safe_open(path, framework)
+
+    monkeypatch.setattr(shards, "safe_open", replaced_meanwhile)
+    with pytest.raises(LoraLabError, match="tensors was replaced 100 times while it was opened"):
+        shards.read_shard(tensors)
+    assert next(tries) == shards.MOST_TRIES
+
+
 # What a live process writes in is not litter ----------------------------------------------------------------------------------------------
 
 

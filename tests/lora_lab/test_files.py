@@ -10,7 +10,9 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,14 @@ def test_the_lock_is_free_again_after_an_exception(tmp_path):
         pass
 
 
+@posix
+def test_the_file_of_a_lock_can_be_run_by_nobody_and_written_as_the_umask_says(tmp_path, umask):
+    umask(0o022)
+    with files.lock(tmp_path / "work.lock"):
+        pass
+    assert stat.S_IMODE((tmp_path / "work.lock").stat().st_mode) == 0o644
+
+
 def test_without_file_locks_the_block_runs_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with files.lock(tmp_path / "work.lock"):
@@ -268,6 +278,68 @@ def test_a_folder_that_came_from_elsewhere_moves_nothing_out_of_itself(tmp_path,
         decided.symlink_to(outside)
         files.settle(folder)
     assert names(outside) == ["config.json"] and (outside / "config.json").read_text() == "mine"
+
+
+def left_by_a_killed_save(folder):
+    (folder / files.DECIDED).mkdir(parents=True)
+    for number in range(6):
+        (folder / files.DECIDED / f"{number}.json").write_text("new")
+    return folder
+
+
+def settled_by_eight(folder, monkeypatch):
+    """The names of the files that were moved, by eight threads that begin at once; what went wrong in one is raised."""
+    start, moved, replace = threading.Barrier(8), [], os.replace
+
+    def slowly(source, target):
+        time.sleep(0.002)
+        replace(source, target)
+        moved.append(Path(target).name)
+
+    def settle(_):
+        start.wait(10)
+        files.settle(folder)
+        return names(folder)
+
+    monkeypatch.setattr(os, "replace", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(found == [f"{number}.json" for number in range(6)] for found in pool.map(settle, range(8)))
+    return sorted(moved)
+
+
+@posix
+def test_many_may_finish_an_interrupted_save_at_once_and_one_does(tmp_path, monkeypatch):
+    """Every process of a launcher loads the same folder; none sees half of it."""
+    assert settled_by_eight(left_by_a_killed_save(tmp_path), monkeypatch) == [f"{number}.json" for number in range(6)]
+
+
+def test_without_file_locks_many_may_finish_an_interrupted_save_as_well(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert {*settled_by_eight(left_by_a_killed_save(tmp_path), monkeypatch)} == {f"{number}.json" for number in range(6)}
+
+
+def test_nobody_waits_for_a_save_that_has_decided_nothing_yet(tmp_path, monkeypatch):
+    with files.replacing_files(tmp_path):
+        monkeypatch.setattr(files, "alone_in", None)
+        files.settle(tmp_path)
+        monkeypatch.undo()
+
+
+def test_where_an_interrupted_save_cannot_be_finished_nobody_says_that_nothing_was_touched(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == "3.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    left_by_a_killed_save(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(LoraLabError, match=r"No space left on device \(some of its files are in place"):
+        patch.setattr(os, "replace", full)
+        files.settle(tmp_path)
+    assert (tmp_path / "2.json").exists() and not (tmp_path / "3.json").exists()
+    files.settle(tmp_path)
+    assert names(tmp_path) == [f"{number}.json" for number in range(6)]
 
 
 def test_files_and_names_are_on_the_disk_when_a_save_returns(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_autograd_keeps_exactly_what_is_predicted(implementation: str, method: s
 
     kept = fake_saved_bytes(build, batch_size=BATCH, sequence_length=LENGTH, autocast=autocast(precision))
     footprint = predicted(SHAPE, implementation=implementation, method=method, precision=precision, gradient_checkpointing=checkpointing)
-    stamps = 0  # watched by hooks, our LoRA layers take themselves for checkpointed: an int64 more for each input, and of the first for each of q, k, v
+    stamps = 0  # watched by hooks, our LoRA layers take themselves for checkpointed: an int64 for each input, of the first for each of q, k, v
     if (implementation, method, checkpointing) == ("lora_lab", "lora", False):
         stamps = 8 * (4 * SHAPE["num_hidden_layers"] + 2)  # type: ignore[operator]
     assert footprint.saved_bytes == equals(kept - stamps, implementation)

@@ -15,7 +15,9 @@ from tiny_workshop import QUIET, our_llama, same_bits, token_rows, weights
 
 import lora_lab
 from lora_lab import LoraLabError
+from lora_lab.streaming import shards
 from lora_lab.training import Interrupted, fit, snapshots, state
+from lora_lab.training.optimizers import OPTIMIZERS
 from lora_lab.training.run import Run
 
 ROWS, HELD_OUT = token_rows(12), token_rows(3, seed=5)
@@ -126,6 +128,32 @@ def test_only_the_newest_snapshots_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["step-000006", "step-000007"]
 
 
+class OfItsOwn(torch.optim.Optimizer):
+    """Remembers more numbers than the weight has, and nothing under one name, as Shampoo does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                mine = self.state[p]
+                side = mine.setdefault("products", torch.zeros(max(p.shape), max(p.shape), 2))
+                mine.setdefault("mask", None)
+                wide = p.grad if p.shape[0] < p.shape[1] else p.grad.T
+                side += (wide.T @ wide)[..., None]
+                p.sub_(p.grad / (1 + side.diagonal().sum()), alpha=group["lr"])
+
+
+def test_an_optimizer_of_a_users_own_may_remember_more_than_the_weight_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "own", lambda parameters, learning_rate, weight_decay: OfItsOwn(parameters, {"lr": learning_rate}))
+    whole, resumed = adapted(), adapted()
+    fit(whole, ROWS, settings(tmp_path / "whole", optimizer="own"), eval_data=HELD_OUT)
+    with monkeypatch.context() as patch:
+        run_until(adapted(), 5, tmp_path / "parts", patch, optimizer="own")
+        patch.setitem(OPTIMIZERS, "own", lambda parameters, learning_rate, weight_decay: OfItsOwn(parameters, {"lr": learning_rate}))
+        fit(resumed, ROWS, settings(tmp_path / "parts", optimizer="own", resume=True), eval_data=HELD_OUT)
+    assert same_bits(weights(resumed), weights(whole)) and not same_bits(weights(whole), weights(adapted()))
+
+
 # Damage -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +199,56 @@ def test_a_damaged_snapshot_of_a_later_step_is_not_kept_in_place_of_a_whole_one(
     (tmp_path / "snapshots" / "step-000009").mkdir(parents=True)
     snapshots.write(tmp_path, snapshots.Snapshot({"a": torch.ones(2)}, {"step": 4}), keep=1)
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-000004"] and snapshots.newest(tmp_path).step == 4
+
+
+def two_snapshots(folder: Path) -> Path:
+    """The folder of the newer one."""
+    for step in (2, 4):
+        path = snapshots.write(folder, snapshots.Snapshot({"a": torch.full((2,), step)}, {"step": step, "steps": 9, "finished": True}), keep=2)
+    return path
+
+
+REFUSALS = [OSError(errno.EIO, os.strerror(errno.EIO)), OSError(errno.EMFILE, os.strerror(errno.EMFILE)), PermissionError("no"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=str)
+@pytest.mark.parametrize("place", ["sha256", "opened"])
+def test_a_snapshot_that_cannot_be_read_at_the_moment_is_not_passed_over(place: str, error: Exception, tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def refuse(path: Path) -> Any:
+        raise error
+
+    two_snapshots(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError if isinstance(error, MemoryError) else LoraLabError) as caught:
+        patch.setattr(*((snapshots, "sha256", refuse) if place == "sha256" else (shards, "_opened_at_once", refuse)))
+        snapshots.newest(tmp_path)
+    assert not isinstance(caught.value, snapshots.Damaged) and snapshots.newest(tmp_path).step == 4
+
+
+def test_a_new_run_does_not_remove_snapshots_that_cannot_be_read_at_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    two_snapshots(tmp_path)
+    monkeypatch.setattr(snapshots, "sha256", refuse)
+    with pytest.raises(LoraLabError, match=r"step-000004 cannot be read .*Input/output error"):
+        state.begin_anew(tmp_path)
+    assert len([*(tmp_path / "snapshots").iterdir()]) == 2
+
+
+@pytest.mark.parametrize("what", ["whole", "unreadable"])
+def test_a_snapshot_of_a_later_step_goes_only_where_it_is_damaged(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later, digest = two_snapshots(tmp_path), snapshots.sha256
+
+    def refuse(path: Path) -> str:
+        if path.parent == later:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(path)
+
+    if what == "unreadable":
+        monkeypatch.setattr(snapshots, "sha256", refuse)
+    snapshots.write(tmp_path, snapshots.Snapshot({"a": torch.ones(2)}, {"step": 3}), keep=1)
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == ["step-000003", "step-000004"]
 
 
 def test_a_log_that_was_taken_away_begins_anew_and_holds_no_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
