@@ -20,7 +20,7 @@ def is_number(value: Any) -> bool:
 
 def check_rank(rank: Any, name: str = "rank") -> int:
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST:
-        raise LoraLabError(f"{name}={rank!r}: expected a whole number of at least 1 (8 is a good start)")
+        raise LoraLabError(f"{name}={rank!r}: expected a whole number of at least 1, at most {LARGEST:,} (8 is a good start)")
     return rank
 
 

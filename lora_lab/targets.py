@@ -24,7 +24,7 @@ from .kinds import is_linear, kind_of
 from .layers import LoRA, is_adaptable, layer_shape
 from .parameters.layer import as_stack, part_of
 from .parameters.targets import check_apart, check_request, match_parameters
-from .patterns import at_the_end, compile_pattern
+from .patterns import compile_pattern, ways_with
 from .plans import AdapterConfig, Plan, PlannedLayer, first_match
 from .token_rows.targets import plan_rows
 from .variants import variant_of
@@ -266,11 +266,12 @@ def check_config(config: AdapterConfig) -> None:
     for name in ("rslora", "freeze_A", "lora_bias"):
         if not isinstance(value := getattr(config, name), bool):
             raise LoraLabError(f"{name}={value!r}: expected True or False")
+    ways = 0
     for name, pattern, check in (("rank_pattern", config.rank_pattern, check_rank), ("alpha_pattern", config.alpha_pattern, check_alpha)):
         if not isinstance(pattern, dict):
             raise LoraLabError(f"{name}={pattern!r}: expected a dict of name or pattern -> value")
         for key, value in pattern.items():
-            at_the_end(key, name)
+            ways = ways_with(key, name, ways)
             check(value, f"{name}[{key!r}]")
             if value is None:
                 raise LoraLabError(f"{name}[{key!r}]=None: expected a number")

@@ -22,7 +22,7 @@ ADAPTED = ("lora", "dora", "qlora")
 VIRTUAL = ("prompt", "prefix", "p-tuning", "residual")
 ATTENTIONS = {"transformers": ("eager", "sdpa", "flash"), "lora_lab": ("sdpa",)}
 LOSSES = {"transformers": ("cross_entropy", "chunked", "hf_legacy", "mean", "none"), "lora_lab": ("chunked",)}
-LARGEST = 2**40  # of a batch, a length, a rank: their products stay numbers that a float can show
+MOST_ASKED = 2**40  # of a batch, a length, a rank: their products stay numbers that a float can show
 DEVICES = ("cuda", "cpu")
 OWN_OPTIMIZERS = ("adamw", "adam", "sgd", "momentum", "adafactor", "lion")  # lora_lab.training.optimizers.OPTIMIZERS
 IDLE_IN_INFERENCE = {"gradient_checkpointing": False, "grad_accum_steps": 1, "offload_activations": False, "optimizer_in_backward": False}
@@ -270,13 +270,13 @@ def one_of(name: str, value: Any, choices: Collection[str], implementation: str 
 
 
 def whole(name: str, value: Any) -> int:
-    """`value`, an integer of whatever type (NumPy's too), where it is at least 1."""
+    """`value`, an integer of whatever type (NumPy's too), where it is at least 1, at most MOST_ASKED."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
-    if not 1 <= number <= LARGEST:
-        raise MemoryMathError(f"{name}={value!r}: expected a whole number of at least 1")
+    if not 1 <= number <= MOST_ASKED:
+        raise MemoryMathError(f"{name}={value!r}: expected a whole number of at least 1, at most {MOST_ASKED:,}")
     return number
 
 

@@ -3,11 +3,11 @@
 jinja2's sandbox keeps a template away from Python: no private attribute, no import, nothing that changes its input. It does not keep one from
 making ``'x' * 10**12``, or from counting to that. So here a template also has a budget, MOST_WORK: a character that is made costs 1, an element
 of a list ELEMENT, a turn of a loop or a call TURN. What would cost more than is left is refused before it is made. A conversation of a million
-characters stays well below it.
+characters, or of 20,000 short messages, stays below it.
 
     loops, and text in them    each turn is paid for as it is taken, each piece of text as it is written
     + * ** %                   jinja2 hands them over before they are computed
-    a ~ b, [a, b], {a: b}      are rewritten into filters that look at their parts first
+    a ~ b, [a, b], {a: b}, a[1:]   are rewritten into filters that look at their parts first
     methods and filters        replace, join, split, format, indent, tojson: by what they would make; those that fill up with spaces are left out
 """
 
@@ -23,15 +23,15 @@ from typing import Any, NoReturn
 
 from ..errors import LoraLabError
 
-MOST_WORK, TURN, ELEMENT = 50_000_000, 400, 20
+MOST_WORK, TURN, ELEMENT = 50_000_000, 100, 20
 MOST_BITS = 10_000  # of a whole number
 LONGEST_MESSAGE = 500  # characters of a template's own error
 PADDING = frozenset(("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "maketrans", "format_map", "encode", "to_bytes"))
 FILTERS_LEFT_OUT = ("center", "wordwrap", "batch", "slice", "urlize", "xmlattr", "pprint", "filesizeformat", "random")
+AT_ONCE = frozenset(("length", "count", "first", "last", "default", "d", "attr"))  # filters that are done as soon, however long a value is
 # Filters that make no text of a container
 LOOKED_AT = frozenset((
-    "length", "count", "list", "first", "last", "select", "reject", "selectattr", "rejectattr", "map", "items", "default", "d", "sort", "unique",
-    "reverse", "min", "max", "dictsort", "groupby", "attr",
+    "list", "select", "reject", "selectattr", "rejectattr", "map", "items", "sort", "unique", "reverse", "min", "max", "dictsort", "groupby",
 ))  # fmt: skip
 _left: ContextVar[list[int]] = ContextVar("work that is left to a template")
 
@@ -130,7 +130,11 @@ def _pay_method(name: str, owner: Any, values: tuple[Any, ...]) -> None:
         _spend(owner.count(values[0]) * _length(values[1]))
     elif name == "join" and values:
         _pay_join(owner, values[0])
-    _spend(TURN + _length(owner) * (ELEMENT if "split" in name else 1) + sum(map(_length, values)))
+    if name in ("split", "rsplit") and isinstance(owner, str) and values and isinstance(values[0], str):
+        _spend(ELEMENT * (owner.count(values[0]) + 1) + _length(owner))  # a mark that is there twice makes three parts, however long they are
+    elif "split" in name:
+        _spend(ELEMENT * _length(owner))
+    _spend(TURN + _length(owner) + sum(map(_length, values)))
 
 
 def _pay_join(between: Any, values: Any) -> None:
@@ -184,7 +188,8 @@ def _sandbox() -> Any:
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], finalize=pass_context(_written))
     sandbox.filters.update(tojson=_to_json, join=pass_environment(_join))
     sandbox.filters = {name: _paid_filter(name, each) for name, each in sandbox.filters.items() if name not in FILTERS_LEFT_OUT}
-    sandbox.filters |= {"_turns": pass_context(_turns), "_joined": pass_context(_joined), "_made": pass_context(_made)}
+    paying = {"_turns": _turns, "_joined": _joined, "_made": _made, "_copied": _copied}
+    sandbox.filters |= {name: pass_context(each) for name, each in paying.items()}
     del sandbox.globals["lipsum"]
     sandbox.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form), range=_range)
     sandbox.globals["dict"] = lambda *items, **named: _made(None, dict(*items, **named))  # the type itself would let dict.update(...) through
@@ -220,6 +225,12 @@ def _paid(sandbox: Any, template: str) -> Any:
             node = self.generic_visit(node)
             return through("_made", node) if node.ctx == "load" else node
 
+        def visit_Getitem(self, node: Any) -> Any:
+            node = self.generic_visit(node)
+            if isinstance(node.arg, nodes.Slice):
+                node.node = through("_copied", node.node)
+            return node
+
         def visit_TemplateData(self, node: Any) -> Any:
             return nodes.Const(node.data, lineno=node.lineno)
 
@@ -243,6 +254,11 @@ def _made(context: Any, value: Any) -> Any:
     return value
 
 
+def _copied(context: Any, value: Any) -> Any:
+    _spend(_length(value))
+    return value
+
+
 def _written(context: Any, value: Any) -> Any:
     _spend(_size(value))
     return value
@@ -256,6 +272,11 @@ def _range(*ends: int) -> range:
 
 def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that is paid for by what is put into it, and by what comes out."""
+
+    @functools.wraps(function)
+    def at_once(*given: Any, **named: Any) -> Any:
+        _spend(TURN)
+        return function(*given, **named)
 
     @functools.wraps(function)
     def paid(*given: Any, **named: Any) -> Any:
@@ -273,7 +294,7 @@ def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         _spend(_length(result))
         return result
 
-    return paid
+    return at_once if name in AT_ONCE else paid
 
 
 def _join(environment: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:

@@ -22,7 +22,7 @@ def check_config(source: dict[str, Any], family: str, needed: Iterable[str], opt
     for name in (*needed, *optional):
         value = source.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST):
-            raise LoraLabError(f"{name}={value!r} in config.json: expected a whole number of at least 1")
+            raise LoraLabError(f"{name}={value!r} in config.json: expected a whole number of at least 1, at most {LARGEST:,}")
     eps = source.get(epsilon, 1e-6)
     if not is_number(eps) or eps < 0:
         raise LoraLabError(f"{epsilon}={eps!r} in config.json: expected a small positive number")

@@ -135,7 +135,7 @@ class GGUFFile:
     def _whole(self, key: str, default: Any = None) -> int:
         value = self._number(key, default)
         if not isinstance(value, int) or not 1 <= value <= LARGEST:
-            raise LoraLabError(f"{self.path}: llama.{key} is {value!r}, expected a whole number of at least 1")
+            raise LoraLabError(f"{self.path}: llama.{key} is {value!r}, expected a whole number of at least 1, at most {LARGEST:,}")
         return value
 
     def _rope_scaling(self) -> dict[str, Any] | None:

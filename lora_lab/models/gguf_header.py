@@ -13,7 +13,10 @@ from pathlib import Path
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number of each type
 TEXT, ARRAY = 8, 9
-MOST_VALUES = 4_000_000  # of all arrays: gguf keeps each as an object of some 300 bytes; the largest vocabularies need 1.3 million
+# Of all arrays, as gguf keeps some 700 bytes for a number and 1,400 for a text: the largest vocabularies need 1.3 million; a SentencePiece model's
+# table of characters has 300,000 bytes, and no other array is near that
+MOST_VALUES, MOST_OTHERS = 1_500_000, 400_000
+OF_VOCABULARIES = (5, 6, 8)  # int32: the tokens' types; float32: their scores; the texts
 MOST_DIMENSIONS = 8
 
 
@@ -25,7 +28,7 @@ def check_header(path: Path) -> None:
 
 class _Header:
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.values = data, 0, 0
+        self.data, self.at, self.values, self.others = data, 0, 0, 0
         self.order = ">" if data[4:6] == b"\0\0" else "<"  # the version is a small number
 
     def walk(self) -> None:
@@ -54,6 +57,9 @@ class _Header:
         self.values += count
         if self.values > MOST_VALUES:
             raise ValueError(f"arrays of more than {MOST_VALUES:,} values")
+        self.others += count if kind not in OF_VOCABULARIES else 0
+        if self.others > MOST_OTHERS:
+            raise ValueError(f"arrays of more than {MOST_OTHERS:,} values that are neither texts, int32 nor float32")
         if kind != TEXT:
             return self.skip(count * _size(kind))
         for _ in range(count):

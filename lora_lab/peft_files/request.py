@@ -11,6 +11,8 @@ differ (the number of a layer whose path has several, a classifier under "all-li
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,16 +42,27 @@ class Request:
     layers: tuple[int, ...] = ()
     before: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def expressions(self) -> dict[Names, re.Pattern[str]]:
+        """Those of targets and excluded that are expressions, compiled once: they may name every layer."""
+        given = (each for each in (self.targets, self.excluded) if isinstance(each, str) and each.lower() != ALL_LINEAR)
+        return {each: compile_pattern(each, "target_modules or exclude_modules") for each in given}
+
     def means(self, model: nn.Module, path: str, module: nn.Module) -> bool | None:
         """Whether a layer has an adapter; None where that depends on PEFT's version."""
         whole = (compile_pattern(name, "modules_to_save", r"(^|.*\.)", r"($|\..*)") for name in self.whole)
-        if _matches(self.excluded, path) or any(pattern.match(path) for pattern in whole):
+        if self._matches(self.excluded, path) or any(pattern.match(path) for pattern in whole):
             return False
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
             return is_linear(module) and (None if is_head(model, path, module) else True)
         if isinstance(self.targets, str) or path in self.targets or not self.layers:
-            return _matches(self.targets, path)
-        return _matches(self.targets, path) and self.in_its_layers(path)
+            return self._matches(self.targets, path)
+        return self._matches(self.targets, path) and self.in_its_layers(path)
+
+    def _matches(self, names: Names, path: str) -> bool:
+        if isinstance(names, str):
+            return self.expressions[names].fullmatch(path) is not None
+        return any(name_matches(name, path) for name in names)
 
     def in_its_layers(self, path: str) -> bool | None:
         """Of several numbers in a path PEFT takes the first, older versions took the last."""
@@ -82,12 +95,6 @@ def _names(written: dict[str, Any], key: str, path: Path) -> Names:
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         raise LoraLabError(f"{path}: {key}={value!r}: expected a list of names, or a regular expression")
     return tuple(value)
-
-
-def _matches(request: Names, path: str) -> bool:
-    if isinstance(request, str):
-        return compile_pattern(request, "target_modules or exclude_modules").fullmatch(path) is not None
-    return any(name_matches(name, path) for name in request)
 
 
 # The comparison -------------------------------------------------------------------------------------------------------------------

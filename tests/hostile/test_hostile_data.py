@@ -139,6 +139,8 @@ HEADERS = {
     "an array of 2**60 texts": header(array(8, 2**60)),
     "an array of arrays": header(array(9, 2**40, bytes(64))),
     "more values than any vocabulary": header(array(0, 10_000_000, bytes(10_000_000))),
+    "more bytes than any table": header(array(0, 500_000, bytes(500_000))),
+    "as many in two arrays": header(array(7, 300_000, bytes(300_000)), array(1, 300_000, bytes(300_000))),
     "an unknown type": header(text(b"a") + struct.pack("<I", 99)),
     "a tensor of 2**31 dimensions": header(tensors=1) + text(b"t") + struct.pack("<I", 2**31),
     "a big-endian one cut short": b"GGUF\0\0\0\3" + bytes(6),

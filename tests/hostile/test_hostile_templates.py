@@ -41,7 +41,9 @@ GROWING = [
     "{% set x %}{% for i in range(1000) %}" + "text" * 30_000 + "{% endfor %}{% endset %}",
     "{% for i in range(1000) %}{{ '" + "x" * 100_000 + "' }}{% endfor %}",
     "{% set ns = namespace(t='xx') %}{% for i in range(99) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
-    "{{ ('a b ' * 9000000).split(' ') | length }}",
+    "{{ ('a b ' * 9000000).split(' ') | length }}", "{{ ('a ' * 2400000).split(' ') | length }}", "{{ ('a ' * 2400000).split() | length }}",
+    "{% set x = 'y' * 9999999 %}{% set z = [" + "x[1:], " * 1000 + "] %}",
+    "{% set x = 'y' * 9999999 %}{{ x[1:] == x[2:] or x[3:] == x[4:] or x[5:] }}",
     "{% set x = 'y' * 99999 %}{{ range(99999) | map('replace', '1', x) | join }}", "{{ ('x' * 5000000).encode('utf-32') }}",
 ]  # fmt: skip
 REACHING = [
@@ -80,7 +82,7 @@ def test_what_a_template_must_not_do_is_refused_within_memory_and_work(templates
 
 
 def test_the_bound_is_told():
-    with pytest.raises(LoraLabError, match="refused: it makes more than 50,000,000 characters, each turn of a loop and each call counted as 400"):
+    with pytest.raises(LoraLabError, match="refused: it makes more than 50,000,000 characters, each turn of a loop and each call counted as 100"):
         render("{% for i in range(10 ** 6) %}{% endfor %}")
 
 
@@ -99,6 +101,30 @@ def test_templates_that_gather_text_have_room_for_long_conversations():
                 "{% if loop.last %}{{ m | tojson }}{% endif %}{% endfor %}")
     turns = [{"role": "user", "content": "<think>much</think>\n" + "x " * 500} for _ in range(1000)]
     assert len(render(template, messages=turns)) > 1_000_000
+
+
+# The steps of Qwen3's: the last question is looked for from the end, and what was thought is cut out of each answer
+THINKING = (
+    "{% set ns = namespace(multi=true, last=messages|length - 1) %}{% for m in messages[::-1] %}{% set index = (messages|length - 1) - loop.index0 %}"
+    "{% if ns.multi and m.role == 'user' and m.content is string and not (m.content.startswith('<tool_response>') and "
+    "m.content.endswith('</tool_response>')) %}{% set ns.multi = false %}{% set ns.last = index %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set content = m.content if m.content is string else '' %}"
+    "{% if m.role == 'user' %}{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>' + '\n' }}{% else %}{% set thought = '' %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + ('\n<think>\n' + thought.strip('\n') + '\n</think>\n\n' if loop.index0 > ns.last else '\n') + content }}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "content"), [
+    (20_000, "<think>ab</think> cde"), (1_000, "<think>\n" + "word " * 100 + "</think>\n" + "word " * 100),
+    (2, "<think>\n" + "word " * 100_000 + "</think>\n" + "word " * 100_000),
+], ids=["20,000 messages", "1,000 messages", "2 messages"])  # fmt: skip
+def test_templates_that_cut_out_thoughts_have_room_for_long_conversations(count, content):
+    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n in range(count)]
+    assert len(content) == 21 or len(content) * count >= 1_000_000
+    assert render(THINKING, messages=turns).count("<|im_end|>") == count
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ BAD_FINETUNES = {
     "unknown schedule": ({"schedule": "cosin"}, "did you mean 'cosine'"),
     "a target that matches nothing": ({"target-modules": ["q_prj"]}, r"'q_prj' matches nothing\.\n  Linear layers here: .*did you mean 'q_proj'"),
     "a broken regular expression": ({"target-modules": ["q_(proj"]}, "is not a regular expression"),
-    "rank 0": ({"rank": 0}, "rank=0: expected a whole number of at least 1"),
+    "rank 0": ({"rank": 0}, "rank=0: expected a whole number of at least 1, at most 2,147,483,647"),
     "alpha nan": ({"alpha": "nan"}, "alpha=nan"),
     "dropout 1": ({"dropout": 1}, "dropout=1.0: expected 0 <= dropout < 1"),
     "learning rate 0": ({"learning-rate": 0}, "learning_rate=0.0"),

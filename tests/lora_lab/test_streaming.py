@@ -630,7 +630,7 @@ def test_a_folder_that_is_not_what_it_should_be_is_refused(folder, spoil, match)
 
 NO_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("Cannot allocate memory (os error 12)"),
              RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
-             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)")]  # fmt: skip
+             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12")]  # fmt: skip
 
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
@@ -641,11 +641,11 @@ def test_a_good_file_is_not_called_damaged_where_memory_runs_out(error, tmp_path
     assert caught.value is error
 
 
-def test_a_file_that_cannot_be_read_or_is_missing_is_not_called_damaged(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_read_or_is_missing_is_not_called_damaged(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "good")
     with pytest.raises(LoraLabError, match="gone is missing: copy it again"), shards.opened(tmp_path / "gone", "copy it again"):
         pass
-    for error in (OSError(5, "Input/output error"), FileNotFoundError("No such file or directory"), RuntimeError("unable to open file <x> (24)")):
+    for error in (OSError(5, "Input/output error"), FileNotFoundError("No such file or directory"), RuntimeError("unable to open file <x>")):
         with pytest.raises(LoraLabError, match=f"good cannot be read: {error.args[-1]}"), shards.opened(tmp_path / "good"):
             raise error
 

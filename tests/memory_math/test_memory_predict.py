@@ -200,6 +200,7 @@ def test_the_table_names_every_part_and_what_was_checked() -> None:
     ({"precision": "int8"}, r"precision='int8': expected one of fp32, bf16, fp16, bf16-mixed, fp16-mixed"),
     ({"method": "lora", "optimizer": "foo"}, r"optimizer='foo' is not modelled; modelled now: sgd, momentum, adam, adamw, adamw8bit"),
     ({"batch_size": 0}, r"batch_size=0: expected a whole number of at least 1"),
+    ({"batch_size": 2**41}, r"batch_size=2199023255552: expected a whole number of at least 1, at most 1,099,511,627,776"),
     ({"batch_size": 2.5}, r"batch_size=2.5"),
     ({"sequence_length": -1}, r"sequence_length=-1"),
     ({"rank": 0}, r"rank=0"),

@@ -24,6 +24,7 @@ CARDINALS = {**{word: value for value, word in enumerate(SMALL)}, **{word: 10 * 
 OTHERS = {**{word: value for value, word in enumerate(FIRST, start=1)}, **{f"{word[:-1]}ieth": CARDINALS[word] for word in TENS},
           **{word: value for value, word in enumerate(MONTHS, start=1)}, "once": 1, "twice": 2}  # fmt: skip
 TIMES = {"hundred": 100, "thousand": 1000}
+MOST_DIGITS, MOST_WORDS = 100, 40  # of one number: a longer run is read as several
 TITLES = {"dr", "mr", "mrs", "ms"}
 
 
@@ -85,7 +86,7 @@ def _may_mean(text: str) -> set[int]:
 
 
 def _digits(text: str) -> Iterator[int]:
-    yield from map(int, re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)))
+    yield from map(int, re.findall(rf"\d{{1,{MOST_DIGITS}}}", re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)))
 
 
 def _runs(text: str, words: Collection[str]) -> list[list[str]]:
@@ -97,7 +98,7 @@ def _runs(text: str, words: Collection[str]) -> list[list[str]]:
             found[-1].append(token)
         elif token != "and" or tokens[index - 1] not in TIMES:
             found.append([])
-    return [run for run in found if run]
+    return [run[start : start + MOST_WORDS] for run in found for start in range(0, len(run), MOST_WORDS)]
 
 
 def _read(run: list[str], words: dict[str, int]) -> Iterator[int]:

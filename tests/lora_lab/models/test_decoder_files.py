@@ -92,6 +92,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"activation_function": "gelu_neww"}, "did you mean 'gelu_new'"),
     ("gpt2", {"resid_pdrop": 1.5}, "expected a probability"),
     ("gpt2", {"scale_attn_weights": "yes"}, "expected true or false"),
+    ("gpt2", {"n_layer": 2**31}, "expected a whole number of at least 1, at most 2,147,483,647"),
     ("gpt2", {"n_layer": 0}, "expected a whole number"),
     ("gpt2", {"layer_norm_epsilon": "small"}, "expected a small positive number"),
     ("neox", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "above 0, 1 at most"),

@@ -33,6 +33,13 @@ def test_the_number_words_of_two_sentences_are_two_numbers():
     assert unsaid("He is 26.", "I am twenty. Six of us came.", {"he"}) == ["26"]
 
 
+@pytest.mark.parametrize("text", ["7" * 5000, "seven " * 5000, "seven hundred thousand " * 2000], ids=["digits", "words", "thousands"])
+def test_a_number_without_end_is_read_as_several(text):
+    """Python refuses to write or read a number of more than 4,300 digits."""
+    assert unsaid(text, text, set()) == []
+    assert 0 < len(unsaid(text, "nothing", set())) < 10
+
+
 def test_one_alone_is_no_number():
     assert unsaid("No one saw the other one.", "nothing", {"no"}) == []
 
