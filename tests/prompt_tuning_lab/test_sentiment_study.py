@@ -275,11 +275,8 @@ def test_examples_shown_as_a_prefix_are_examples_in_the_text(study: sentiment.St
 
 @pytest.mark.parametrize("page", ["README.md", "docs/soft-prompts-that-work.md"])
 def test_the_tables_on_the_pages_are_those_of_the_runs(page: str) -> None:
-    """Every line of them, as `python benchmarks/sentiment.py --table` prints it from the runs that are kept."""
+    """As `python benchmarks/sentiment.py --table` prints them from the runs that are kept."""
     results = sentiment_results.Results(sentiment.RESULTS)
-    printed = [sentiment_results.table(results, model, sentiment_methods.METHODS, rows=sentiment.ROWS).splitlines() for model in (LM, ENCODER)]
-    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8").splitlines()
-    shown = [[line for line in text if line in lines[2:]] for lines in printed]
-    titles = {method.title for method in sentiment_methods.METHODS.values()}
-    assert [line for line in text if line.startswith("| ") and line[2:].split(" | ")[0] in titles] == shown[0] + shown[1]
-    assert shown == [lines[2:] for lines in printed]
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    for model in (LM, ENCODER):
+        assert sentiment_results.table(results, model, sentiment_methods.METHODS, rows=sentiment.ROWS) in text
