@@ -8,7 +8,6 @@ A `Reader` makes a fresh model for each run, so that none sees what another has 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 
 import lora_lab
 from lora_lab.data import filled, length_buckets, verbalize
-from lora_lab.models.bert import BertModel
-from lora_lab.models.bert_heads import SequenceClassifier, SequenceClassifierOutput, classification_loss
 from lora_lab.models.embedding import Pooling
 from lora_lab.models.generation import right_pad
+from lora_lab.models.pooled_classifier import with_pooled_head
 from lora_lab.training import score_choices
 from lora_lab.training.evaluation import class_logits
 from lora_lab.training.evaluation.passes import evaluating
@@ -162,24 +160,6 @@ class LanguageModel(Reader):
 # A sentence encoder ---------------------------------------------------------------------------------------------------------------
 
 
-class MeanPooledForSequenceClassification(SequenceClassifier):
-    """``linear(mean of the hidden states of the text)``: what the encoder was trained to be read by."""
-
-    def __init__(self, encoder: BertModel, head: nn.Linear) -> None:
-        super().__init__()
-        self.config = dataclasses.replace(encoder.config, num_labels=head.out_features, problem_type="single_label_classification")
-        encoder.pooler = None  # reads the first position
-        self.bert, self.classifier = encoder, head
-
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
-                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-                past_key_values: Any = None) -> SequenceClassifierOutput:  # fmt: skip
-        hidden = self.bert(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, past_key_values).last_hidden_state
-        mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
-        logits = self.classifier(MEAN(hidden, mask))
-        return SequenceClassifierOutput(None if labels is None else classification_loss(logits, labels), logits)
-
-
 class SentenceEncoder(Reader):
     """Answers by a head, or by which of two texts is nearer."""
 
@@ -191,7 +171,7 @@ class SentenceEncoder(Reader):
     def fresh(self, train: Sequence[Review], whole: bool = False) -> Any:
         """The head begins as the probe of the frozen features (Kumar et al. 2022, arXiv:2202.10054), so one learning rate does for all."""
         encoder = self.source(torch.float32 if whole else storage_dtype(self.precision))[0]
-        return MeanPooledForSequenceClassification(encoder, self.probe(train, HEAD_L2)).eval()
+        return with_pooled_head(encoder, self.probe(train, HEAD_L2))
 
     def probe(self, train: Sequence[Review], l2: float) -> nn.Linear:
         return linear_probe(self.features(train), torch.tensor([review.label for review in train]), l2=l2)

@@ -95,8 +95,8 @@ class _AdaptedLinears(torch.autograd.Function):
         weights, As, Bs, lows = (saved[count * i : count * (i + 1)] for i in range(4))
         filled = [B.new_zeros(len(low), len(B)) if grad is None else rows(grad) for grad, low, B in zip(grads, lows, Bs, strict=False)]
         with outside_autocast(As[0]):
-            grad_x, *others = _gradients(ctx, filled, weights, As, Bs, lows, saved[4 * count :])
-        of_layers = [None if i % 4 < 2 else others[i // 4 + (count if i % 4 == 3 else 0)] for i in range(4 * count)]
+            grad_x, grad_As, grad_Bs = _gradients(ctx, filled, weights, As, Bs, lows, saved[4 * count :])
+        of_layers = [grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in (None, None, *pair)]
         return grad_x, None, None, *of_layers, *[None] * (given - 3 - 4 * count)
 
 
@@ -115,9 +115,12 @@ def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
+Gradients = Sequence["Tensor | None"]
+
+
 def _gradients(ctx: Any, grads: Sequence[Tensor], weights: Sequence[Tensor | None], As: Sequence[Tensor], Bs: Sequence[Tensor],
-               lows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor | None]:  # fmt: skip
-    """Of x, then of every A, then of every B. grads: [rows, out] each."""
+               lows: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[Tensor | None, Gradients, Gradients]:  # fmt: skip
+    """Of x, of every A and of every B. grads: [rows, out] each."""
     wants_A, wants_B = (any(ctx.needs_input_grad[3 + kind : 3 + 4 * len(As) : 4]) for kind in (2, 3))
     x = rows(_again(ctx.make, sources)) if wants_A or torch.is_grad_enabled() else None
     if torch.is_grad_enabled() and x is not None:  # second derivatives go through A x, too
@@ -126,7 +129,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor], weights: Sequence[Tensor | Non
     grad_As = (through.T @ x).split([len(A) for A in As]) if wants_A and x is not None else [None] * len(As)
     x = None  # made again, it need not stay beside its gradient
     grad_Bs = [(low.T @ grad).T if wants_B else None for low, grad in zip(lows, grads, strict=True)]  # this way round is the faster one
-    return [_gradient_of_x(grads, weights, through, As, ctx.shape), *grad_As, *grad_Bs]
+    return _gradient_of_x(grads, weights, through, As, ctx.shape), grad_As, grad_Bs
 
 
 def _gradient_of_x(grads: Sequence[Tensor], weights: Sequence[Tensor | None], through: Tensor, As: Sequence[Tensor],

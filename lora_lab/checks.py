@@ -18,8 +18,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def is_size(value: Any) -> bool:
+    """A whole number from 1 to LARGEST."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
+
+
 def check_rank(rank: Any, name: str = "rank") -> int:
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST:
+    if not is_size(rank):
         raise LoraLabError(f"{name}={rank!r}: expected a whole number of at least 1, at most {LARGEST:,} (8 is a good start)")
     return rank
 

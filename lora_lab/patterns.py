@@ -76,22 +76,15 @@ def _checked(pattern: str, longest: int = LONGEST) -> tuple[re.Pattern[str], int
     return _longer(pattern) if len(pattern) <= 2 * LONGEST_KEY else _read(pattern)
 
 
-@functools.lru_cache(maxsize=16_384)
-def _short(pattern: str) -> tuple[re.Pattern[str], int]:
-    return _read(pattern)
-
-
-@functools.lru_cache(maxsize=8)
-def _longer(pattern: str) -> tuple[re.Pattern[str], int]:
-    return _read(pattern)
-
-
 def _read(pattern: str) -> tuple[re.Pattern[str], int]:
     compiled: re.Pattern[str] = _compiler.compile(pattern)
     if (ways := _total(_ways(_parser.parse(pattern)))) > MOST_WAYS:
         raise LoraLabError(f"could be tried in more than {MOST_WAYS:,} ways on one path: a repetition inside a repetition, or too many of them; "
                            "list the names, or write '.*' once for all that may stand there")  # fmt: skip
     return compiled, ways
+
+
+_short, _longer = functools.lru_cache(maxsize=16_384)(_read), functools.lru_cache(maxsize=8)(_read)
 
 
 def _total(ways: Ways) -> int:

@@ -23,16 +23,13 @@ from .formats import PlacedSequence, Row, check_format, parsed, placed_lines, te
 class RowsOnDisk(PlacedSequence):
     """The rows of a JSONL file, in its order: a plain sequence, for `fit` and all else that takes rows. `where(i)` is "file, line n"."""
 
-    def __init__(self, path: Path, check: Callable[[Any, str], None] | None = None) -> None:
+    def __init__(self, path: Path, places: Iterable[tuple[int, int]]) -> None:
+        """places: the byte that each row begins at, and its line."""
         self.path, self._begins, self._lines = path, array("q"), array("q")
         self._state = _state(path)
-        for number, (begin, line) in enumerate(placed_lines(path), start=1):
-            if not line.strip():
-                continue
-            if check is not None:
-                check(parsed(line.rstrip("\r\n"), path, number), f"{path}, line {number}")
+        for begin, line in places:
             self._begins.append(begin)
-            self._lines.append(number)
+            self._lines.append(line)
 
     def __len__(self) -> int:
         return len(self._begins)
@@ -61,13 +58,27 @@ class Encoded(RowsOnDisk):
     def __init__(self, values: Iterable[Any]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="lora-lab-rows-")
         path = Path(self._folder.name) / "encoded.jsonl"
-        with saving("encoded rows", path), path.open("w", encoding="ascii") as file:
-            file.writelines(f"{text}\n" for text in _texts(values))
-        super().__init__(path)
+        with saving("encoded rows", path):
+            path.touch()
+            super().__init__(path, _written(path, values))
+        self._state = _state(path)
 
 
-def _texts(values: Iterable[Any]) -> Iterator[str]:
-    return (json.dumps(value, separators=(",", ":")) for value in values)
+def _written(path: Path, values: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """Write the values, a line each; yields the place of each."""
+    begin = 0
+    with path.open("w", encoding="ascii", newline="\n") as file:
+        for line, value in enumerate(values, start=1):
+            yield begin, line
+            begin += file.write(json.dumps(value, separators=(",", ":")) + "\n")
+
+
+def _checked(path: Path) -> Iterator[tuple[int, int]]:
+    """The places of the rows in a file, each of which is in one of the formats."""
+    for number, (begin, line) in enumerate(placed_lines(path), start=1):
+        if line.strip():
+            check_format(parsed(line.rstrip("\r\n"), path, number), f"{path}, line {number}")
+            yield begin, number
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -87,7 +98,7 @@ def open_rows(path: str | Path) -> RowsOnDisk:
     path = Path(path)
     if next((line for line in text_lines(path) if line.strip()), "").lstrip().startswith("["):
         raise LoraLabError(f"{path} is one JSON array, which has to be read as a whole: expected an object a line (JSONL), or use load")
-    rows = RowsOnDisk(path, check_format)
+    rows = RowsOnDisk(path, _checked(path))
     if not len(rows):
         raise LoraLabError(f"{path} holds no rows: expected one JSON object a line")
     return rows

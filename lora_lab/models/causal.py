@@ -80,9 +80,11 @@ class CausalLM(PretrainedModel):
             past = cache.length if cache is not None else 0
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         hidden = self.decoder(x, position_ids, mask, cache, attention_mask)
-        loss = None if labels is None else next_token_loss(hidden, labels, self.get_output_embeddings())
-        last = hidden[:, -logits_to_keep:].contiguous()  # of a slice F.linear would copy the weight for each row
-        logits = project(self.get_output_embeddings(), last) if labels is None or not self.training else None
+        head = self.get_output_embeddings()
+        loss = None if labels is None else next_token_loss(hidden, labels, head)
+        logits = None
+        if labels is None or not self.training:
+            logits = project(head, hidden[:, -logits_to_keep:].contiguous())  # of a slice F.linear would copy the weight for each row
         return CausalLMOutput(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
 
     def mask(self, x: Tensor, padding: Tensor | None, cache: KVCache | None) -> Mask:

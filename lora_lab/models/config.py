@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from ..checks import LARGEST, is_number
+from ..checks import LARGEST, is_number, is_size
 from ..errors import LoraLabError
 
 # How configs call the numbers of layers and of heads
@@ -21,7 +21,7 @@ def check_config(source: dict[str, Any], family: str, needed: Iterable[str], opt
         raise LoraLabError(f"config.json lacks {', '.join(missing)}: a {family} cannot be built without")
     for name in (*needed, *optional):
         value = source.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST):
+        if value is not None and not is_size(value):
             raise LoraLabError(f"{name}={value!r} in config.json: expected a whole number of at least 1, at most {LARGEST:,}")
     eps = source.get(epsilon, 1e-6)
     if not is_number(eps) or eps < 0:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checks import LARGEST, is_number
+from ..checks import LARGEST, is_number, is_size
 from ..errors import LoraLabError
 from .gguf_header import check_header
 from .gguf_tokenizer import build_tokenizer
@@ -134,7 +134,7 @@ class GGUFFile:
 
     def _whole(self, key: str, default: Any = None) -> int:
         value = self._number(key, default)
-        if not isinstance(value, int) or not 1 <= value <= LARGEST:
+        if not is_size(value):
             raise LoraLabError(f"{self.path}: llama.{key} is {value!r}, expected a whole number of at least 1, at most {LARGEST:,}")
         return value
 
