@@ -26,6 +26,7 @@ from .errors import LoraLabError
 
 ORIGIN = "lora_lab.json"  # in folders we converted: where the weights came from
 UNFINISHED = ".unfinished-"  # in the names of hidden folders that are being written
+IN_USE = ".in-use"
 
 
 def cache_folder() -> Path:
@@ -175,20 +176,36 @@ def _move_to_its_place(path: Path, name: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, patience_seconds: float = 10.0) -> Iterator[bool]:
+def alone_in(folder: Path, patience_seconds: float = 10.0) -> Iterator[bool | None]:
     """Lock a folder against other processes that do so, until the block or the process ends, however it ends. Yields whether it is locked.
 
-    It is not where another process keeps it for longer than `patience_seconds` (or this one, in a signal handler), nor where the system, or a
+    It is not where another process keeps it for longer than `patience_seconds` (or this one, in a signal handler); None where the system, or a
     network's file system, has no such locks: what is done inside must be safe without, if not as tidy.
     """
     handle = None
     with contextlib.suppress(OSError):  # Windows opens no folders
         handle = os.open(folder, os.O_RDONLY)
     if handle is None:
-        yield False
+        yield None
         return
     with _locked(handle, patience_seconds) as locked:
         yield locked
+
+
+@contextlib.contextmanager
+def in_use(folder: Path, what: str) -> Iterator[None]:
+    """Refuse a second process that would do the same in `folder` meanwhile, by a LoraLabError; where there are no locks, let it.  what: it does."""
+    sign = folder / IN_USE
+    with saving("anything", folder):
+        sign.mkdir(parents=True, exist_ok=True)
+    with alone_in(sign, patience_seconds=0) as alone:
+        if alone is False:
+            raise LoraLabError(f"another process {what} in {folder}: wait until it ends, stop it, or choose another folder")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                sign.rmdir()
 
 
 @contextlib.contextmanager
@@ -200,7 +217,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(handle: int, patience_seconds: float) -> Iterator[bool]:
+def _locked(handle: int, patience_seconds: float) -> Iterator[bool | None]:
     """Holds an open file's lock, where it can be had in time, and closes the file in the end."""
     locked = _flock(handle, patience_seconds)
     try:
@@ -211,12 +228,12 @@ def _locked(handle: int, patience_seconds: float) -> Iterator[bool]:
         os.close(handle)
 
 
-def _flock(handle: int, patience_seconds: float = 0.0, unlock: bool = False) -> bool:
-    """Whether it could be done."""
+def _flock(handle: int, patience_seconds: float = 0.0, unlock: bool = False) -> bool | None:
+    """Whether it could be done; None where nobody could."""
     try:
         import fcntl
     except ImportError:
-        return False
+        return None
     how, until = fcntl.LOCK_UN if unlock else fcntl.LOCK_EX | fcntl.LOCK_NB, time.monotonic() + patience_seconds
     while True:
         try:
@@ -227,7 +244,7 @@ def _flock(handle: int, patience_seconds: float = 0.0, unlock: bool = False) -> 
                 return False
             time.sleep(0.02)
         except OSError:
-            return False
+            return None
 
 
 def check_writable(folder: Path) -> None:

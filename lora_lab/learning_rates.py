@@ -30,11 +30,15 @@ def parameter_groups(model: nn.Module, learning_rate: float, ratio: float = 16.0
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            fast = any(part in f".{name}" for part in FAST)
-            groups.setdefault((fast, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((learns_fast(name), parameter.ndim > 1), []).append(parameter)
     if not groups:
         raise LoraLabError(f"nothing in this {type(model).__name__} trains: inject first, or load(..., trainable=True)")
     return [
         {"params": params, "lr": learning_rate * (ratio if fast else 1.0), "weight_decay": weight_decay if matrix else 0.0}
         for (fast, matrix), params in groups.items()
     ]
+
+
+def learns_fast(name: str) -> bool:
+    """Whether a parameter of this name is a B."""
+    return any(part in f".{name}" for part in FAST)

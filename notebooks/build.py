@@ -3,6 +3,7 @@
     python notebooks/build.py                 execute all with the real model, and write their .ipynb (about ten minutes each on 2 cores)
     python notebooks/build.py 02 04           those whose names begin so
     python notebooks/build.py --fast          with models of a million random weights, in a temporary folder; writes nothing
+    python notebooks/build.py --texts         executes nothing: texts that were changed, into the .ipynb whose code is the same
     python notebooks/build.py --check         executes nothing: where a pair has drifted
 
 NN-name.py is the source, in jupytext's percent format, and is what one edits; NN-name.ipynb is made from it, by the Python that runs this file.
@@ -121,6 +122,23 @@ def drift(source: Path) -> str | None:
     return f"{target.name} has {len(made)} cells, {source.name} {len(wanted)}" if len(made) != len(wanted) else None
 
 
+def renew_texts(source: Path) -> str | None:
+    """Write the texts of a source into its pair, where the code is the same: outputs stay. Returns what is wrong with the pair then, as `drift`."""
+    target, wanted = source.with_suffix(".ipynb"), read_source(source)
+    if target.is_file():
+        made = nbformat.read(target, as_version=4)
+        wanted.metadata, before, after = made.metadata, code_cells(made), code_cells(wanted)
+        if [cell.source for cell in before] == [cell.source for cell in after]:
+            for old, new in zip(before, after, strict=True):
+                new.outputs, new.execution_count = old.outputs, old.execution_count
+            nbformat.write(wanted, target)
+    return drift(source)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
 def complaints(notebook: Any) -> list[str]:
     """What an executed notebook says of itself that must not be: claims that did not hold, solutions that are refused, warnings."""
     found = []
@@ -151,11 +169,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("names", nargs="*", help="beginnings of notebooks' names; none means all")
     parser.add_argument("--fast", action="store_true", help="models of a million weights; writes nothing")
+    parser.add_argument("--texts", action="store_true", help="write changed texts into the .ipynb; executes nothing")
     parser.add_argument("--check", action="store_true", help="say where a pair has drifted")
     options = parser.parse_args(arguments)
     chosen = sources(options.names)
-    if options.check:
-        drifted = [problem for source in chosen if (problem := drift(source))]
+    if options.check or options.texts:
+        drifted = [problem for source in chosen if (problem := (renew_texts if options.texts else drift)(source))]
         print("\n".join(drifted or [f"{len(chosen)} pairs agree"]))
         return int(bool(drifted))
     return int(not min([build(source, options.fast) for source in chosen]))

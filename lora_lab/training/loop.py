@@ -23,6 +23,7 @@ from ..data.packing import check_fits
 from ..data.tasks import Task, packed_task_of, task_of
 from ..data.templates import IGNORE
 from ..errors import LoraLabError
+from ..learning_rates import learns_fast
 from ..merging import refuse_merged
 from ..models.base import context_of, in_mode, is_encoder_decoder
 from ..models.causal import refuse_per_sample
@@ -38,6 +39,7 @@ from .result import FitResult
 from .run import Run
 from .run import evaluate as evaluate_examples
 from .sharding import is_sharded, let_go, shard
+from .state import only_run_in
 
 
 def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | dict[str, Any] | None = None, *, tokenizer: Any = None,
@@ -64,13 +66,13 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     max_length = _longest_row(model, config)
     examples = task.encode(data, tokenizer, max_length)
     held_out = task.encode(eval_data, tokenizer, max_length) if eval_data else []
-    _check_settings(config, held_out)
+    _check_settings(model, config, held_out)
     _check_model(model, itertools.chain(examples, held_out))
     _check_packs(config, data, examples)
     longest = max(len(example["input_ids"]) for example in examples)
     request = _request(model, config, longest, everyone, max(len(example.get("labels") or ()) for example in examples))
     _check_shares(examples, config, everyone)
-    with everyone.together():
+    with everyone.together(), only_run_in(config.output_dir, everyone):
         if everyone.size > 1 and config.distributed == "fsdp" and not is_sharded(model):
             shard(model, config.precision)
         with _borrowed(model, config) as learning, out_of_memory_explained(model, request, longest):
@@ -174,10 +176,13 @@ def _input_embedding(model: nn.Module) -> Any:
     return embedding if isinstance(embedding, nn.Embedding) else None
 
 
-def _check_settings(config: TrainConfig, held_out: Examples) -> None:
+def _check_settings(model: nn.Module, config: TrainConfig, held_out: Examples) -> None:
     for name in ("early_stopping", "keep_best", "eval_every"):
         if getattr(config, name) and not held_out:
             raise LoraLabError(f"{name}={getattr(config, name)!r} needs eval_data to evaluate on")
+    if config.lora_plus_ratio is not None and not any(p.requires_grad and learns_fast(name) for name, p in model.named_parameters()):
+        raise LoraLabError(f"lora_plus_ratio={config.lora_plus_ratio!r}: no B of LoRA trains in this {type(model).__name__}; inject first, or give "
+                           "no ratio")  # fmt: skip
 
 
 def _longest_row(model: nn.Module, config: TrainConfig) -> int | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
+from ..files import in_use
 from ..targets import lora_layers
 from . import snapshots
+from .distributed import World
 from .pieces import divided_like, for_file, joined_like, piece, some_numbers
 from .result import FitResult
 from .sharding import is_sharded
@@ -70,6 +73,15 @@ def restore(run: Run, snapshot: Snapshot) -> None:
         _set_random_states({name.removeprefix(own): values for name, values in snapshot.tensors.items() if name.startswith(own)})
     else:
         torch.manual_seed(run.world.seed(run.config.seed) + snapshot.step)
+
+
+@contextlib.contextmanager
+def only_run_in(output_dir: str | Path | None, everyone: World) -> Iterator[None]:
+    """Two runs at a time in one folder would write into each other's log and snapshots. Raises LoraLabError in the second, in all its processes."""
+    with contextlib.ExitStack() as until_the_end:
+        if output_dir is not None:
+            everyone.first_does(lambda: until_the_end.enter_context(in_use(Path(output_dir), "trains")))
+        yield
 
 
 def begin_anew(output_dir: Path) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import dying
 import pytest
@@ -17,12 +18,15 @@ import torch
 from cases import names
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_workshop import QUIET, our_llama, token_rows
 
 import lora_lab
 import prompt_tuning_lab
 from lora_lab import LoraLabError
 from lora_lab.files import alone_in, write_file
 from lora_lab.streaming import shards
+from lora_lab.training import fit, snapshots
+from lora_lab.training.run import Run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")
 ROUNDS = 8
@@ -53,6 +57,13 @@ def codes(children: list[int]) -> list[int]:
 
 def again_and_again(save: Callable[[], Any]) -> Callable[[], None]:
     return lambda: [save() for _ in range(ROUNDS)] and None
+
+
+def wait_until_there(path: Path) -> None:
+    until = time.monotonic() + dying.PATIENCE_SECONDS
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name!r} never appeared"
+        time.sleep(0.01)
 
 
 def saved_by_two(folder: Path, first: Callable[[], Any], second: Callable[[], Any], read: Callable[[], Any]) -> Any:
@@ -155,10 +166,7 @@ def test_a_save_removes_what_a_killed_one_left_and_not_what_a_live_one_writes(tm
         wait_for("go on")
 
     def wait_for(name: str) -> list[Path]:
-        until = time.monotonic() + dying.PATIENCE_SECONDS
-        while not (tmp_path / name).exists():
-            assert time.monotonic() < until, f"{name!r} never appeared"
-            time.sleep(0.01)
+        wait_until_there(tmp_path / name)
         return [path for path in tmp_path.iterdir() if "unfinished" in path.name]
 
     killed = together(lambda: write_file(tmp_path / "file", slowly))
@@ -196,3 +204,41 @@ def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
         os.kill(child[0], signal.SIGKILL)
         os.waitpid(child[0], 0)
     assert dying.run(lambda: None).finished
+
+
+# Two runs in one folder ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_in_the_folder_of_one_that_trains_is_refused(tmp_path: Path, resume: bool) -> None:
+    """It would cut the first one's log and go on from its snapshots; killed, the first one no longer stands in the way."""
+    pytest.importorskip("fcntl")
+    run, model, settings = tmp_path / "run", a_model(), {"max_steps": 3, "save_every": 1, "output_dir": tmp_path / "run", **QUIET}
+
+    def stops_in_its_third_step() -> None:
+        def update(run: Run, step: int, *args: Any) -> Any:
+            return steps(run, step, *args) if step < 3 else wait_until_there(tmp_path / "never")
+
+        steps = Run.update
+        with mock.patch.object(Run, "update", update):
+            fit(a_model(), token_rows(8), settings)
+
+    first = together(stops_in_its_third_step)
+    wait_until_there(run / snapshots.FOLDER / "step-000002")
+    before, weights = files(run), [p.clone() for p in model.parameters()]
+    with pytest.raises(LoraLabError, match=rf"another process trains in {run}: wait until it ends"):
+        fit(model, token_rows(8), {**settings, "resume": resume})
+    assert files(run) == before and all(map(torch.equal, weights, model.parameters()))
+    os.kill(first[0], signal.SIGKILL)
+    assert codes(first) == [-signal.SIGKILL]
+    assert fit(model, token_rows(8), {**settings, "resume": True}).steps == 3
+    assert ".in-use" not in names(run)
+
+
+def a_model() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return lora_lab.inject(our_llama(), rank=2, init="random")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

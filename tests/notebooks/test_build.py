@@ -121,6 +121,22 @@ def test_drift_is_told_by_what_differs(folder):
     assert "has 4 cells, 42-small.py 5" in build.drift(source)
 
 
+def test_texts_are_renewed_and_outputs_stay_where_the_code_is_the_same(folder, capsys):
+    source, target = folder / "42-small.py", folder / "42-small.ipynb"
+    assert build.main(["--texts"]) == 1 and not target.exists() and "is missing" in capsys.readouterr().out
+    assert build.main([]) == 0
+    before = nbformat.read(target, as_version=4)
+    source.write_text(SOURCE.replace("# %%\n", "# %% [markdown]\n# one more text\n\n# %%\n", 1))
+    assert build.drift(source)
+    assert build.main(["--texts"]) == 0 and build.drift(source) is None
+    after = nbformat.read(target, as_version=4)
+    assert len(after.cells) == len(before.cells) + 1 and after.metadata == before.metadata
+    outputs = [[cell.outputs for cell in notebook.cells if cell.cell_type == "code"] for notebook in (before, after)]
+    assert outputs[0] == outputs[1] and any(outputs[0])
+    changed(folder, "[1, 2]", "[1, 3]")
+    assert build.main(["--texts"]) == 1 and nbformat.read(target, as_version=4) == after
+
+
 def test_a_name_that_no_notebook_begins_with_is_refused(folder):
     with pytest.raises(SystemExit, match=r"no notebook begins with '07': there are 42-small"):
         build.main(["07"])

@@ -257,6 +257,11 @@ def test_a_model_in_which_nothing_requires_grad_is_refused():
         fit(our_llama().requires_grad_(False), token_rows(2), QUIET)
 
 
+def test_a_rate_for_b_is_refused_where_no_b_trains():
+    with pytest.raises(LoraLabError, match=r"lora_plus_ratio=16.0: no B of LoRA trains in this"):
+        fit(our_llama(), token_rows(2), {"lora_plus_ratio": 16.0, **QUIET})
+
+
 @pytest.mark.parametrize("max_length", [None, 1_000])
 def test_a_row_longer_than_the_models_context_is_refused_whatever_max_length_says(max_length):
     rows = [*token_rows(2), *token_rows(1, shortest=65, longest=65)]
