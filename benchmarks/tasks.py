@@ -1,7 +1,7 @@
 """python benchmarks/tasks.py TASK: what LoRA makes of three of the lectures' tasks on real data, beside the untuned model and people.
 
     mts_dialog      summaries of talks between doctor and patient: ROUGE-L, wrong facts
-    reviews         reviews of clothes, positive or negative: how often a judge reads them as they were asked for
+    reviews         reviews of clothes, negative, neutral, positive: how often a judge reads them as they were asked for
     instructions    answers to instructions: loss, clean endings
 
 It is `python -m lora_lab compare` (lora_lab.comparison) of SmolLM2-135M untuned and with LoRA: wording and learning rate are chosen on validation

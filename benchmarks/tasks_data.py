@@ -62,7 +62,7 @@ def instructions(folder: Path) -> Material:
 
 
 def reviews(folder: Path) -> Material:
-    """As many negative as positive ones, those first. The part is that of the product; what the model reads is the kind of clothing alone."""
+    """As many of each sentiment, one after another. The part is that of the product; what the model reads is the kind of clothing alone."""
     file = folder / "derived_balanced_instruction.jsonl"
     whole, sources = gather("reviews", file, wanted=()), [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows, seen = whole.part("all"), set[str]()

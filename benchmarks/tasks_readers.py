@@ -30,7 +30,7 @@ from lora_lab.training import best_choices, fit, rouge
 from lora_lab.training.precision import storage_dtype
 
 SAMPLES, ASKED, DIGITS = 4, 24, 4
-SENTIMENTS = ("negative", "positive")
+SENTIMENTS = ("negative", "neutral", "positive")
 JUDGE = {"epochs": 3, "micro_batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 10}
 Values = dict[str, list[Any]]  # measure -> of each row a number, or (sum, weight)
 
@@ -115,13 +115,13 @@ class Reviews(Writes):
 def asked_for(row: dict[str, Any]) -> int:
     """
     >>> asked_for({"instruction": "Write a positive review of this product."})
-    1
+    2
     """
     return next(number for number, name in enumerate(SENTIMENTS) if name in row["instruction"])
 
 
 class Judge:
-    """Says of a review whether it is negative or positive: a sentence encoder, LoRA and a head on it, taught by real reviews."""
+    """Says of a review whether it is negative, neutral or positive: a sentence encoder, LoRA and a head on it, taught by real reviews."""
 
     def __init__(self, rows: Table, reading: Reading) -> None:
         model, tokenizer = encoder(storage_dtype(reading.precision))

@@ -6,11 +6,14 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import LoraLabError, did_you_mean
 from .initialization import INITIALISATIONS
 
 LARGEST = 2**31 - 1  # of a size
+LARGEST_SCALING = torch.finfo(torch.float32).max
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that can be computed in: 8-bit ones are for storing
 
 
 def is_number(value: Any) -> bool:
@@ -29,14 +32,19 @@ def check_rank(rank: Any, name: str = "rank") -> int:
     return rank
 
 
+def are_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers that can be computed in, none of them NaN or infinity."""
+    return tensor.dtype in FLOATS and bool(torch.isfinite(tensor).all())
+
+
 def check_alpha(alpha: Any, name: str = "alpha") -> None:
-    if alpha is not None and not is_number(alpha):
-        raise LoraLabError(f"{name}={alpha!r}: expected a finite number (alpha = rank gives a scaling of 1)")
+    if alpha is not None and not (is_number(alpha) and abs(alpha) <= LARGEST_SCALING):
+        raise LoraLabError(f"{name}={alpha!r}: expected a finite number that float32 can hold (alpha = rank gives a scaling of 1)")
 
 
 def check_dtype(dtype: Any) -> None:
     """Of an adapter: None, or one that can be trained in."""
-    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if dtype is not None and dtype not in FLOATS:
         raise LoraLabError(f"dtype={dtype!r}: expected None, torch.float32, torch.float64, torch.bfloat16 or torch.float16")
 
 

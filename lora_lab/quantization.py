@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .checks import FLOATS
 from .codes import PARTS, decode, encode
 from .errors import LoraLabError, did_you_mean
 from .kinds import is_conv1d, is_linear
@@ -33,7 +34,6 @@ from .targets import ancestors, excluded, is_head, name_matches
 from .wrapping import on_base
 
 Model = TypeVar("Model", bound=nn.Module)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @on_base

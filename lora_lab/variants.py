@@ -172,14 +172,14 @@ def weight_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     True
     """
     dtype = torch.promote_types(A.dtype, torch.float32)
-    A, B = A.flatten(1).to(dtype), B.flatten(1).to(dtype)
+    A, B = A.flatten(1).to(dtype), scaling * B.flatten(1).to(dtype)
     step = max(1, ROWS_AT_ONCE // weight.shape[1])
-    squares = [_row_squares(weight[row : row + step].to(dtype), A, B[row : row + step], scaling) for row in range(0, weight.shape[0], step)]
+    squares = [_row_squares(weight[row : row + step].to(dtype), A, B[row : row + step]) for row in range(0, weight.shape[0], step)]
     return torch.cat(squares).clamp_min(0).sqrt()
 
 
-def _row_squares(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    return W.square().sum(1) + 2 * s * (B * (W @ A.T)).sum(1) + s**2 * ((B @ (A @ A.T)) * B).sum(1)
+def _row_squares(W: Tensor, A: Tensor, sB: Tensor) -> Tensor:
+    return W.square().sum(1) + 2 * (sB * (W @ A.T)).sum(1) + ((sB @ (A @ A.T)) * sB).sum(1)
 
 
 LORA = Variant()

@@ -716,9 +716,8 @@ tables.Table(["row", "where", "claim", "stated", "computed", "why"],
 # By source, by verdict, one row and its reason. What would *you* like to check?
 
 # %%
-print(ledger.where(source="B5"))
-print()
 print(ledger["B9.2"].why)
+ledger.where(source="B5")
 
 # %% [markdown]
 # The whole of it, lecture by lecture: how many numbers each claim has, how they were judged, and which notebooks treat it. The last column is read

@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lora_lab.checks import are_finite
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.models.base import is_encoder_decoder
 from lora_lab.peft_files.config import CONFIG, TENSORS, read_config
@@ -220,7 +221,7 @@ def embedding_rms(base: nn.Module) -> float:
 def rows_there(base: nn.Module, init: Any, shape: list[int]) -> Tensor:
     """The rows of a file, or of a tensor. shape: [virtual tokens, width] that they are to have."""
     rows = init.detach() if isinstance(init, Tensor) else _from_file(base, init)
-    if not rows.is_floating_point() or not torch.isfinite(rows).all() or list(rows.shape) != shape:
+    if not are_finite(rows) or list(rows.shape) != shape:
         hint = _of_other_length(base, rows, shape[0]) if rows.ndim == 2 and rows.shape[1] == shape[1] else ""
         raise LoraLabError(f"init gives {rows.dtype} {list(rows.shape)}: expected finite numbers {shape}, virtual tokens and the width of a row in "
                            f"this model{hint}")  # fmt: skip

@@ -76,9 +76,10 @@ def _encode(row: Row, tokenizer: Any, where: str, max_length: int | None) -> dic
     if "input_ids" in row:
         return _encoded_already(row, where)
     check_labelled(row, where)
-    check_size(row, max_length, where)
+    texts = [row[name] for name in ("text", "text_pair") if row.get(name) is not None]
+    check_size(texts, max_length, where)
     need_tokenizer(tokenizer, where)
-    encoded = tokenizer(*(row[name] for name in ("text", "text_pair") if row.get(name) is not None))
+    encoded = tokenizer(*texts)
     return _without_idle_types({name: [int(i) for i in encoded[name]] for name in ("input_ids", "token_type_ids") if name in encoded})
 
 

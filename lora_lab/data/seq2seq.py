@@ -47,9 +47,9 @@ def _encode(row: Row, tokenizer: Any, where: str, max_length: int | None) -> Exa
     if isinstance(row, Mapping) and "input_ids" in row:
         return _encoded_already(row, where)
     check_row(row, where)
-    check_size(row, None if max_length is None else 2 * max_length, where)
-    need_tokenizer(tokenizer, where)
     question, answer = _parts(row)
+    check_size((question, answer), None if max_length is None else 2 * max_length, where)
+    need_tokenizer(tokenizer, where)
     eos, labels = getattr(tokenizer, "eos_token_id", None), list(tokenizer.encode(answer))
     if eos is not None and labels[-1:] != [eos]:
         labels.append(eos)

@@ -7,14 +7,13 @@ prompt also comes without the answer.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import LoraLabError
 from .formats import Row, check_row, each_encoded
 
 LONGEST_TOKEN = 256  # characters: those of vocabularies are far shorter, but for runs of spaces
-TEXTS = ("instruction", "input", "output", "dialogue", "summary", "text", "text_pair")
 IGNORE = -100  # the label of a token that is not learned: PyTorch's cross-entropy skips it
 Example = dict[str, list[int]]
 
@@ -67,7 +66,7 @@ def _encode(row: Row, tokenizer: Any, where: str, max_length: int | None = None)
     if isinstance(row, Mapping) and "input_ids" in row:
         return _encoded_already(row, where)
     check_row(row, where)
-    check_size(row, max_length, where)
+    check_size((message["content"] for message in messages_of(row)), max_length, where)
     need_tokenizer(tokenizer, where)
     pieces = _chat_pieces(row, tokenizer, where) if has_chat_template(tokenizer) else _alpaca_pieces(row, tokenizer)
     example: Example = {"input_ids": [], "labels": []}
@@ -77,10 +76,9 @@ def _encode(row: Row, tokenizer: Any, where: str, max_length: int | None = None)
     return example
 
 
-def check_size(row: Row, max_length: int | None, where: str) -> None:
-    """Raise LoraLabError for a text that cannot be so few tokens, before a tokenizer takes a hundred bytes for each of its characters."""
-    texts = [message["content"] for message in row["messages"]] if "messages" in row else [row[name] for name in TEXTS if name in row]
-    characters = sum(len(text or "") for text in texts)
+def check_size(texts: Iterable[str], max_length: int | None, where: str) -> None:
+    """Raise LoraLabError for what cannot be so few tokens, before a tokenizer takes a hundred bytes for each of its characters."""
+    characters = sum(map(len, texts))
     if max_length is not None and characters > max_length * LONGEST_TOKEN:
         raise LoraLabError(f"{where}: the row has {characters:,} characters, which cannot be {max_length} tokens (max_length, or the model's "
                            "context): shorten the row")  # fmt: skip

@@ -25,6 +25,7 @@ from ..errors import LoraLabError
 
 MOST_WORK, TURN, ELEMENT = 50_000_000, 100, 20
 MOST_BITS = 10_000  # of a whole number
+LONGEST_TEMPLATE = 200_000  # characters: known ones have up to 20,000, and compiling takes some 600 bytes for each
 LONGEST_MESSAGE = 500  # characters of a template's own error
 PADDING = frozenset(("center", "ljust", "rjust", "zfill", "expandtabs", "translate", "maketrans", "format_map", "encode", "to_bytes"))
 FILTERS_LEFT_OUT = ("center", "wordwrap", "batch", "slice", "urlize", "xmlattr", "pprint", "filesizeformat", "random")
@@ -43,6 +44,8 @@ def render(template: str, **variables: Any) -> str:
     """
     import jinja2
 
+    if len(template) > LONGEST_TEMPLATE:
+        raise LoraLabError(f"the chat template has {len(template):,} characters, more than {LONGEST_TEMPLATE:,}: it would take too much memory")
     before = _left.set([MOST_WORK])
     try:
         sandbox = _sandbox()

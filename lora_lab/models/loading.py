@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..checks import FLOATS
 from ..errors import LoraLabError, did_you_mean
 from ..files import read_json, replacing_files, saving, settle, weight_files, write_json
 from ..layers import LoRA
@@ -41,7 +42,6 @@ FAMILIES |= {family.__name__: family for family in (BertModel, BertForSequenceCl
 FAMILIES |= {family.__name__: family for family in (RobertaModel, RobertaForSequenceClassification, RobertaForMaskedLM)}
 FAMILIES |= {"RWForCausalLM": FalconForCausalLM, "LLaMAForCausalLM": LlamaForCausalLM, "T5WithLMHeadModel": T5ForConditionalGeneration,
              "BertForPreTraining": BertForMaskedLM}  # names in older files; the last has a head for next sentences, too, which is left out
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "model*.safetensors*", *LAYOUT]
 NamedTensors = Iterable[tuple[str, Tensor]]
 

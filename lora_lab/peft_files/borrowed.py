@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..borrowed import BIASES, Borrowed, base_in_place, base_values, biases_of, borrowed_names, names_of_each, of_an_adapter, saved_names, tensor_of
+from ..checks import are_finite
 from ..errors import LoraLabError
 from ..plans import AdapterConfig
 from .config import PREFIX
@@ -124,7 +125,8 @@ def _announced(model: nn.Module, adapted: Collection[str], config: AdapterConfig
 
 def _check(name: str, tensor: Tensor, parameter: Tensor, folder: Path, embedding: bool) -> None:
     hint = f": resize this model's vocabulary first, to {len(tensor)}" if embedding and tensor.shape[1:] == parameter.shape[1:] else ""
-    if tensor.shape != parameter.shape or tensor.is_floating_point() != parameter.is_floating_point() or not torch.isfinite(tensor).all():
+    fits = are_finite(tensor) if parameter.is_floating_point() else not tensor.is_floating_point()
+    if tensor.shape != parameter.shape or not fits:
         raise LoraLabError(f"{folder}: tensor {name!r} ({tensor.dtype}, {list(tensor.shape)}): expected {list(parameter.shape)} finite numbers{hint}")
 
 

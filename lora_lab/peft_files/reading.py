@@ -15,9 +15,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from ..checks import are_finite
 from ..errors import LoraLabError, did_you_mean
 from ..kinds import kind_of
 from ..layers import is_adaptable
@@ -83,7 +83,7 @@ def _by_layer(tensors: Named) -> Layers:
         if not match:
             raise LoraLabError(f"unexpected tensor {key!r}: expected '{PREFIX}<path>.lora_A.weight' or '...lora_B.weight'")
         matrix = not match["which"].endswith(("vector", "bias"))
-        if (matrix and tensor.ndim < 2) or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if (matrix and tensor.ndim < 2) or not are_finite(tensor):
             raise LoraLabError(f"tensor {key!r} ({tensor.dtype}, {list(tensor.shape)}): expected a matrix of finite floating-point numbers")
         layers.setdefault(match["path"], {})[match["which"]] = tensor
     if not layers:

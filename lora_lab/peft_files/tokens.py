@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checks import are_finite
 from ..errors import LoraLabError, did_you_mean
 from ..layers import LoRA
 from ..plans import AdapterConfig
@@ -72,7 +73,7 @@ def rows_planned(model: nn.Module, rows: Mapping[str, Tensor], config: AdapterCo
         if path not in paths:
             near = did_you_mean(path, [name for name, module in paths.items() if isinstance(module, nn.Embedding)], 1)
             raise LoraLabError(f"{folder} is an adapter for another model: it has token rows for {path!r}, which is not in this one{near}")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not are_finite(tensor):
             raise LoraLabError(f"{folder}: the token rows of {path!r} ({tensor.dtype}) are not finite floating-point numbers")
     planned = plan_paths(model, wanted, targets, (), config.variant)
     for part in planned:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_lab.checks import are_finite
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.wrapping import whole
 
@@ -54,7 +55,7 @@ def read_heads(base: nn.Module, tensors: Mapping[str, Tensor], announced: Iterab
         if not key.startswith(PREFIX) or name not in own:
             raise LoraLabError(f"{folder}: unexpected tensor {key!r} {list(tensor.shape)}: expected 'prompt_embeddings', and tensors of a head such "
                                f"as '{PREFIX}classifier.weight'{did_you_mean(name, own)}")  # fmt: skip
-        if tensor.shape != own[name].shape or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if tensor.shape != own[name].shape or not are_finite(tensor):
             raise LoraLabError(f"{folder}: {key!r} ({tensor.dtype}, {list(tensor.shape)}): expected {list(own[name].shape)} finite numbers: a head "
                                "for another number of classes?")  # fmt: skip
     for name in own:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_lab.checks import are_finite
 from lora_lab.errors import LoraLabError
 from lora_lab.files import write_file
 from lora_lab.streaming.shards import raw_bytes, read_shard
@@ -64,7 +65,7 @@ def read_trainable(plain: Prompt, folder: Path, digest: str) -> Prompt | None:
     shard = read_shard(path)
     tensors = {name: tensor.read() for name, tensor in shard.tensors.items()}
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not are_finite(tensor):
             raise LoraLabError(f"{path}: {name!r} ({tensor.dtype}, {list(tensor.shape)}): expected finite numbers")
     method = shard.metadata.get("lora_lab_method")
     for device in ("meta", "cpu"):  # a network may be far larger than the file that says how wide it is

@@ -132,10 +132,16 @@ class Case:
                 writes = any(letter in mode for letter in "wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
                 if not _below(path, chosen) and path not in (os.devnull, "/proc/self/clear_refs") and (writes or _below(path, around)):
                     self._reached.append(f"open {path} {mode}")
-            elif event in TOUCHES and not _below(os.path.abspath(os.fsdecode(arguments[0])), chosen):
+            elif event in TOUCHES and not _below(_path(event, arguments), chosen):
                 self._reached.append(f"{event}{arguments!r:.80}")
 
         sys.addaudithook(seen)
+
+
+def _path(event: str, arguments: tuple[Any, ...]) -> str:
+    """What an event is about, which may be named in relation to an open folder."""
+    folder = arguments[-1] if event in ("os.remove", "os.rmdir") else -1
+    return os.path.abspath(os.path.join(os.getcwd() if folder < 0 else os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(arguments[0])))
 
 
 def _below(path: str, folder: str) -> bool:

@@ -74,8 +74,16 @@ def spoilt_json(value: Any, rng: random.Random, keys: tuple[str, ...] = ()) -> A
                 owner[str(rng.choice((*keys, *NAMES[:8], *map(str, owner))))] = nasty(rng) if rng.random() < 0.6 else owner[key]
             case _:
                 other, theirs = rng.choice(places)
-                owner[key] = copy.deepcopy(other[theirs]) if theirs in other or (isinstance(other, list) and theirs < len(other)) else None
+                owner[key] = _copied(other[theirs]) if theirs in other or (isinstance(other, list) and theirs < len(other)) else None
     return value
+
+
+def _copied(value: Any) -> Any:
+    """Of what is nested too deep for a copy, itself."""
+    try:
+        return copy.deepcopy(value)
+    except RecursionError:
+        return value
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import socket
 import subprocess
 
@@ -55,6 +57,21 @@ def test_harm_is_caught_and_named(harm, tmp_path, monkeypatch):
             act(tmp_path / "chosen")
 
     with pytest.raises(AssertionError, match=message):
+        cell.confined(tmp_path / "chosen", work)
+
+
+def test_what_is_removed_in_an_open_folder_is_seen_where_it_is(tmp_path):
+    """shutil.rmtree names files in relation to folders it has opened."""
+    (tmp_path / "chosen" / "inner").mkdir(parents=True), (tmp_path / "other").mkdir()
+
+    def work(case):
+        (tmp_path / "chosen" / "inner" / "file").touch()
+        with case("own"):
+            shutil.rmtree(tmp_path / "chosen" / "inner")
+        with case("another's"), contextlib.suppress(FileNotFoundError):
+            os.rmdir("nothing", dir_fd=os.open(tmp_path / "other", os.O_RDONLY))
+
+    with pytest.raises(AssertionError, match=r"1 failures, of 2 cases:\n\nanother's: it reached for .*os.rmdir"):
         cell.confined(tmp_path / "chosen", work)
 
 

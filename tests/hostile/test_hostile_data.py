@@ -23,7 +23,7 @@ from lora_lab import LoraLabError, models
 from lora_lab.assignments.record import read_record
 from lora_lab.data.formats import load
 from lora_lab.data.tables import read_parts
-from lora_lab.data.tasks import CausalTask
+from lora_lab.data.tasks import CausalTask, ClassificationTask
 from memory_math.errors import MemoryMathError
 
 # Rows -----------------------------------------------------------------------------------------------------------------------------
@@ -76,6 +76,15 @@ def test_a_row_of_ten_megabytes_is_a_row(tmp_path):
             CausalTask().encode(rows, chat_tokenizer(), 64)
 
     assert confined(tmp_path / "chosen", work).peak_bytes < 100 * MIB
+
+
+@pytest.mark.parametrize("beside", [7, 1.5, True, ["a"], [{"content": 3}], {"content": "x"}, None, "x" * 100_000], ids=range(8))
+def test_fields_that_nobody_reads_may_be_anything(beside):
+    """A row's messages beside its text, and the other way round."""
+    told = {"instruction": "say", "output": "yes"}
+    for task, row, others in ((CausalTask(), told, ("text", "summary")), (ClassificationTask(2), {"text": "good", "label": 1}, ("messages", "output"))):
+        tokenizer = chat_tokenizer()
+        assert [*task.encode([{**row, **dict.fromkeys(others, beside)}], tokenizer, 64)] == [*task.encode([row], tokenizer, 64)]
 
 
 TABLES = {

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_surfaces import CONFIGS, runs, small
 from mutations import header_of, nested, with_header
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_workshop import our_llama
 
@@ -60,7 +61,7 @@ def test_a_rank_is_a_whole_number_of_a_size(key, number, adapter):
         lora_lab.load(Small(), adapter)
 
 
-@pytest.mark.parametrize("number", [True, "8", 10**400, float("nan"), -float("inf"), [], None], ids=range(7))
+@pytest.mark.parametrize("number", [True, "8", 10**400, 1e39, float("nan"), -float("inf"), [], None], ids=range(8))
 @pytest.mark.parametrize("key", ["lora_alpha", "alpha_pattern"])
 def test_an_alpha_is_a_finite_number(key, number, adapter):
     with_config(adapter, **{key: {"q_proj": number} if key == "alpha_pattern" else number})
@@ -116,6 +117,31 @@ def test_a_header_of_a_hundred_megabytes_is_refused_unread(adapter):
     watched = Watched(Small())
     refused(adapter, lambda: lora_lab.load(watched.model, adapter), "has a header of .* bytes, expected 33,554,432 at most")
     watched.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("part", ["the adapter", "a norm that trains along", "rows of words"])
+def test_numbers_that_cannot_be_computed_in_are_refused(part, dtype, tmp_path):
+    kind, options = {"the adapter": ("", {}), "a norm that trains along": ("norm", {"modules_to_save": ["norm"]}),
+                     "rows of words": ("trainable_tokens", {"trainable_token_indices": [1, 2]})}[part]  # fmt: skip
+    lora_lab.save(lora_lab.inject(our_llama(), rank=2, init="random", **options), tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    key = next(key for key in tensors if kind in key)
+    save_file({**tensors, key: tensors[key].to(dtype)}, tmp_path / TENSORS)
+    watched = Watched(our_llama())
+    with pytest.raises(LoraLabError, match=f"{dtype}.*finite|finite.*{dtype}"):
+        lora_lab.load(watched.model, tmp_path)
+    watched.check()
+
+
+def test_a_network_in_8_bit_floats_is_refused(tmp_path):
+    prompt_tuning_lab.save(prompt_tuning_lab.inject(our_llama(), 2, method="p-tuning"), tmp_path)
+    path = next(tmp_path.glob("trainable-*"))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor.to(torch.float8_e5m2) for name, tensor in load_file(path).items()}, path, metadata)
+    with pytest.raises(LoraLabError, match="float8_e5m2.*expected finite numbers"):
+        prompt_tuning_lab.load(our_llama(), tmp_path, trainable=True)
 
 
 SHAPES = [[0, 2**62], [2**62, 0], [2**40, 0], [0, 2**63 - 1, 2**63 - 1], [2**64, 0]]

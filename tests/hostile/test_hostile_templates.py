@@ -86,6 +86,17 @@ def test_the_bound_is_told():
         render("{% for i in range(10 ** 6) %}{% endfor %}")
 
 
+def test_a_template_of_megabytes_is_refused_before_it_is_compiled(tmp_path):
+    """Compiled, it would take a GiB."""
+    template = "{% set x %}{% endset %}" * 80_000
+
+    def work(case):
+        with case("2 MB"), pytest.raises(LoraLabError, match="has 1,840,000 characters, more than 200,000"):
+            render(template)
+
+    assert confined(tmp_path / "chosen", work).peak_bytes < 20 * MIB
+
+
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_conversation_of_a_million_characters_is_rendered(name):
     turns = [{"role": ("user", "assistant")[n % 2], "content": f"number {n} " + "word " * 1000} for n in range(220)]

@@ -150,6 +150,7 @@ def test_doras_norm_needs_no_matrix_of_the_weights_size() -> None:
     W, A, B = torch.randn(3000, 2048), torch.randn(4, 2048), torch.randn(3000, 4)
     assert W.numel() > ROWS_AT_ONCE
     assert_close(weight_norm(W, A, B, 0.3), (W + 0.3 * B @ A).norm(dim=1), rtol=1e-5, atol=1e-4)
+    assert_close(weight_norm(W, A, torch.zeros_like(B), 3e38), W.norm(dim=1), rtol=1e-5, atol=1e-4)  # the largest scaling, at step 0
 
 
 def test_doras_magnitude_is_learned_in_16_bits_although_m_over_norm_is_close_to_1() -> None:
