@@ -1,7 +1,8 @@
-"""python benchmarks/tasks.py TASK: what LoRA makes of three of the lectures' tasks on real data, beside the untuned model and people.
+"""python benchmarks/tasks.py TASK: what LoRA makes of the lectures' tasks on real data, beside the untuned model and people.
 
     mts_dialog      summaries of talks between doctor and patient: ROUGE-L, wrong facts
     reviews         reviews of clothes, negative, neutral, positive: how often a judge reads them as they were asked for
+    polar_reviews   the same of negative and positive ones alone
     instructions    answers to instructions: loss, clean endings
 
 It is `python -m lora_lab compare` (lora_lab.comparison) of SmolLM2-135M untuned and with LoRA: wording and learning rate are chosen on validation
@@ -10,7 +11,7 @@ the table can tell how sure it is (tasks_table.py); which rows there are, and wh
 
 Every run is a line in the results file, and is not run again: it can be stopped at any time (Ctrl-C) and goes on where it was.
 
-    python benchmarks/tasks.py                                               all three
+    python benchmarks/tasks.py                                               all of them
     python benchmarks/tasks.py mts_dialog --seeds 0 1 2                      with the spread of three seeds
     python benchmarks/tasks.py --table --samples                             the tables of what is there, and some texts side by side
     python benchmarks/tasks.py --rows 16 --held-out 8 --max-steps 2 --results try.jsonl    does it run?

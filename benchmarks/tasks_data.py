@@ -1,7 +1,9 @@
 """The lectures' tasks on real data: which rows are for what, how the model is trained and asked, what is to come of it.
 
     mts_dialog      talks between doctor and patient, and their summaries (MTS-Dialog, EACL 2023, CC BY 4.0); its own three parts
-    reviews         "Write a negative review of this product." (Women's E-Commerce Clothing Reviews, CC0); no product is in two parts
+    reviews         "Write a negative review of this product.", or a neutral, or a positive one (Women's E-Commerce Clothing Reviews, CC0); no
+                    product is in two parts
+    polar_reviews   the same without the neutral ones, which customers themselves make hard to tell
     instructions    instructions and answers of four sources (Apache-2.0); parts by a hash of what is asked
 
 Training rows that are longer than `longest` tokens are left out: few of the rows, much of the time. Held-out rows all stay.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,15 +63,19 @@ def instructions(folder: Path) -> Material:
     return gather("instruction", folder / "instructions.jsonl")
 
 
-def reviews(folder: Path) -> Material:
+def polar_reviews(folder: Path) -> Material:
+    return reviews(folder, ("negative", "positive"))
+
+
+def reviews(folder: Path, sentiments: Sequence[str] = SENTIMENTS) -> Material:
     """As many of each sentiment, one after another. The part is that of the product; what the model reads is the kind of clothing alone."""
     file = folder / "derived_balanced_instruction.jsonl"
     whole, sources = gather("reviews", file, wanted=()), [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows, seen = whole.part("all"), set[str]()
-    places: dict[str, dict[str, list[int]]] = {part: {each: [] for each in SENTIMENTS} for part in OF_TWENTY}
+    places: dict[str, dict[str, list[int]]] = {part: {each: [] for each in sentiments} for part in OF_TWENTY}
     for index, (_, line) in enumerate(rows.places):
         source = sources[line - 1]
-        if source["sentiment"] in SENTIMENTS and rows[index]["output"] not in seen:
+        if source["sentiment"] in sentiments and rows[index]["output"] not in seen:
             places[part_of(source["clothing_id"])][source["sentiment"]].append(index)
         seen.add(rows[index]["output"])
     return replace(whole, parts={part: balanced(rows, [*each.values()]) for part, each in places.items()})
@@ -116,11 +122,16 @@ def of_answers(means: Means) -> list[tuple[str, bool]]:
             ("more answers end cleanly", means[LORA]["clean endings"] > means[UNTUNED]["clean endings"])]  # fmt: skip
 
 
+def reviews_task(material: Callable[[Path], Material]) -> Task:
+    generation = {**SAMPLED, "max_new_tokens": 96}
+    return Task("clothing_reviews", material, Reviews, of_reviews, 1000, {"epochs": 1, "micro_batch_size": 8}, generation, validation=100)
+
+
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}
 TASKS = {
-    "mts_dialog": Task("mts_dialog", dialogues, Summaries, of_summaries, 800, {"epochs": 1, "micro_batch_size": 8}, {**GREEDY, "max_new_tokens": 64}),
-    "reviews": Task("clothing_reviews", reviews, Reviews, of_reviews, 1000, {"epochs": 1, "micro_batch_size": 8},
-                    {**SAMPLED, "max_new_tokens": 96}, validation=100),
+    "mts_dialog": Task("mts_dialog", dialogues, Summaries, of_summaries, 1200, {"epochs": 2, "micro_batch_size": 8}, {**GREEDY, "max_new_tokens": 64}),
+    "reviews": reviews_task(reviews),
+    "polar_reviews": reviews_task(polar_reviews),
     "instructions": Task("instructions_apache", instructions, Answers, of_answers, 1200, {"epochs": 1, "micro_batch_size": 8},
                          {**GREEDY, "max_new_tokens": 96}),
 }  # fmt: skip

