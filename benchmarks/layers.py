@@ -2,7 +2,7 @@
 
 q, k and v of one attention (hidden 2,048, rank 8) over one bfloat16 input of 4 x 256 tokens: time of forward and backward, and what autograd keeps,
 in copies of the input; with dropout, too. Four adapters over eight rows against one for all. The time to inject q and v into a model of
-Llama-2-70B's shape on the meta device. The last line is JSON; the targets are issue-sized, not promises: at most 0.85x PEFT's time and 1.2
+Llama-2-70B's shape on the meta device. The last line is JSON. To be held: at most 0.85x PEFT's time and 1.2
 copies, half its bytes with dropout, 1.2x for mixed rows, PEFT's time to inject.
 """
 

@@ -1,9 +1,8 @@
-"""Which adapters take part, for the whole batch or row by row, and new adapters out of old ones.
+"""Which adapters take part, for the whole batch or row by row.
 
     use(model, ["a", "b"])                       both updates are summed; use(model, None) switches all off
     with disabled(model): ...                    the model as it was before inject
     with per_sample(model, ["a", None, "b"]): ...    one adapter for each row of the batch, in training and in inference
-    combine(model, {"a": 0.7, "b": 0.3}, into="c")
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .borrowed import borrowed_of, borrowers, restore_borrowed, swap_borrowed
+from .borrowed import borrowed_of, borrowers, refuse_borrowed, restore_borrowed, swap_borrowed
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
 from .merging import refuse_merged
@@ -86,10 +85,7 @@ def per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[Non
         raise LoraLabError(f"per_sample({adapters!r}): expected a list with a name (or None) for each row of the batch")
     check_names(model, [name for name in adapters if name is not None], f"per_sample({list(adapters)!r})")
     refuse_rows(lora_layers(model), adapters)
-    for _, borrowed in borrowed_of(model):
-        for name in dict.fromkeys(name for name in adapters if name is not None):
-            if borrowed.names.get(name):
-                raise LoraLabError(f"per_sample: {name!r} trains {borrowed.names[name][0]!r} of the model itself, which all rows share")
+    refuse_borrowed(model, [name for name in adapters if name is not None], "which all rows of per_sample share")
     before, owners = selection(model), borrowers(model)
     try:
         swap_borrowed(model, ())

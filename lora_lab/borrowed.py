@@ -75,6 +75,14 @@ def borrowed_of(model: nn.Module) -> list[tuple[nn.Module, Borrowed]]:
     return [(owner, injection.borrowed) for owner, injection in injections(model)]
 
 
+def refuse_borrowed(model: nn.Module, adapters: Iterable[str], why: str) -> None:
+    """Raise LoraLabError for the first of these adapters that trains something of the model itself, wherever in it it was injected."""
+    for _, borrowed in borrowed_of(model):
+        for name in adapters:
+            if borrowed.names.get(name):
+                raise LoraLabError(f"{name!r} trains {borrowed.names[name][0]!r} of the model itself, {why}")
+
+
 Moment = list[tuple[nn.Module, Borrowed, tuple[str, ...]]]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .adapters import activate
 from .borrowed import borrowed_of, tensor_of
-from .errors import LoraLabError, did_you_mean
+from .errors import LoraLabError
 from .files import alone_in, saving, write_file, write_json
 from .injection import apply_plan, injection_of
 from .layers import LoRA
@@ -38,7 +38,7 @@ from .peft_files.reading import CONTAINERS, read_contents
 from .peft_files.replacing import check_replaceable
 from .peft_files.tokens import rows_for_config, rows_for_file
 from .streaming.shards import NAMES
-from .targets import adapter_names, check_adapter_name, lora_layers
+from .targets import adapter_names, check_adapter_name, lora_layers, one_adapter
 from .token_rows.rows import own_rows
 from .wrapping import on_base, refuse_replaced, refuse_sharded, refuse_wrapped, whole
 
@@ -62,7 +62,7 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
     refuse_wrapped(model, "save")
     if dtype is not None and dtype not in NAMES:
         raise LoraLabError(f"dtype={dtype!r}: expected one of {', '.join(map(str, NAMES))}, or None to keep the adapter's")
-    adapter = _adapter_to_save(model, adapter)
+    adapter = one_adapter(model, adapter, " with save(model, folder, adapter=...)")
     tensors, config, metadata = _for_file(model, adapter, dtype)
     folder = Path(folder)
     with saving(f"adapter {adapter!r}", folder):
@@ -103,16 +103,6 @@ def tensors_of(layer: LoRA, adapter: str) -> dict[str, Tensor]:
     if "lora_B_bias" in found:
         tensors["lora_B.bias"] = found["lora_B_bias"]
     return tensors
-
-
-def _adapter_to_save(model: nn.Module, adapter: str | None) -> str:
-    names = adapter_names(model)
-    if adapter is not None and adapter not in names:
-        raise LoraLabError(f"adapter={adapter!r}: this model has {names or 'no adapters'}{did_you_mean(adapter, names)}")
-    active = sorted({name for layer in lora_layers(model).values() for name in layer.lora_active})
-    if adapter is None and len(active) != 1:
-        raise LoraLabError(f"which adapter? {active or 'none'} of {names} active: name one with save(model, folder, adapter=...)")
-    return adapter or active[0]
 
 
 def _warn_of_the_unsaved(model: nn.Module) -> None:

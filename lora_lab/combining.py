@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import layers as lora_layer
 from .adapters import activate, weights_of
+from .borrowed import refuse_borrowed
 from .checks import check_rank
 from .errors import LoraLabError, did_you_mean
 from .injection import injection_of, new_injection
@@ -67,10 +68,8 @@ def combine(model: Model, adapters: Mapping[str, float], into: str, *, method: s
         raise LoraLabError(f"rank={rank!r} with method={method!r}: 'svd' needs the rank of the result, 'cat' has the sum of the ranks")
     if rank is not None:
         check_rank(rank)
-    borrowed = injection_of(model)
+    refuse_borrowed(model, weights, "which a sum of adapters cannot hold")
     for name in weights:
-        if borrowed is not None and borrowed.borrowed.names.get(name):
-            raise LoraLabError(f"{name!r} trains {borrowed.borrowed.names[name][0]!r} of the model itself, which a sum of adapters cannot hold")
         if rows := own_rows(model, name):
             raise LoraLabError(f"{name!r} has token rows in {next(iter(rows))!r}, which stand in the place of its own: a weighted sum of such "
                                "is no plain adapter; use the adapters together where their words differ")  # fmt: skip

@@ -71,7 +71,7 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     rank: r of A [r, in] and B [out, r].  alpha: the scaling is alpha / rank; None means alpha = rank, scaling 1.
     target_modules: "all-linear" (every linear layer but the head), "attention", a list of names matched at dots from the
         right, a regular expression over the whole path, a layer class or several, or a function of path and module.
-        A name may end with a part of a fused layer, "c_attn.q": the part gets a pair of its own, the others none (fused.py).
+        A name may end with a part of a fused layer, "c_attn.q": the part gets a pair of its own, the others none (fused/).
     fused: {layer: {part: its number of outputs, or a list of their numbers}} for layers whose layout is not known.
     exclude_modules: names or a regular expression, left out.
     layers: the layer numbers to adapt.  rank_pattern, alpha_pattern: {name or pattern: value} for layers that differ.
@@ -82,9 +82,9 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     bias: "none" | "lora_only" (those of the adapted layers) | "all": biases that train along.  modules_to_save: names of modules that are trained
         whole, such as a new head; the adapter has values of its own for both, and the base's come back when it is off (borrowed.py).
     trainable_token_indices: ids of words whose rows of the input embedding train, or {name of an embedding: ids}; a list of target_modules may be
-        empty then. An output layer that the configuration ties to the embedding takes the same rows (token_rows.py).
+        empty then. An output layer that the configuration ties to the embedding takes the same rows (token_rows/).
     target_parameters: names of parameters, such as stacks of experts, that are adapted themselves; a list of target_modules may be empty then.
-        Without dropout, DoRA and lora_bias (parameters.py).
+        Without dropout, DoRA and lora_bias (parameters/).
     adapter: its name. A further inject adds an adapter, makes it the only active and trainable one; earlier ones keep their values.
     dtype: of A and B; None is float32 on a 16-bit base, else the base's.
     Raises LoraLabError, the model untouched, for anything that matches nothing or makes no sense.

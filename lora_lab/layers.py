@@ -286,7 +286,7 @@ def restore(module: Any) -> None:
 
 def detach_adapters(module: Any) -> dict[str, Any]:
     """Make a LoRA layer the plain layer it was; returns what `reattach_adapters` needs to undo that."""
-    if hasattr(module, "lora_unregister"):  # the adapters of a parameter, beside it (parameters.py)
+    if hasattr(module, "lora_unregister"):  # the adapters of a parameter, beside it (parameters/)
         return {"owner": module.lora_unregister()}
     containers = {name: module._modules.pop(name) for name in containers_of(module)}
     settings = {name: module.__dict__.pop(name) for name in ("lora_scaling", "lora_dropout", "lora_variant", "lora_active")}

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import LoraLabError, did_you_mean
+from .errors import LoraLabError
 from .layers import LoRA
 from .merging import refuse_merged
 from .parameters.layer import OnParameter, parameter_path
@@ -30,7 +30,7 @@ from .singular_values import (
     overlap_grid,
     subspace_overlap,
 )
-from .targets import adapter_names, lora_layers
+from .targets import lora_layers, one_adapter
 from .wrapping import on_base
 
 __all__ = [
@@ -78,7 +78,7 @@ def spectra(model: nn.Module, adapter: str | None = None, *, energy: float = 0.9
     Raises LoraLabError for an unknown adapter, a merged model, weights without values, and grouped convolutions (whose update is no matrix).
     """
     refuse_merged(model, "spectra")
-    adapter = _one_adapter(model, adapter)
+    adapter = one_adapter(model, adapter)
     if not (layers := list(_layers_with(model, adapter))):
         raise LoraLabError(f"adapter {adapter!r} has no layer with an A and a B, whose product has singular values (token rows have none)")
     return SpectraReport(adapter, tuple(spectrum for path, layer in layers for spectrum in _layer_spectra(path, layer, adapter, energy, own)))
@@ -121,7 +121,7 @@ def overlaps(model: nn.Module, first: str, second: str, side: str = "A") -> Over
     """
     if side not in ("A", "B"):
         raise LoraLabError(f"side={side!r}: expected 'A' (directions read) or 'B' (directions written)")
-    first, second = _one_adapter(model, first), _one_adapter(model, second)
+    first, second = one_adapter(model, first), one_adapter(model, second)
     both = [(path, layer) for path, layer in _layers_with(model, first) if second in layer.lora_A]
     if not both:
         raise LoraLabError(f"adapters {first!r} and {second!r} have no layer in common")
@@ -157,16 +157,6 @@ def _pair(path: str, layer: LoRA, adapter: str) -> tuple[Tensor, Tensor]:
 
 def _layers_with(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoRA]]:
     return ((path, layer) for path, layer in lora_layers(model).items() if adapter in layer.lora_A)
-
-
-def _one_adapter(model: nn.Module, adapter: str | None) -> str:
-    known = adapter_names(model)
-    if adapter is not None and adapter not in known:
-        raise LoraLabError(f"adapter={adapter!r}: this model has {known or 'no adapters'}{did_you_mean(adapter, known)}")
-    active = sorted({name for layer in lora_layers(model).values() for name in layer.lora_active})
-    if adapter is None and len(active) != 1:
-        raise LoraLabError(f"which adapter? {active or 'none'} of {known} active: name one")
-    return adapter or active[0]
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which layers a request names, with which rank and alpha; and the report that says so before anything is changed.
+"""Which layers a request names, with which rank and alpha; which of a model's layers have adapters, and of which names.
 
 Matching follows PEFT, so that a request and a file mean the same layers in both: a list of names matches at dots from the
 right ("q_proj", "mlp.down_proj"), a string is a regular expression over the whole path.
@@ -315,3 +315,14 @@ def lora_layers(model: nn.Module) -> dict[str, LoRA]:
 
 def adapter_names(model: nn.Module) -> list[str]:
     return sorted({name for layer in lora_layers(model).values() for name in layer.lora_variant})
+
+
+def one_adapter(model: nn.Module, adapter: str | None, how: str = "") -> str:
+    """The adapter of this name, or without one the active one. how: to name it, for the LoraLabError where that is not one."""
+    known = adapter_names(model)
+    if adapter is not None and adapter not in known:
+        raise LoraLabError(f"adapter={adapter!r}: this model has {known or 'no adapters'}{did_you_mean(adapter, known)}")
+    active = sorted({name for layer in lora_layers(model).values() for name in layer.lora_active})
+    if adapter is None and len(active) != 1:
+        raise LoraLabError(f"which adapter? {active or 'none'} of {known} active: name one{how}")
+    return adapter or active[0]

@@ -1,8 +1,8 @@
-"""What an adapter does with its A and B: LoRA as it is, DoRA, PiSSA. Another variant is another class here, and a line in `variant_of`.
+"""What an adapter does with its A and B: LoRA as it is, DoRA, PiSSA. Another variant is another class here, and a line in VARIANTS.
 
 A variant says which tensors it needs beside A and B, and which pair of plain LoRA its update is: what is added to the layer's output, the
 change of the weight and the tensors of a file follow from that. DoRA, whose update is more than a pair, says all of it itself. Those for parts
-of a fused layer are in parts.py.
+of a fused layer are in fused/parts.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Variant:
 
     freeze_A: bool = False
     is_pair: ClassVar[bool] = True  # the update is ``scaling * B A x`` of `pair`, and nothing else
-    replaces: ClassVar[bool] = False  # a part of the output is put in the place of the frozen layer's, see token_rows.py
+    replaces: ClassVar[bool] = False  # a part of the output is put in the place of the frozen layer's, see token_rows/rows.py
 
     def trains(self, container: str) -> bool:
         """Whether the adapter's tensor in this container is trained."""
@@ -54,6 +54,10 @@ class Variant:
     def pair(self, layer: LoRA, adapter: str) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of a plain adapter with the same update."""
         return layer.lora_A[adapter], layer.lora_B[adapter]
+
+    def rank(self, layer: LoRA, adapter: str) -> int:
+        """r, of one pair where A and B hold several."""
+        return next(iter(self.pieces(layer.lora_A[adapter], layer.lora_B[adapter])))[0].shape[0]
 
     def update(self, layer: LoRA, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """What is added to y, the output of the frozen layer for x."""

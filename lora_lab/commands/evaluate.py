@@ -52,6 +52,8 @@ def _by_metric(options: argparse.Namespace) -> None:
     options.metric = options.metric or "perplexity"
     if options.metric not in METRICS:
         raise LoraLabError(f"--metric {options.metric}: expected one of {', '.join(METRICS)}{did_you_mean(options.metric, METRICS)}")
+    if unread := [name for name, metric in READ_BY.items() if getattr(options, name) and options.metric != metric]:
+        raise LoraLabError(f"--{unread[0]} with --metric {options.metric}: it is for {READ_BY[unread[0]]} alone")
     train, held_out = data.load(options.data)
     rows = _first(train if held_out is None else held_out, options.limit)
     precision = precision_of(options)
@@ -127,6 +129,7 @@ def _accuracy(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace
 
 
 METRICS = {"perplexity": _perplexity, "accuracy": _accuracy, "rouge": _rouge}
+READ_BY = {"choices": "accuracy", "template": "accuracy", "normalise": "accuracy", "stemmer": "rouge"}  # option -> the metric it is of
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         shard(model, precision, device=options.device)
     say(count_parameters(model))
     examples = data.Rows(task_of(model).encode(rows, subject.tokenizer, config.max_length), rows.source, rows.lines)
-    say(_prediction(model, options, config, max(len(example["input_ids"]) for example in examples), everyone.size))
+    say(_prediction(model, config, examples, everyone.size))
     before = subject.quality(model)
     result = fit(model, examples, config, tokenizer=subject.tokenizer, eval_data=subject.held_out)
     if everyone.first or divided:  # the pieces of a divided adapter are gathered by all processes, which write the same
@@ -125,19 +125,14 @@ def _config(options: argparse.Namespace, precision: str) -> Any:
     return TrainConfig(**{**given, "precision": precision, "output_dir": options.out})
 
 
-def _prediction(model: Any, options: argparse.Namespace, config: Any, longest: int, processes: int) -> str:
+def _prediction(model: Any, config: Any, examples: Any, processes: int) -> str:
     """The predicted footprint of a step on the longest rows, where this model and these settings are modelled."""
-    method = "dora" if options.variant == "dora" else "qlora" if options.quantize else "lora"
+    from ..training.memory_request import request_of
+
+    request = request_of(model, config, examples, processes)
     try:
-        footprint = memory_math.predict(
-            model, method=method, quantization=options.quantize or "none", precision=config.precision, rank=options.rank,
-            target_modules=targets_of(options.target_modules), dropout=options.dropout, batch_size=config.micro_batch_size, sequence_length=longest,
-            grad_accum_steps=config.grad_accum_steps, gradient_checkpointing=config.gradient_checkpointing, optimizer=config.optimizer,
-            optimizer_in_backward=config.optimizer_in_backward, offload_activations=config.activation_offload,
-            world_size=processes, zero_stage=3 if config.distributed == "fsdp" and processes > 1 else 0,
-            implementation="lora_lab", device="cuda" if next(model.parameters()).is_cuda else "cpu",
-        )  # fmt: skip
+        footprint = memory_math.predict(model, implementation="lora_lab", **request)
     except memory_math.MemoryMathError as error:
         return f"memory: no prediction ({error})"
     each = f" in each of {processes} processes" if processes > 1 else ""
-    return f"memory: a step on the longest rows ({longest} tokens) is predicted to need {footprint.gib():.2f} GiB of tensors{each}"
+    return f"memory: a step on the longest rows ({request['sequence_length']} tokens) is predicted to need {footprint.gib():.2f} GiB of tensors{each}"

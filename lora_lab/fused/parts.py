@@ -5,7 +5,8 @@
                                                                              v  [  .   B_v ]
 
 The update is ``scaling * placed(B) A x``: to merging, to several adapters at once and in files it is a plain pair of rank n r. loralib's
-MergedLinear(enable_lora=[True, False, True]) and litgpt's lora_query, lora_key and lora_value compute the same. fused.py knows whose rows are whose.
+MergedLinear(enable_lora=[True, False, True]) and litgpt's lora_query, lora_key and lora_value compute the same. layouts.py knows whose
+rows are whose.
 """
 
 from __future__ import annotations

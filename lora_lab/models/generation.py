@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ OnToken = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """ids: the new tokens of each row, its stop token included if it came.  texts: decoded, "" without a tokenizer."""
+    """ids: the new tokens of each row, its stop token included if it came.  texts: decoded, "" without a tokenizer.
+
+    ended: whether a stop token came, before the room was used up.
+    """
 
     ids: list[list[int]]
     texts: list[str]
     seconds: float
+    ended: list[bool] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -92,7 +96,7 @@ def generate(model: nn.Module, prompts: Sequence[str] | Sequence[Sequence[int]] 
             if stream.add(tokens):
                 break
     texts = ["" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True) for ids in stream.ids]
-    return Generation(stream.ids, texts, time.perf_counter() - started)
+    return Generation(stream.ids, texts, time.perf_counter() - started, [ids[-1] in stops for ids in stream.ids])
 
 
 def _tokens(model: nn.Module, rows: list[list[int]], sampling: Sampling, generators: list[torch.Generator], use_cache: bool,

@@ -8,7 +8,8 @@ anything that multiplies with a parameter of its own in its own forward.
 The module keeps its parameter and switches its class (see layers.py): while its forward runs under an active adapter, ``module.down_proj`` is the
 sum, formed once however often it is read. The adapter is in a module of its own beside the parameter, ``lora_of_down_proj.lora_A.<adapter>``, which
 to every verb is a LoRA layer as any other. What is read outside of that forward is the parameter without its update.
-The same function as PEFT's target_parameters (0.21), in whose files the parameters of a module are told apart by position; see parameter_files.py.
+The same function as PEFT's target_parameters (0.21), in whose files the parameters of a module are told apart by position; see
+peft_files/parameters.py.
 """
 
 from __future__ import annotations
@@ -66,18 +67,23 @@ class OnParameter(Variant):
 
     def factors(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
         """left [n, rows, r] and right [n, r, columns], whose product is the update of the weight as it is stored."""
-        A, B = (as_stack(tensor) for tensor in self.pair(layer, adapter))
+        A, B = self._wide(layer, adapter)
         scaling = layer.lora_scaling[adapter]
         return (scaling * A.mT, B.mT) if layer.lora_transposed else (scaling * B, A)
 
     def delta(self, layer: LoRA, adapter: str, rows: slice = slice(None)) -> Tensor:
         """The change of the weight as the kind's matrix: [rows, columns] as stored, of a stack one below the other."""
-        A, B = (as_stack(tensor) for tensor in self.pair(layer, adapter))
+        A, B = self._wide(layer, adapter)
         left, right = (A.mT, B.mT) if cast(Any, layer).lora_transposed else (B, A)
         n, each, scaling = *left.shape[:2], layer.lora_scaling[adapter]
         start, stop, _ = rows.indices(n * each)
         inside = [(i, max(start - i * each, 0), min(stop - i * each, each)) for i in range(start // each, -(-stop // each))]
         return torch.cat([scaling * left[i, first:last] @ right[i] for i, first, last in inside])
+
+    def _wide(self, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+        """A [n, r, in] and B [n, out, r] in float32 or wider: an update is rounded once, in the sum."""
+        A, B = (as_stack(tensor.to(torch.promote_types(tensor.dtype, torch.float32))) for tensor in self.pair(layer, adapter))
+        return A, B
 
     def matrices(self, layer: Any, adapter: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """A [r, in], B [out, r] and the weight [out, in] of each matrix."""

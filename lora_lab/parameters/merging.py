@@ -5,8 +5,8 @@ A stack of experts is one tensor in some files (GPT-OSS, Llama 4) and one for ea
     experts.gate_up_proj [n, 2 inner, width]    experts.0.gate_proj.weight, experts.0.up_proj.weight, experts.1...    (w1 and w3 of Mixtral)
     experts.down_proj [n, width, inner]         experts.0.down_proj.weight, ...                                       (w2)
 
-An adapter file tells the parameters of a module apart by position alone (parameter_files.py). Ours say the order in their metadata; of PEFT's it is
-found by the shapes, and where several orders fit, gate_up_proj comes before down_proj, as PEFT's own conversion has it.
+An adapter file tells the parameters of a module apart by position alone (peft_files/parameters.py). Ours say the order in their metadata; of
+PEFT's it is found by the shapes, and where several orders fit, gate_up_proj comes before down_proj, as PEFT's own conversion has it.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _request_of(model: nn.Module, adapter: str, layers: dict[str, LoRA]) -> Adap
     if any(adapter in below.adapters for _, below in injections(model)):
         raise LoraLabError(f"adapter {adapter!r} was injected into another level of this model: save the model that inject returned")
     first = next(iter(layers.values()))
-    rank, scaling = first.lora_A[adapter].shape[0], first.lora_scaling[adapter]
+    rank, scaling = first.lora_variant[adapter].rank(first, adapter), first.lora_scaling[adapter]
     return AdapterConfig(rank, scaling * rank, dropout=max(layer.lora_dropout[adapter] for layer in layers.values()))
 
 

@@ -10,7 +10,7 @@ from ..errors import LoraLabError, did_you_mean
 from ..fused.parts import parts_in
 from ..injection import injection_of
 from ..layers import LoRA
-from ..parameters.layer import ParameterLoRA, parameter_path
+from ..parameters.layer import parameter_path
 from ..plans import Plan, PlannedLayer
 from ..targets import adapter_names, lora_layers
 from ..token_rows.rows import own_rows, words_of
@@ -44,9 +44,8 @@ def _differs(adapter: str, what: str, here: Any, there: Any) -> LoraLabError:
 
 
 def _layer_here(layer: LoRA, adapter: str) -> dict[str, Any]:
-    A, parts = layer.lora_A[adapter], parts_in(layer, adapter)
-    rank = A.shape[-2 if isinstance(layer, ParameterLoRA) else 0] // (len(parts.names) if parts else 1)
-    return {"the rank": rank, "the scaling": layer.lora_scaling[adapter], "the tensors": sorted(layer.lora_parameters(adapter)), "the parts": parts}
+    return {"the rank": layer.lora_variant[adapter].rank(layer, adapter), "the scaling": layer.lora_scaling[adapter],
+            "the tensors": sorted(layer.lora_parameters(adapter)), "the parts": parts_in(layer, adapter)}  # fmt: skip
 
 
 def _layer_there(planned: PlannedLayer, plan: Plan) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def low_rank(change: Change, wide: torch.dtype) -> tuple[Tensor | None, Tensor |
     if change.pair is None:
         return None, None
     A, B = (tensor.read().to(wide).flatten(1) for tensor in (change.pair.A, change.pair.B))
-    if change.stack:  # of each matrix: see parameter_files.py
+    if change.stack:  # of each matrix: see peft_files/parameters.py
         A, B = A.unflatten(0, (change.stack, -1)), B.unflatten(1, (-1, change.stack)).permute(2, 0, 1)
         return (A.mT, B.mT) if change.transposed else (B, A)
     return (A.T, B.T) if change.transposed else (B, A)

@@ -237,7 +237,7 @@ def tied_head(config: dict[str, Any], base: dict[str, StoredTensor]) -> dict[str
 
 
 def share_rows(job: Job, tied: dict[str, str]) -> None:
-    """Rows of the embedding are the tied head's, too, unless it has rows of its own; see token_rows.py."""
+    """Rows of the embedding are the tied head's, too, unless it has rows of its own; see token_rows/."""
     for head, embedding in tied.items():
         rows = job.changes.get(embedding, Change()).rows
         own = job.changes.get(head, Change()).rows

@@ -25,15 +25,13 @@ from ..data.templates import IGNORE
 from ..errors import LoraLabError
 from ..learning_rates import learns_fast
 from ..merging import refuse_merged
-from ..models.base import context_of, in_mode, is_encoder_decoder
+from ..models.base import context_of, in_mode
 from ..models.causal import refuse_per_sample
-from ..quantization import quantized_layers
-from ..targets import lora_layers
-from ..variants import DoRA
 from .batches import Examples, epoch_batches
 from .config import TrainConfig
 from .distributed import START, TORCHRUN, World, world
 from .guards import checkpointing, out_of_memory_explained, own_gradients
+from .memory_request import request_of
 from .precision import PRECISIONS, dtypes_under, stored_in
 from .result import FitResult
 from .run import Run
@@ -69,18 +67,19 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     _check_settings(model, config, held_out)
     _check_model(model, itertools.chain(examples, held_out))
     _check_packs(config, data, examples)
-    longest = max(len(example["input_ids"]) for example in examples)
-    request = _request(model, config, longest, everyone, max(len(example.get("labels") or ()) for example in examples))
+    request = request_of(model, config, examples, everyone.size)
     _check_shares(examples, config, everyone)
     with everyone.together(), only_run_in(config.output_dir, everyone):
         if everyone.size > 1 and config.distributed == "fsdp" and not is_sharded(model):
             shard(model, config.precision)
-        with _borrowed(model, config) as learning, out_of_memory_explained(model, request, longest):
+        with _borrowed(model, config) as learning, out_of_memory_explained(model, request, request["sequence_length"]):
             return Run(model, task, config, examples, held_out, getattr(tokenizer, "pad_token_id", 0) or 0, everyone, learning).train()
 
 
 def evaluate(model: nn.Module, examples: Examples, config: TrainConfig, pad_id: int = 0) -> float:
-    """Mean loss over encoded examples: of a language model over labelled tokens, of a classifier over rows."""
+    """Mean loss over encoded examples: of a language model over labelled tokens, of a classifier over rows. Raises LoraLabError for none."""
+    if not examples:
+        raise LoraLabError("no examples to evaluate on: expected at least one encoded row")
     return evaluate_examples(model, _task(model, config), examples, config, pad_id)
 
 
@@ -188,27 +187,3 @@ def _check_settings(model: nn.Module, config: TrainConfig, held_out: Examples) -
 def _longest_row(model: nn.Module, config: TrainConfig) -> int | None:
     """Tokens a row may have: no more than max_length, and no more than the model's context."""
     return min((limit for limit in (config.max_length, context_of(model)) if limit is not None), default=None)
-
-
-def _request(model: nn.Module, config: TrainConfig, longest: int, everyone: World, written: int = 0) -> dict[str, Any]:
-    """The run in memory_math's words. longest: tokens of a text; written: of the answers that an encoder-decoder gives."""
-    rows = config.micro_batch_size if config.max_tokens is None else max(1, config.max_tokens // longest)
-    answers = {"target_length": written} if written and is_encoder_decoder(model) else {}
-    return {"precision": config.precision, "batch_size": rows, "sequence_length": longest, **answers,
-            "grad_accum_steps": config.grad_accum_steps, "gradient_checkpointing": config.gradient_checkpointing, "optimizer": config.optimizer,
-            "optimizer_in_backward": config.optimizer_in_backward, "offload_activations": config.activation_offload,
-            "world_size": everyone.size, "zero_stage": 3 if is_sharded(model) else 0,
-            "device": "cuda" if any(p.is_cuda for p in model.parameters()) else "cpu", **_trained(model)}  # fmt: skip
-
-
-def _trained(model: nn.Module) -> dict[str, Any]:
-    """What trains, in the same words, and how a base that does not is stored."""
-    adapters = [(layer, name) for layer in lora_layers(model).values() for name in layer.lora_active]
-    kinds = [layer.quantization for layer in quantized_layers(model).values()]
-    stored = {"quantization": kinds[0]} if kinds else {}
-    if not adapters:
-        return {"method": "full", **stored, **getattr(model, "memory_request", {})}
-    directed = any(isinstance(layer.lora_variant[name], DoRA) for layer, name in adapters)
-    ranks = [layer.lora_A[name].shape[0] for layer, name in adapters if name in layer.lora_A]
-    return {"method": "dora" if directed else "qlora" if stored else "lora", **stored, **({"rank": max(ranks)} if ranks else {}),
-            "dropout": max(layer.lora_dropout.get(name, 0.0) for layer, name in adapters)}  # fmt: skip

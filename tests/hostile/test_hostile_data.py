@@ -81,9 +81,8 @@ def test_a_row_of_ten_megabytes_is_a_row(tmp_path):
 @pytest.mark.parametrize("beside", [7, 1.5, True, ["a"], [{"content": 3}], {"content": "x"}, None, "x" * 100_000], ids=range(8))
 def test_fields_that_nobody_reads_may_be_anything(beside):
     """A row's messages beside its text, and the other way round."""
-    told = {"instruction": "say", "output": "yes"}
-    for task, row, others in ((CausalTask(), told, ("text", "summary")), (ClassificationTask(2), {"text": "good", "label": 1}, ("messages", "output"))):
-        tokenizer = chat_tokenizer()
+    told, labelled, tokenizer = {"instruction": "say", "output": "yes"}, {"text": "good", "label": 1}, chat_tokenizer()
+    for task, row, others in ((CausalTask(), told, ("text", "summary")), (ClassificationTask(2), labelled, ("messages", "output"))):
         assert [*task.encode([{**row, **dict.fromkeys(others, beside)}], tokenizer, 64)] == [*task.encode([row], tokenizer, 64)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -232,9 +233,10 @@ def test_rows_without_an_adapter_get_the_bases_own_values() -> None:
     assert torch.equal(model(x()), y)
 
 
-def test_adapters_with_values_of_the_model_are_not_combined() -> None:
-    with pytest.raises(LoraLabError, match="'default' trains 'classifier.weight' of the model itself"):
-        lora_lab.combine(injected("head"), {"default": 1.0}, into="c")
+@pytest.mark.parametrize("level", [lambda model: model, nn.Sequential], ids=["as injected", "one level up"])
+def test_adapters_with_values_of_the_model_are_not_combined(level: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(LoraLabError, match="'default' trains 'classifier.weight' of the model itself, which a sum"):
+        lora_lab.combine(level(injected("head")), {"default": 1.0}, into="c")
 
 
 def test_replacing_values_takes_an_adapter_of_the_same_making(tmp_path) -> None:

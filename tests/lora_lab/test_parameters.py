@@ -209,20 +209,21 @@ def test_a_module_that_calls_itself_keeps_its_update() -> None:
 # Precision ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_16_bit_base_computes_with_what_a_merge_would_write() -> None:
-    """The sum in float32, rounded once: no rounding of A, B or of the update by itself."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_16_bit_base_computes_with_what_a_merge_would_write(dtype: torch.dtype) -> None:
+    """The sum in float32, rounded once: no rounding of the update by itself, whatever A and B are stored in."""
     torch.manual_seed(0)
     model = nn.Sequential(Experts(n=5, width=64, inner=48)).to(torch.bfloat16)
-    randomise(lora_lab.inject(model, rank=4, target_modules=[], target_parameters=NAMES), by=0.05)
+    randomise(lora_lab.inject(model, rank=4, alpha=3, target_modules=[], target_parameters=NAMES, dtype=dtype), by=0.05)
     part = model[0].lora_of_up
-    assert part.lora_A["default"].dtype == torch.float32
+    assert part.lora_A["default"].dtype == dtype and part.lora_delta("default").dtype == torch.float32
     exact = (part.weight.double() + part.lora_delta("default").double()).to(torch.bfloat16)
     formed = part(part.weight).total
     assert formed.dtype == torch.bfloat16 and (formed != exact).float().mean() < 1e-3  # ties that float32 rounds the other way
     x = torch.randn(7, 64).to(torch.bfloat16)
     y = model(x)
     y.float().sum().backward()
-    assert part.lora_A["default"].grad.dtype == torch.float32 and part.lora_A["default"].grad.abs().sum() > 0
+    assert part.lora_A["default"].grad.dtype == dtype and part.lora_A["default"].grad.abs().sum() > 0
     with torch.no_grad():
         assert_close(lora_lab.merge(copy.deepcopy(model))(x), y, rtol=0.02, atol=0.02)
 

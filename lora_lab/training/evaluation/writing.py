@@ -29,11 +29,10 @@ def write(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, *, batch_
     generation: as `models.generate` takes it (max_new_tokens, temperature, ...); greedy without.
     """
     rows, written = prompt_ids(prompts, tokenizer, is_encoder_decoder(model)), [Written("", False)] * len(prompts)
-    ends = {*(getattr(tokenizer, "end_ids", None) or [getattr(tokenizer, "eos_token_id", None)])}
     for indices in in_batches([len(row) for row in rows], batch_size, "generate", progress):
         made = generate(model, [rows[i] for i in indices], tokenizer, seed=[seed + i for i in indices], **generation)
-        for index, ids, text in zip(indices, made.ids, made.texts, strict=True):
-            written[index] = Written(text, ids[-1:] != [] and ids[-1] in ends)
+        for index, text, ended in zip(indices, made.texts, made.ended, strict=True):
+            written[index] = Written(text, ended)
     return written
 
 

@@ -219,6 +219,7 @@ def test_an_ending_is_clean_where_the_model_stops_by_itself_and_has_said_somethi
     for stop, said in ((written[2], True), (written[0], False)):
         stopping = write(model, question, StopsAt(stop), **settings)
         assert stopping[0].ended and clean_endings(stopping) == said
+        assert write(model, question, StopsAt(-1), stop_ids=[stop], **settings)[0].ended  # the caller's, not the tokenizer's
     assert clean_endings([Written("Yes.", True), Written("Yes, and then", False), Written(" ", True), Written("No.", True)]) == 0.5
 
 

@@ -15,6 +15,7 @@ from tiny_workshop import chat_tokenizer, exact_model, our_llama, same_bits, tex
 
 import lora_lab
 from lora_lab import LoraLabError
+from lora_lab.training import TrainConfig
 from lora_lab.training.evaluation import (
     F1,
     BeforeAfter,
@@ -28,6 +29,7 @@ from lora_lab.training.evaluation import (
     predict_classes,
     samples,
 )
+from lora_lab.training.loop import evaluate
 
 ROWS = token_rows(9)
 SHORT = {"max_new_tokens": 6, "progress": False}
@@ -113,6 +115,11 @@ def test_what_cannot_be_measured_is_refused(change, message):
         perplexity(our_llama(), **{"rows": ROWS, "progress": False, **change})
     with pytest.raises(LoraLabError, match="names classes and has no perplexity"):
         perplexity(pair("BertForSequenceClassification")[0], ROWS)
+
+
+def test_no_examples_have_no_loss():
+    with pytest.raises(LoraLabError, match="no examples to evaluate on"):
+        evaluate(our_llama(), [], TrainConfig(progress=False))
 
 
 # Classes --------------------------------------------------------------------------------------------------------------------
