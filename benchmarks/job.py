@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from interleaved import setting
+from shared_data import folder_of
 
 MODEL, RATE, RANK, ALPHA, BATCH, ROWS, HELD_OUT = "smollm2-135m-instruct-q4", 5e-4, 8, 16, 8, 240, 60
 SIDES = ("ours", "ours, packed", "Trainer", "Trainer, grouped")
 
 
 def rows() -> list[dict[str, Any]]:
-    folder = Path(os.environ.get("LORA_LAB_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    path = folder / "clothing_reviews" / "derived_balanced_instruction.jsonl"
-    if not path.is_file():
-        raise SystemExit(f"{path} is not there: set LORA_LAB_DATA to the folder that holds clothing_reviews")
+    path = folder_of("clothing_reviews") / "derived_balanced_instruction.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -9,10 +9,11 @@ No text is in two parts. The data are looked for in LORA_LAB_DATA, else beside t
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+
+from shared_data import folder_of
 
 LABELS = ("negative", "positive")
 FILES = ("rt-polarity.neg", "rt-polarity.pos")
@@ -38,15 +39,9 @@ class Splits:
         return Splits(self.train, self.validation[:held_out], self.test[:held_out])
 
 
-def data_folder() -> Path:
-    return Path(os.environ.get("LORA_LAB_DATA", Path(__file__).parents[2] / "shared" / "data"))
-
-
 def splits(folder: Path | None = None, validation: int = VALIDATION) -> Splits:
     """folder: that holds rotten_tomatoes. The same every time, whatever the seeds of the runs."""
-    folder = (data_folder() if folder is None else folder) / "rotten_tomatoes"
-    if not folder.is_dir():
-        raise SystemExit(f"{folder} is not there: set LORA_LAB_DATA to the folder that holds rotten_tomatoes")
+    folder = folder_of("rotten_tomatoes") if folder is None else folder / "rotten_tomatoes"
     pools, tests = [], []
     for label, name in enumerate(FILES):
         lines = [line.strip() for line in (folder / name).read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -28,7 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from interleaved import setting as machine
-from tasks_data import TASKS, cut, data_folder
+from shared_data import folder_of
+from tasks_data import TASKS, cut
 from tasks_readers import ASKED
 from tasks_table import NAMES, Group, groups, told
 
@@ -62,9 +63,7 @@ class Dated(Results):
 
 
 def study_of(name: str, given: argparse.Namespace, results: Results) -> Study:
-    task, folder = TASKS[name], data_folder() / TASKS[name].folder
-    if not folder.is_dir():
-        raise SystemExit(f"{folder} is not there: set LORA_LAB_DATA to the folder that holds {task.folder}")
+    task, folder = TASKS[name], folder_of(TASKS[name].folder)
     precision, settings = given.precision or fastest_precision(), {} if given.max_steps is None else {"max_steps": given.max_steps}
     model, tokenizer = models.load(MODEL, dtype=storage_dtype(precision))
     material = replace(task.material(folder), source=name)

@@ -13,7 +13,6 @@ The data are looked for in LORA_LAB_DATA, else beside the checkout.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,10 +48,6 @@ class Task:
     test: int = 200
     sweep_rows: int = 120
     longest: int = 256
-
-
-def data_folder() -> Path:
-    return Path(os.environ.get("LORA_LAB_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def dialogues(folder: Path) -> Material:

@@ -178,7 +178,8 @@ def trial(name, method="lora", precision="bf16-mixed", quantization="none", **se
     measured = memory_math.measure(lambda: training.fit(model, rows, {**config, "max_steps": 2}), device="cpu")
     folder = f"runs/{len(trials)}"
     run = training.fit(fresh(method, precision, quantization), rows, {**config, "output_dir": folder})
-    trials[name] = {"predicted": predicted, "measured": measured.peak_bytes - (measured.start_bytes - own), "run": run, "speed": speed_of(run, folder)}
+    trials[name] = {"predicted": predicted, "measured": measured.peak_bytes - (measured.start_bytes - own), "run": run,
+                    "speed": speed_of(run, folder)}  # fmt: skip
     print(f"{name:<44} {predicted.total / 2**20:7.1f} MiB predicted, {trials[name]['measured'] / 2**20:7.1f} measured, "
           f"{trials[name]['speed']:5.0f} tokens/s, loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f}")  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from ..files import weights_sha256
+from ..weight_files import weights_sha256
 from .cache import KVCache
 from .recompute import Mode, recompute_mode, set_recompute
 

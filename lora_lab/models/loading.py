@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..checks import FLOATS
 from ..errors import LoraLabError, did_you_mean
-from ..files import read_json, replacing_files, saving, settle, weight_files, write_json
+from ..files import read_json, replacing_files, saving, settle, write_json
 from ..layers import LoRA
 from ..streaming.shards import opened, read_shard
+from ..weight_files import weight_files
 from .base import PretrainedModel
 from .bert import BertModel, RobertaModel
 from .bert_heads import BertForMaskedLM, BertForSequenceClassification, RobertaForMaskedLM, RobertaForSequenceClassification

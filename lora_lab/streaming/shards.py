@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LoraLabError
-from ..files import is_file_in, json_object
+from ..files import json_object
+from ..weight_files import is_file_in
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

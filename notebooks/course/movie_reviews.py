@@ -14,6 +14,8 @@ from typing import Any
 
 from lora_lab import data
 
+from . import real_data
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 if str(BENCHMARKS) not in sys.path:
     sys.path.append(str(BENCHMARKS))  # no package: its files import each other by their plain names
@@ -41,7 +43,7 @@ class Parts:
 
 def load() -> Parts:
     """rotten_tomatoes, or the bundled sentences."""
-    if (sentiment_data.data_folder() / "rotten_tomatoes").is_dir():
+    if real_data.path("rotten_tomatoes") is not None:
         found = sentiment_data.splits()
         parts = ([vars(review) for review in part] for part in (found.train, found.validation, found.test))
         return Parts(*parts, source="rotten_tomatoes, snippets of movie reviews (Pang & Lee 2005)")

@@ -1,0 +1,14 @@
+"""Larger data sets, which the repository does not bring along: looked for in LORA_LAB_DATA, else in shared/data beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def folder_of(name: str) -> Path:
+    """Of one data set. Raises SystemExit where it is not there."""
+    folder = Path(os.environ.get("LORA_LAB_DATA") or Path(__file__).parents[2] / "shared" / "data") / name
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is not there: set LORA_LAB_DATA to the folder that holds {name}")
+    return folder
