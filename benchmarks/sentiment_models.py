@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lora_lab
 from lora_lab.data import filled, length_buckets, verbalize
+from lora_lab.models.base import pad_id_of
 from lora_lab.models.embedding import Pooling
 from lora_lab.models.generation import right_pad
 from lora_lab.models.pooled_classifier import with_pooled_head
@@ -86,7 +87,7 @@ class Reader:
         found: dict[int, Tensor] = {}
         with evaluating(model, self.precision):
             for indices in length_buckets([len(row) for row in rows], BATCH):
-                ids, mask = right_pad([rows[i] for i in indices], getattr(self.tokenizer, "pad_token_id", 0) or 0)
+                ids, mask = right_pad([rows[i] for i in indices], pad_id_of(self.tokenizer))
                 found.update(zip(indices, self._feature(model, ids, mask).float(), strict=True))
         return torch.stack([found[index] for index in range(len(rows))])
 

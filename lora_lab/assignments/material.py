@@ -15,7 +15,7 @@ from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divid
 from ..data.tables.folders import ALL, TEST, TRAIN, VALIDATION
 from ..data.tables.parts import PARTS, Dropped
 from ..errors import LoraLabError, did_you_mean
-from ..models.base import context_of
+from ..models.base import longest_row
 from .base import Assignment, Reader, Reading, Unusable, spread
 from .instruction import Instruction
 from .reviews import Reviews
@@ -74,7 +74,7 @@ class Material:
 
     def within(self, reader: Reader, model: nn.Module, max_length: int | None = None) -> Material:
         """Without the rows that are longer than the model's context, or than max_length: the model cannot read them."""
-        limit = min((each for each in (max_length, context_of(model)) if each is not None), default=None)
+        limit = longest_row(model, max_length)
         tokens = {part: [_tokens(example) for example in reader.examples(rows)] if rows else [] for part, rows in self.parts.items()}
         fits = {part: [index for index, each in enumerate(counts) if limit is None or max(each) <= limit] for part, counts in tokens.items()}
         dropped = self.dropped.copy()

@@ -19,7 +19,7 @@ from ..assignments import Reader, gather, kind_of
 from ..data.formats import Row
 from ..data.tables.folders import ALL
 from ..errors import LoraLabError
-from ..models.base import context_of
+from ..models.base import longest_row
 from ..models.embedding import embed, pooling_of
 from ..training.evaluation import class_logits, perplexity
 from ..wrapping import base_of
@@ -66,8 +66,8 @@ def pooled(model: Any, tokenizer: Any, texts: Sequence[str], reader: Reader) -> 
     """[n, H], float32: of an encoder, or of one that got a head, whatever stands before its text; a text beyond the context is cut."""
     if kind_of(model) == "encoder":
         return embed(model, tokenizer, texts).float().cpu()
-    limits = [limit for limit in (context_of(model), pooling_of(model).max_length) if limit is not None]
-    cut = {"truncation": True, "max_length": min(limits)} if limits else {}
+    limit = longest_row(model, pooling_of(model).max_length)
+    cut = {"truncation": True, "max_length": limit} if limit is not None else {}
     rows = [{"input_ids": [int(i) for i in tokenizer(text, **cut)["input_ids"]]} for text in texts]
     with without_head(base_of(model)):
         return class_logits(model, rows, tokenizer, precision=reader.reading.precision, progress=False)

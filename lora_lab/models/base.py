@@ -107,6 +107,16 @@ def context_of(model: nn.Module) -> int | None:
     return None if length is None else length - getattr(model, "virtual_tokens", 0)
 
 
+def longest_row(model: nn.Module, *limits: int | None) -> int | None:
+    """The smallest of the limits that are given and of the model's context; None where nothing limits a row."""
+    return min((limit for limit in (*limits, context_of(model)) if limit is not None), default=None)
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """What fills up a row; where the tokenizer has nothing for that, or is None, word 0 does, as the mask hides it."""
+    return getattr(tokenizer, "pad_token_id", 0) or 0
+
+
 def check_ids(name: str, ids: Tensor, vocabulary: int, also: int = 0) -> None:
     """Raise LoraLabError for an id outside 0 .. vocabulary - 1 that is not `also`. On the CPU only: elsewhere looking would wait for the device."""
     if torch.compiler.is_compiling() or ids.device.type != "cpu":

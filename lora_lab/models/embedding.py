@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import LoraLabError, did_you_mean
 from ..files import json_object, read_json
 from ..wrapping import base_of
-from .base import PretrainedModel, context_of, in_mode
+from .base import PretrainedModel, in_mode, longest_row, pad_id_of
 
 MODES = ("mean", "cls", "max", "mean_sqrt_len")
 # sentence-transformers' name for each, in 1_Pooling/config.json
@@ -96,11 +96,11 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: in
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise LoraLabError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
     pooling = pooling or pooling_of(model)
-    longest = _longest(model, pooling)
+    longest = longest_row(model, pooling.max_length)
     cut = {} if longest is None else {"truncation": True, "max_length": longest}
     rows = [[int(i) for i in tokenizer(text, **cut)["input_ids"]] for text in texts]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)  # if memory is short, it shows at once
-    pad, batches = getattr(tokenizer, "pad_token_id", 0) or 0, [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    pad, batches = pad_id_of(tokenizer), [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     with in_mode(model, training=False), torch.no_grad():
         vectors = [_vectors(model, [rows[index] for index in batch], pad, pooling) for batch in batches]
     if not vectors:
@@ -123,10 +123,6 @@ def _vectors(model: nn.Module, rows: list[list[int]], pad: int, pooling: Pooling
     if hidden is None:
         raise LoraLabError(f"a {type(model).__name__} returned no .last_hidden_state: load the encoder with task='feature-extraction'")
     return pooling(hidden, mask)
-
-
-def _longest(model: nn.Module, pooling: Pooling) -> int | None:
-    return min((limit for limit in (pooling.max_length, context_of(model)) if limit is not None), default=None)
 
 
 # sentence-transformers' files ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import LoraLabError
 from ..wrapping import base_of
-from .base import PretrainedModel, context_of, in_mode, is_encoder_decoder
+from .base import PretrainedModel, context_of, in_mode, is_encoder_decoder, pad_id_of
 from .causal import CausalLM
 
 OnToken = Callable[[int, int, str], None]
@@ -90,7 +90,7 @@ def generate(model: nn.Module, prompts: Sequence[str] | Sequence[Sequence[int]] 
     stops = frozenset(_whole_numbers(given, "stop_ids") if given is not None else ends)
     stream = _Stream(limits, tokenizer, stops, on_token)
     started = time.perf_counter()
-    generators, pad = _generators(seed, len(rows), model), getattr(tokenizer, "pad_token_id", 0) or 0
+    generators, pad = _generators(seed, len(rows), model), pad_id_of(tokenizer)
     with in_mode(model, training=False), torch.inference_mode():
         for tokens in (_answer_tokens if answers else _tokens)(model, rows, sampling, generators, use_cache, limits, pad):
             if stream.add(tokens):

@@ -25,7 +25,7 @@ from ..data.templates import IGNORE
 from ..errors import LoraLabError
 from ..learning_rates import learns_fast
 from ..merging import refuse_merged
-from ..models.base import context_of, in_mode
+from ..models.base import in_mode, longest_row, pad_id_of
 from ..models.causal import refuse_per_sample
 from .batches import Examples, epoch_batches
 from .config import TrainConfig
@@ -61,7 +61,7 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     refuse_merged(model, "fit")
     if not any(p.requires_grad for p in model.parameters()):
         raise LoraLabError("nothing in the model requires grad, so there is nothing to train: inject an adapter, or unfreeze weights")
-    max_length = _longest_row(model, config)
+    max_length = longest_row(model, config.max_length)
     examples = task.encode(data, tokenizer, max_length)
     held_out = task.encode(eval_data, tokenizer, max_length) if eval_data else []
     _check_settings(model, config, held_out)
@@ -73,7 +73,7 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
         if everyone.size > 1 and config.distributed == "fsdp" and not is_sharded(model):
             shard(model, config.precision)
         with _borrowed(model, config) as learning, out_of_memory_explained(model, request, request["sequence_length"]):
-            return Run(model, task, config, examples, held_out, getattr(tokenizer, "pad_token_id", 0) or 0, everyone, learning).train()
+            return Run(model, task, config, examples, held_out, pad_id_of(tokenizer), everyone, learning).train()
 
 
 def evaluate(model: nn.Module, examples: Examples, config: TrainConfig, pad_id: int = 0) -> float:
@@ -182,8 +182,3 @@ def _check_settings(model: nn.Module, config: TrainConfig, held_out: Examples) -
     if config.lora_plus_ratio is not None and not any(p.requires_grad and learns_fast(name) for name, p in model.named_parameters()):
         raise LoraLabError(f"lora_plus_ratio={config.lora_plus_ratio!r}: no B of LoRA trains in this {type(model).__name__}; inject first, or give "
                            "no ratio")  # fmt: skip
-
-
-def _longest_row(model: nn.Module, config: TrainConfig) -> int | None:
-    """Tokens a row may have: no more than max_length, and no more than the model's context."""
-    return min((limit for limit in (config.max_length, context_of(model)) if limit is not None), default=None)

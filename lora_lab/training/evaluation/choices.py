@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...data.batching import length_buckets
 from ...errors import LoraLabError, did_you_mean
-from ...models.base import context_of, is_encoder_decoder
+from ...models.base import context_of, is_encoder_decoder, pad_id_of
 from ...models.cache import KVCache
 from ...models.generation import decoder_start, left_pad, right_pad
 from .passes import Prompt, evaluating, in_batches, prompt_ids
@@ -51,7 +51,7 @@ def score_choices(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, c
     wanted = [[_ids(choice, index, tokenizer, end) for choice in each] for index, each in enumerate(given)]
     _check_context(model, [[0]] * len(rows) if answers else rows, wanted)
     scores = torch.full((len(rows), max(map(len, wanted))), -torch.inf, dtype=torch.float64)
-    pad = getattr(tokenizer, "pad_token_id", 0) or 0
+    pad = pad_id_of(tokenizer)
     with evaluating(model, precision):
         for indices in in_batches([len(row) for row in rows], batch_size, "score", progress):
             read = (_Answered if answers else _Continued)(model, [rows[i] for i in indices], pad, use_cache)

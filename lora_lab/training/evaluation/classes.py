@@ -15,7 +15,7 @@ from ...data.classification import MULTI, REGRESSION, encode_labelled, problem_o
 from ...data.formats import Rows
 from ...data.tasks import ClassificationTask, task_of
 from ...errors import LoraLabError
-from ...models.base import context_of
+from ...models.base import longest_row, pad_id_of
 from .passes import evaluating, in_batches
 
 Class = Hashable | Sequence[int]
@@ -33,9 +33,8 @@ def class_logits(model: nn.Module, rows: Sequence[dict[str, Any]], tokenizer: An
     looked at.  Raises LoraLabError for another model, a row that cannot be read, and an answer that is not a number.
     """
     task = _classifier(model)
-    limits = [limit for limit in (max_length, context_of(model)) if limit is not None]
-    examples = _encode(rows, tokenizer, task, min(limits, default=None))
-    device, pad = next(model.parameters()).device, getattr(tokenizer, "pad_token_id", 0) or 0
+    examples = _encode(rows, tokenizer, task, longest_row(model, max_length))
+    device, pad = next(model.parameters()).device, pad_id_of(tokenizer)
     found: dict[int, Tensor] = {}
     with evaluating(model, precision):
         for indices in in_batches([len(example["input_ids"]) for example in examples], batch_size, "classify", progress):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...data.tasks import ClassificationTask, task_of
 from ...errors import LoraLabError
-from ...models.base import context_of
+from ...models.base import longest_row, pad_id_of
 from ...targets import lora_layers
 from ..config import TrainConfig
 from ..run import evaluate
@@ -29,10 +29,9 @@ def perplexity(model: nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any 
     if isinstance(task, ClassificationTask):
         raise LoraLabError(f"a {type(model).__name__} names classes and has no perplexity: use predict_classes, accuracy and f1")
     check_batch_size(batch_size)
-    limits = [limit for limit in (max_length, context_of(model)) if limit is not None]
-    examples = task.encode(rows, tokenizer, min(limits, default=None))
+    examples = task.encode(rows, tokenizer, longest_row(model, max_length))
     settings = TrainConfig(micro_batch_size=batch_size, precision=precision, progress=progress)
-    loss = evaluate(model, task, examples, settings, getattr(tokenizer, "pad_token_id", 0) or 0)
+    loss = evaluate(model, task, examples, settings, pad_id_of(tokenizer))
     if math.isnan(loss):
         raise LoraLabError(f"the loss is not a number: the weights{' or adapters' if lora_layers(model) else ''} hold NaN or infinity")
     return math.exp(loss) if loss < 709 else math.inf  # beyond, exp leaves float64
