@@ -78,12 +78,13 @@ def test_no_product_and_no_text_is_in_two_parts_of_the_reviews(folder):
     assert sum(map(len, texts.values())) == len({text for own in texts.values() for text in own})
 
 
-def test_of_the_reviews_as_many_are_negative_as_positive_whatever_is_taken_of_them(folder, tmp_path):
-    material = study("reviews", tmp_path, rows=10, held_out=6).bench.material
+@pytest.mark.parametrize(("name", "kinds"), [("reviews", ("negative", "neutral", "positive")), ("polar_reviews", ("negative", "positive"))])
+def test_of_the_reviews_as_many_are_of_each_sentiment_whatever_is_taken_of_them(folder, tmp_path, name, kinds):
+    material = study(name, tmp_path, rows=12, held_out=6).bench.material
     for part in ("train", "judge", "validation", "test"):
         asked = [tasks_readers.asked_for(row) for row in material.part(part)]
-        assert 2 * sum(asked) == len(asked), part
-    assert len(material.train) == 10 and len(material.test) == 6
+        assert {kind: len(kinds) * asked.count(kind) for kind in asked} == dict.fromkeys(kinds, len(asked)), part
+    assert len(material.train) == 12 and len(material.test) == 6
 
 
 def test_the_dialogues_parts_are_the_data_sets_own(folder):
@@ -189,23 +190,23 @@ def test_the_judge_learns_from_its_own_rows_and_can_tell_them_apart(folder, tmp_
     taught = []
     fit = tasks_readers.fit
     monkeypatch.setattr(tasks_readers, "fit", lambda model, rows, config: taught.append(rows) or fit(model, rows, config))
-    bench = study("reviews", tmp_path).bench
+    bench = study("polar_reviews", tmp_path).bench
     words = {"negative": "the bad dog", "positive": "good film"}
     own = bench.material.part("judge")
     for row in own:
-        row["output"] = words[tasks_readers.SENTIMENTS[tasks_readers.asked_for(row)]]
-    assert bench.reader.judge.reads([*words.values()]) == [0, 1]
+        row["output"] = words[tasks_readers.asked_for(row)]
+    assert bench.reader.judge.reads([*words.values()]) == [*words]
     assert len(taught[0]) == len(own) and bench.reader.judge is bench.reader.judge
 
 
 def test_a_review_is_as_asked_where_the_judge_reads_it_so_and_nothing_never_is(folder, tmp_path, monkeypatch):
-    bench = study("reviews", tmp_path).bench
+    bench, (no, yes) = study("polar_reviews", tmp_path).bench, ("negative", "positive")
     monkeypatch.setattr(tasks_readers.Judge, "__init__", lambda self, rows, reading: None)
-    monkeypatch.setattr(tasks_readers.Judge, "reads", lambda self, texts: [0, 0, 1, 1])
+    monkeypatch.setattr(tasks_readers.Judge, "reads", lambda self, texts: [no, no, yes, yes])
     rows = bench.material.test
-    assert [tasks_readers.asked_for(row) for row in rows] == [0, 0, 1, 1]
+    assert [tasks_readers.asked_for(row) for row in rows] == [no, no, yes, yes]
     assert bench.reader.of_texts(["a", " ", "", "b"], rows) == {"read as asked": [1, 0, 0, 1]}
-    monkeypatch.setattr(tasks_readers.Judge, "reads", lambda self, texts: [0, 1, 0, 1])
+    monkeypatch.setattr(tasks_readers.Judge, "reads", lambda self, texts: [no, yes, no, yes])
     assert bench.reader.of_texts(["a", "b", "c", "d"], rows) == {"read as asked": [1, 0, 0, 1]}
 
 

@@ -52,7 +52,8 @@ def test_the_prediction_is_for_the_layers_that_are_adapted_and_the_rows_that_lie
     assert memory_math.predict(model, **request).total == memory_math.predict(model, device="cpu", **written).total
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["q"], "fused": {"qkv": {"q": 8, "k": 8, "v": 8}}}, {"target_parameters": ["stack"]}])
+@pytest.mark.parametrize("options", [{"target_modules": ["qkv.q", "qkv.v"], "fused": {"qkv": {"q": 8, "k": 8, "v": 8}}},
+                                     {"target_modules": [], "target_parameters": ["stack"]}], ids=["parts", "stack"])  # fmt: skip
 def test_the_rank_is_that_of_one_pair(options: dict[str, Any]) -> None:
     """Of a stack of three matrices, and of a part of a fused layer."""
 
@@ -61,9 +62,9 @@ def test_the_rank_is_that_of_one_pair(options: dict[str, Any]) -> None:
             super().__init__()
             self.qkv, self.stack = torch.nn.Linear(8, 24), torch.nn.Parameter(torch.randn(3, 8, 8))
 
-    options = {"target_modules": [], **options}
-    if "fused" in options:
-        options["target_modules"] = ["qkv.q", "qkv.v"]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.qkv(x @ self.stack)
+
     assert request_of(lora_lab.inject(Owner(), rank=2, **options), TrainConfig(), ROWS)["rank"] == 2
 
 
