@@ -57,7 +57,7 @@ class Variant:
 
     def rank(self, layer: LoRA, adapter: str) -> int:
         """r, of one pair where A and B hold several."""
-        return next(iter(self.pieces(layer.lora_A[adapter], layer.lora_B[adapter])))[0].shape[0]
+        return layer.lora_A[adapter].shape[0]
 
     def update(self, layer: LoRA, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """What is added to y, the output of the frozen layer for x."""

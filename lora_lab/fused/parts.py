@@ -140,6 +140,9 @@ class Fused(Variant):
     def shapes(self, kind: LinearKind, module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (len(self.layout.parts) * rank, kind.shape(module)[0]), (sum(self.layout.sizes), rank)
 
+    def rank(self, layer: LoRA, adapter: str) -> int:
+        return layer.lora_B[adapter].shape[1]
+
     def pieces(self, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(A.chunk(len(self.layout.parts)), B.split(self.layout.sizes), strict=True)
 

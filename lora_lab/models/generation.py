@@ -96,7 +96,7 @@ def generate(model: nn.Module, prompts: Sequence[str] | Sequence[Sequence[int]] 
             if stream.add(tokens):
                 break
     texts = ["" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True) for ids in stream.ids]
-    return Generation(stream.ids, texts, time.perf_counter() - started, [ids[-1] in stops for ids in stream.ids])
+    return Generation(stream.ids, texts, time.perf_counter() - started, [not stops.isdisjoint(ids[-1:]) for ids in stream.ids])
 
 
 def _tokens(model: nn.Module, rows: list[list[int]], sampling: Sampling, generators: list[torch.Generator], use_cache: bool,

@@ -62,6 +62,9 @@ class ParameterKind(LinearKind):
 class OnParameter(Variant):
     """LoRA whose update is in the weight: ``W + scaling * B A``, matrix by matrix. Source: Hu et al. 2021 (arXiv:2106.09685), equation 3."""
 
+    def rank(self, layer: LoRA, adapter: str) -> int:
+        return layer.lora_B[adapter].shape[-1]
+
     def pieces(self, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(as_stack(A), as_stack(B), strict=True)
 

@@ -20,12 +20,13 @@ def request_of(model: nn.Module, config: TrainConfig, examples: Examples, proces
     """Arguments of `memory_math.predict` for a step of this run on its longest rows, or as many of those as max_tokens allows."""
     longest = max(len(example["input_ids"]) for example in examples)
     rows = config.micro_batch_size if config.max_tokens is None else max(1, config.max_tokens // longest)
+    divided = is_sharded(model) or (processes > 1 and config.distributed == "fsdp")
     written = max(len(example.get("labels") or ()) for example in examples)
     answers = {"target_length": written} if written and is_encoder_decoder(model) else {}
     return {"precision": config.precision, "batch_size": rows, "sequence_length": longest, **answers,
             "grad_accum_steps": config.grad_accum_steps, "gradient_checkpointing": config.gradient_checkpointing, "optimizer": config.optimizer,
             "optimizer_in_backward": config.optimizer_in_backward, "offload_activations": config.activation_offload,
-            "world_size": processes, "zero_stage": 3 if is_sharded(model) else 0,
+            "world_size": processes, "zero_stage": 3 if divided else 0,
             "device": "cuda" if any(p.is_cuda for p in model.parameters()) else "cpu", **_trained(model)}  # fmt: skip
 
 
