@@ -129,7 +129,8 @@ def reviews_task(material: Callable[[Path], Material]) -> Task:
 
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}
 TASKS = {
-    "mts_dialog": Task("mts_dialog", dialogues, Summaries, of_summaries, 1200, {"epochs": 2, "micro_batch_size": 8}, {**GREEDY, "max_new_tokens": 64}),
+    "mts_dialog": Task("mts_dialog", dialogues, Summaries, of_summaries, 1200, {"epochs": 2, "micro_batch_size": 8},
+                       {**GREEDY, "max_new_tokens": 64}),
     "reviews": reviews_task(reviews),
     "polar_reviews": reviews_task(polar_reviews),
     "instructions": Task("instructions_apache", instructions, Answers, of_answers, 1200, {"epochs": 1, "micro_batch_size": 8},

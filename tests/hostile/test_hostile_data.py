@@ -82,7 +82,8 @@ def test_a_row_of_ten_megabytes_is_a_row(tmp_path):
 def test_fields_that_nobody_reads_may_be_anything(beside):
     """A row's messages beside its text, and the other way round."""
     told = {"instruction": "say", "output": "yes"}
-    for task, row, others in ((CausalTask(), told, ("text", "summary")), (ClassificationTask(2), {"text": "good", "label": 1}, ("messages", "output"))):
+    judged = {"text": "good", "label": 1}
+    for task, row, others in ((CausalTask(), told, ("text", "summary")), (ClassificationTask(2), judged, ("messages", "output"))):
         tokenizer = chat_tokenizer()
         assert [*task.encode([{**row, **dict.fromkeys(others, beside)}], tokenizer, 64)] == [*task.encode([row], tokenizer, 64)]
 
