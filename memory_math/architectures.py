@@ -125,7 +125,7 @@ def _count_tensors(module: object, parameters: Iterable[tuple[str, Any]]) -> Par
 
 
 def _known_tensors(module: object) -> dict[str, Tensor]:
-    config = _fields_of(module)
+    config = fields_of(module)
     if config is None or config.get("model_type") not in SUPPORTED_TYPES:
         return {}
     _refuse_quantised(config, type(module).__name__)
@@ -151,7 +151,7 @@ def architecture_of(source: object) -> Architecture:
         return _from_config(source)
     if isinstance(source, (str, Path)):
         return _from_name(str(source))
-    config, to_dict = _fields_of(source), getattr(source, "to_dict", None)
+    config, to_dict = fields_of(source), getattr(source, "to_dict", None)
     if config is None and callable(to_dict):
         return _from_config(to_dict(), type(source).__name__)
     if not config:
@@ -187,7 +187,7 @@ def _is_tied(model: object) -> bool | None:
     return inputs is outputs
 
 
-def _fields_of(model: object) -> Mapping[str, Any] | None:
+def fields_of(model: object) -> Mapping[str, Any] | None:
     config = getattr(model, "config", None)
     if isinstance(config, Mapping):
         return config
@@ -195,20 +195,32 @@ def _fields_of(model: object) -> Mapping[str, Any] | None:
     return to_dict() if callable(to_dict) else getattr(config, "__dict__", None)
 
 
-def _from_name(name: str) -> Architecture:
-    preset = PRESETS.get(name.lower()) or PRESETS.get(name.lower().rpartition("/")[2] if name.count("/") == 1 else "")
-    if preset is not None:
-        return _from_config(preset, name.lower())
+def preset_of(name: str) -> str | None:
+    """The preset that a name means, the owner of a Hub id left out; None where it means none."""
+    asked = name.lower()
+    short = asked.rpartition("/")[2] if asked.count("/") == 1 else ""
+    return next((known for known in (asked, short) if known in PRESETS), None)
+
+
+def config_file_of(name: str) -> Path | None:
+    """The config.json that a path means: the file itself, or the one in this folder; None where there is none."""
     path = Path(name).expanduser()
     path = path / "config.json" if path.is_dir() else path
-    if path.is_file():
-        return _from_config(_read_json(path), path.parent.name or str(path))
+    return path if path.is_file() else None
+
+
+def _from_name(name: str) -> Architecture:
+    preset, path = preset_of(name), config_file_of(name)
+    if preset is not None:
+        return _from_config(PRESETS[preset], name.lower())
+    if path is not None:
+        return _from_config(read_config(path), path.parent.name or str(path))
     near = get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(PRESETS)} presets, such as {FEW_PRESETS}"
     raise MemoryMathError(f"{name!r} is neither a preset nor a folder with a config.json nor such a file: {hint}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from .architectures import count_parameters
 from .errors import MemoryMathError
 from .footprint import predict
 from .in_context import in_context
+from .knobs import predict_defaults
 from .ledger import claims
 from .limits import verdict
 from .number_formats import number_formats
@@ -63,7 +63,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 def _request(parser: argparse.ArgumentParser, *without: str) -> None:
     """Every keyword of `predict`, with its default; those in `without` are what the command goes through itself."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(predict).parameters.items()}
+    defaults = predict_defaults()
     for kind, names in ((int, WHOLE), (str, WORDS)):
         for name in (name for name in names if name not in without):
             told = "" if defaults[name] is None else f"; default {defaults[name]}"
@@ -84,7 +84,7 @@ def _checkpointing(text: str) -> int | str:
 
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `predict` among the arguments."""
-    known = set(inspect.signature(predict).parameters) - {"source"}
+    known = predict_defaults()
     request = {name: value for name, value in vars(arguments).items() if name in known}
     targets = request["target_modules"]
     request["target_modules"] = targets[0] if targets in (["all-linear"], ["attention"]) else targets
@@ -103,7 +103,7 @@ def _versions(pairs: list[str] | None) -> Mapping[str, str] | None:
 
 def _changed(request: dict[str, Any]) -> dict[str, Any]:
     """What differs from the defaults: the questions vary the rest."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(predict).parameters.items()}
+    defaults = predict_defaults()
     return {name: value for name, value in request.items() if value != defaults[name]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .request import ADAPTED, USUAL_TOKENS, Request
+from .request import ADAPTED, USUAL_TOKENS, Request, step_kind, usual_loss
 
 if TYPE_CHECKING:
     from .simulate import Simulation
@@ -22,15 +22,21 @@ def asked_of(request: Request) -> dict[str, Any]:
 
 def idle_keywords(request: Request) -> tuple[str, ...]:
     """Keywords that were given another value than their default and change nothing with this method."""
-    adapters, virtual, trains = request.method in ADAPTED, request.virtual is not None, request.trains
+    adapters, virtual, several = request.method in ADAPTED, request.virtual is not None, request.parallel.world_size > 1
+    trained, whole = request.trains and request.method != "frozen", request.parallel.zero_stage < 3  # whole: each device has all weights
     settings = {
         "rank": (request.rank != 8, adapters), "target_modules": (request.target_modules != "all-linear", adapters),
         "num_virtual_tokens": (request.num_virtual_tokens != USUAL_TOKENS, virtual),
         "prefix_projection": (request.prefix_projection, request.virtual == "prefix"),
         "encoder_hidden_size": (request.encoder_hidden_size is not None, request.network is not None),
         "adapter_dtype": (request.adapter_dtype is not None, adapters or virtual),
-        "optimizer": (request.optimizer != "adamw", trains), "offload_optimizer": (request.offload_optimizer, trains),
-        "compile": (request.compile, trains),
+        "optimizer": (request.optimizer != "adamw", trained), "offload_optimizer": (request.offload_optimizer, trained),
+        "optimizer_implementation": (request.optimizer_implementation != step_kind({**vars(request), "optimizer_implementation": None}), trained),
+        "optimizer_in_backward": (request.optimizer_in_backward, trained), "grad_accum_steps": (request.grad_accum_steps != 1, trained),
+        "zero_stage": (request.parallel.zero_stage != 0, request.divided_masters or (several and (trained or not whole))),
+        "world_size": (several, trained or not whole), "compile": (request.compile, request.trains),
+        "loss": (request.loss != usual_loss(request.implementation, request.versions), request.trains),
+        "target_length": (request.target_length != request.sequence_length, request.trains and request.architecture.family == "t5"),
     }  # fmt: skip
     return tuple(name for name, (given, used) in settings.items() if given and not used)
 

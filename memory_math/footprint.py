@@ -22,10 +22,9 @@ from .prompted import with_prompt_of
 from .report import footprint_html, footprint_json, footprint_svg, footprint_table
 from .request import USUAL_LENGTH, USUAL_TOKENS, Request, check
 from .simulate import Simulation, simulate
-from .tape import Ledger
+from .tape import PUBLIC_PARTS, Ledger
 
 GIB = 2**30
-PUBLIC_PARTS = ("weights", "gradients", "optimizer_states", "activations", "logits", "workspace", "other")
 
 
 class Interval(int):

@@ -13,13 +13,13 @@ the examples, or the tuning, help the answers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .architectures import Architecture, architecture_of
+from .amounts import positive, share
+from .architectures import Architecture, architecture_of, config_file_of, fields_of, preset_of, read_config
 from .errors import MemoryMathError
 from .hardware import GPU, Price, gpu_of
 from .presets import PRESETS
@@ -188,9 +188,9 @@ def _prompt(
 ) -> Prompt:  # fmt: skip
     cache = kv_cache_bytes(architecture, tokens + answer, bytes_per_element=itemsize)
     flops = training_flops(model, tokens, method="inference", sequence_length=tokens).model
-    share = None if window is None else (tokens + answer) / window
+    window_share = None if window is None else (tokens + answer) / window
     if gpu is None or mfu is None:
-        return Prompt(tokens, answer, cache, flops, share, None, None, None)
+        return Prompt(tokens, answer, cache, flops, window_share, None, None, None)
     prefill = flops / (gpus * gpu.flops_per_second * mfu)
     weights = itemsize * (parameters_of(model) if batch_size > 1 else active_parameters_of(model))  # several requests use most experts
     positions = answer * tokens + answer * (answer + 1) // 2  # the cache grows by one position with each token of the answer
@@ -198,7 +198,7 @@ def _prompt(
     decode = read / (gpus * gpu.bandwidth_bytes_per_second)
     dollars_per_hour = price.dollars_per_hour if isinstance(price, Price) else price
     dollars = None if dollars_per_hour is None else (prefill + decode) / 3600 * gpus * dollars_per_hour
-    return Prompt(tokens, answer, cache, flops, share, prefill, decode, dollars)
+    return Prompt(tokens, answer, cache, flops, window_share, prefill, decode, dollars)
 
 
 def _decoder(model: object) -> Architecture:
@@ -215,11 +215,11 @@ def _check_together(
     """Values that would do nothing."""
     if (gpu is None) != (mfu is None):
         raise MemoryMathError(f"gpu={gpu!r} with mfu={mfu!r}: seconds need both, mfu being the share of the GPU's peak that prefill reaches")
-    if mfu is not None and (isinstance(mfu, bool) or not isinstance(mfu, (int, float)) or not 0 < mfu <= 1):
-        raise MemoryMathError(f"mfu={mfu!r}: expected a share of the peak, above 0 and at most 1 (45 % is 0.45)")
+    if mfu is not None:
+        share("mfu", mfu)
     dollars = price.dollars_per_hour if isinstance(price, Price) else price
-    if dollars is not None and (isinstance(dollars, bool) or not isinstance(dollars, (int, float)) or not 0 < dollars < math.inf):
-        raise MemoryMathError(f"price={price!r}: expected dollars per GPU-hour, a number above 0")
+    if dollars is not None:
+        positive("price", dollars)
     idle = {"price": (price, None), "tuning_tokens": (tuning_tokens, None), "gpus": (gpus, 1), "batch_size": (batch_size, 1)}
     for name, (value, default) in idle.items():
         if gpu is None and value != default:
@@ -231,22 +231,24 @@ def _check_together(
 def _window_of(model: object, given: int | None) -> int | None:
     if given is not None:
         return whole("context_window", given)
-    named = str(model).lower() if isinstance(model, (str, Path)) else ""
-    for fields in (_fields_of(model), PRESETS.get(named, {})):
-        for field in WINDOW_FIELDS:
-            value = fields.get(field)
-            if isinstance(value, int) and value > 0:
-                return value
-    known = [beginning for beginning in KNOWN_WINDOWS if named.startswith(beginning)]
+    preset = preset_of(str(model)) if isinstance(model, (str, Path)) else None
+    fields = _config_of(model, preset)
+    for field in WINDOW_FIELDS:
+        value = fields.get(field)
+        if isinstance(value, int) and value > 0:
+            return value
+    known = [beginning for beginning in KNOWN_WINDOWS if preset is not None and preset.startswith(beginning)]
     return KNOWN_WINDOWS[max(known, key=len)] if known else None
 
 
-def _fields_of(model: object) -> Mapping[str, object]:
-    """The config's fields, where there is a config."""
+def _config_of(model: object, preset: str | None) -> Mapping[str, object]:
+    """The config's fields, read from where `architecture_of` reads them."""
+    if preset is not None:
+        return PRESETS[preset]
     if isinstance(model, (str, Path)):
-        path = Path(model).expanduser()
-        path = path / "config.json" if path.is_dir() else path
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content if isinstance(content, dict) else {}
-    config = model if isinstance(model, Mapping) else getattr(model, "config", {})
-    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+        path = config_file_of(str(model))
+        return {} if path is None else read_config(path)
+    if isinstance(model, Mapping):
+        return model
+    to_dict = getattr(model, "to_dict", None)  # of a config itself
+    return fields_of(model) or (to_dict() if callable(to_dict) else {})

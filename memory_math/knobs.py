@@ -17,7 +17,7 @@ from typing import Any
 from .errors import MemoryMathError
 from .footprint import Footprint, implementation_of, predict
 from .report import html_grid, markdown_grid, size_text, text_grid, title_of
-from .request import VIRTUAL
+from .request import ADAPTED, VIRTUAL
 
 Asked = Mapping[str, Any]
 FREE, TIME, ROUNDING, LEARNING = range(4)  # prices: nothing; time; the same training in fewer bits; another training
@@ -84,11 +84,11 @@ def _halve(name: str, where: Callable[[Asked], bool] = lambda _: True) -> Callab
     return lambda asked: {name: asked[name] // 2} if where(asked) and asked[name] >= 2 else None
 
 
-_FULL, _ADAPTED, _PROMPT_ONLY = _where(method=["full"]), _where(method=["lora", "dora", "qlora"]), _where(method=["inference"])
-_ADAM = _where(optimizer=["adam", "adamw"], method=["full", "lora", "dora", "qlora", *VIRTUAL])
-_FROZEN_BASE = _where(method=["lora", "dora", *VIRTUAL, "inference"], quantization=["none"])
-_ALL_LINEAR = _where(method=["lora", "dora", "qlora"], target_modules=["all-linear"])
-_NOT_FULL = _where(method=["frozen", "lora", "dora", "qlora", *VIRTUAL, "inference"])
+_FULL, _ADAPTED, _PROMPT_ONLY = _where(method=["full"]), _where(method=ADAPTED), _where(method=["inference"])
+_ADAM = _where(optimizer=["adam", "adamw"], method=["full", *ADAPTED, *VIRTUAL])
+_FROZEN_BASE = _where(method=["frozen", "lora", "dora", *VIRTUAL, "inference"], quantization=["none"])
+_ALL_LINEAR = _where(method=ADAPTED, target_modules=["all-linear"])
+_NOT_FULL = _where(method=["frozen", *ADAPTED, *VIRTUAL, "inference"])
 _CODES = "frozen weights rounded to 4 bit and unpacked in every pass"
 
 KNOBS = (  # from the cheapest to the dearest

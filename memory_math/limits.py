@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 
 
 def limit_of(gpu: str | int | hardware.GPU) -> tuple[str, int]:
-    """What a limit is called, and its bytes: those a process can use of this GPU, or the given bytes themselves."""
-    if isinstance(gpu, hardware.GPU):
-        return gpu.name, gpu.usable_bytes
-    if isinstance(gpu, str):
-        return hardware.gpu_of(gpu).name, hardware.gpu_of(gpu).usable_bytes
+    """What a limit is called, and its bytes: those a process can use of this GPU, or the given bytes themselves.
+
+    Predictions are the same for all GPUs, with cuBLAS's two workspaces as most have them; what they are larger on this one is taken off here.
+    """
+    if isinstance(gpu, (str, hardware.GPU)):
+        card = hardware.gpu_of(gpu)
+        return card.name, card.usable_bytes - 2 * (card.cublas_workspace_bytes - hardware.CUBLAS_BYTES)
     if isinstance(gpu, bool) or not isinstance(gpu, int) or gpu < 1:
         raise MemoryMathError(f"gpu={gpu!r}: expected the name of a GPU, such as 'T4', or a whole number of bytes")
     return "the limit", gpu

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -290,8 +291,8 @@ def _block_scale(value: Number, scale: float | None) -> Fraction:
     magnitude = abs(Fraction(value))
     if scale is None:
         return Fraction(2) ** (_floor_log2(magnitude) + 1) if magnitude else Fraction(1)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0 or Fraction(scale) < magnitude:
-        least = f"a number of at least |value| = {_short(magnitude)}"
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= sys.float_info.max or Fraction(scale) < magnitude:
+        least = f"a number of at least |value| = {_short(magnitude)} that a float can hold"
         raise MemoryMathError(f"scale={scale!r}: expected the largest magnitude of the block, so {least}")
     return Fraction(scale)
 

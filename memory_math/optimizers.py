@@ -9,7 +9,7 @@ matrix's rows and of its columns instead of the matrix (Shazeer and Stern 2018, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import MemoryMathError
 
@@ -91,7 +91,7 @@ def state_sizes(name: str, tensors: Sequence[Shape], masters: bool = False) -> l
     optimizer = optimizer_of(name)
     if not masters:
         return [optimizer.state(tensor) for tensor in tensors]
-    return [optimizer.state(Shape(tensor.rows, tensor.columns, 4)) + 4 * tensor.numel for tensor in tensors]
+    return [optimizer.state(replace(tensor, itemsize=4)) + 4 * tensor.numel for tensor in tensors]
 
 
 def state_bytes(name: str, tensors: Sequence[Shape], masters: bool = False) -> int:

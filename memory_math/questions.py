@@ -23,6 +23,7 @@ from .limits import limit_of, reserved_fits
 from .out_of_memory import Fix, OutOfMemory, explain_oom
 from .presets import PRESETS
 from .report import size_text, text_grid
+from .request import whole
 
 __all__ = ["Answer", "Fix", "ModelFit", "ModelFits", "OutOfMemory", "Saving", "Savings", "explain_oom", "largest", "models_that_fit", "savings"]
 
@@ -174,7 +175,7 @@ def models_that_fit(gpu: str | int, **request: Any) -> ModelFits:
     limit, limit_bytes = limit_of(gpu)
     asked = {**predict_defaults(), **request}
     smallest = 0.5 if asked["method"] == "qlora" or asked["quantization"] != "none" else 2  # bytes per parameter
-    devices = asked["world_size"] * asked["tensor_parallel"]
+    devices = whole("world_size", asked["world_size"]) * whole("tensor_parallel", asked["tensor_parallel"])
     found: dict[tuple[int, int], list[tuple[str, Footprint]]] = {}
     refused: dict[str, str] = {}
     for name in PRESETS:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .limits import limit_of
 from .svg import PALETTE, column, stacked_bars, timeline
+from .tape import PUBLIC_PARTS
 
 if TYPE_CHECKING:
     from .footprint import Footprint, Interval
@@ -55,8 +56,6 @@ def unit_for(most: int) -> tuple[int, str]:
 
 def parts_of(footprint: Footprint) -> dict[str, int]:
     """Part -> bytes at the peak, in the order that tables show them."""
-    from .footprint import PUBLIC_PARTS
-
     return {part: getattr(footprint, part) for part in PUBLIC_PARTS}
 
 

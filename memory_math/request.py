@@ -167,9 +167,9 @@ def check(architecture: Architecture, **asked: Any) -> Request:
         asked[name] = whole(name, asked[name])
     asked["sequence_length"] = _length(architecture, asked)
     asked["parallel"] = check_parallel(asked.pop("zero_stage"), asked.pop("world_size"), asked.pop("tensor_parallel"))
-    asked["optimizer_implementation"] = _step_kind(asked)
+    asked["optimizer_implementation"] = step_kind(asked)
     asked["attention"] = one_of("attention", asked["attention"], ATTENTIONS[implementation], implementation)
-    loss = _own_loss(implementation, asked["versions"]) if asked["loss"] is None else asked["loss"]
+    loss = usual_loss(implementation, asked["versions"]) if asked["loss"] is None else asked["loss"]
     asked["loss"] = one_of("loss", loss, LOSSES[implementation], implementation)
     asked["gradient_checkpointing"] = _checkpointing(asked["gradient_checkpointing"])
     for name in ("compile", "offload_optimizer", "offload_activations", "optimizer_in_backward"):
@@ -302,7 +302,7 @@ def _adapter_bytes(dtype: object) -> int:
     return ADAPTER_BYTES if dtype is None else itemsize_of("adapter_dtype", dtype)
 
 
-def _own_loss(implementation: str, versions: Versions) -> str:
+def usual_loss(implementation: str, versions: Versions) -> str:
     """transformers before 4.45 made float32 logits and a shifted copy of them; see models/losses.py."""
     old = implementation == "transformers" and versions.before("transformers", "4.45")
     return "hf_legacy" if old else LOSSES[implementation][0]
@@ -337,7 +337,7 @@ def _labels(value: Any, most: tuple[int, str]) -> int:
     return value
 
 
-def _step_kind(asked: Mapping[str, Any]) -> str:
+def step_kind(asked: Mapping[str, Any]) -> str:
     """None: what the loop takes. torch.optim left alone takes foreach on CUDA (since PyTorch 2.0, pull request 92306) and the plain loop elsewhere;
     lora_lab asks for fused where there is such a kernel, and rounds the step of 16-bit weights by chance (lora_lab/training/optimizers.py)."""
     value, own = asked["optimizer_implementation"], asked["implementation"] == "lora_lab"

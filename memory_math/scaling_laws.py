@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .amounts import positive
 from .errors import MemoryMathError
 from .request import one_of
 from .svg import line_chart
@@ -89,7 +90,7 @@ def chinchilla(flops: float, constants: str = "rule") -> ComputeOptimal:
     >>> [round(chinchilla(5.76e23, name).tokens_per_parameter, 1) for name in ("published", "published-unrounded", "refit")]
     [92.6, 59.1, 18.4]
     """
-    _above_zero("flops", flops)
+    positive("flops", flops)
     if one_of("constants", constants, CONSTANTS) == "rule":
         parameters = math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
         return ComputeOptimal(flops, constants, parameters, TOKENS_PER_PARAMETER * parameters, None)
@@ -107,8 +108,8 @@ def loss(parameters: float, tokens: float, constants: str = "refit") -> float:
     (1.9366, 1.9739)
     """
     law = LAWS[one_of("constants", constants, LAWS)]
-    _above_zero("parameters", parameters)
-    _above_zero("tokens", tokens)
+    positive("parameters", parameters)
+    positive("tokens", tokens)
     return law.E + law.A / parameters**law.alpha + law.B / tokens**law.beta
 
 
@@ -118,7 +119,7 @@ def optimal_tokens(parameters: float, constants: str = "rule") -> float:
     >>> optimal_tokens(70e9) / 1e12
     1.4
     """
-    _above_zero("parameters", parameters)
+    positive("parameters", parameters)
     if one_of("constants", constants, CONSTANTS) == "rule":
         return TOKENS_PER_PARAMETER * parameters
     law = LAWS[constants]
@@ -127,8 +128,8 @@ def optimal_tokens(parameters: float, constants: str = "rule") -> float:
 
 def curve(constants: str = "rule", *, lowest_flops: float = 1e18, highest_flops: float = 1e26, points: int = 33) -> tuple[ComputeOptimal, ...]:
     """chinchilla() over budgets that are evenly spaced on a logarithmic scale, both ends included."""
-    _above_zero("lowest_flops", lowest_flops)
-    _above_zero("highest_flops", highest_flops)
+    positive("lowest_flops", lowest_flops)
+    positive("highest_flops", highest_flops)
     if highest_flops <= lowest_flops or points < 2:
         raise MemoryMathError(f"curve from {lowest_flops!r} to {highest_flops!r} in {points!r} points: expected a higher end and at least 2 points")
     step = math.log(highest_flops / lowest_flops) / (points - 1)
@@ -209,7 +210,7 @@ def kaplan_loss(*, parameters: float | None = None, tokens: float | None = None,
     """
     for name, value in (("parameters", parameters), ("tokens", tokens), ("min_flops", min_flops)):
         if value is not None:
-            _above_zero(name, value)
+            positive(name, value)
     if min_flops is not None and parameters is None and tokens is None:
         return (KAPLAN_C[0] * PF_DAY_FLOPS / min_flops) ** KAPLAN_C[1]
     if min_flops is None and parameters is not None and tokens is not None:
@@ -229,13 +230,8 @@ def kaplan_optimal_parameters(min_flops: float) -> float:
     >>> round(kaplan_optimal_parameters(5.76e23) / 1e9)    # for Chinchilla's 70 billion
     804
     """
-    _above_zero("min_flops", min_flops)
+    positive("min_flops", min_flops)
     return KAPLAN_OPTIMUM[0] * float(min_flops / PF_DAY_FLOPS) ** KAPLAN_OPTIMUM[1]
-
-
-def _above_zero(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise MemoryMathError(f"{name}={value!r}: expected a number above 0")
 
 
 def _count(number: float) -> str:

@@ -130,7 +130,7 @@ def column(*documents: str) -> str:
     for document, size in zip(documents, sizes, strict=True):
         if size is None:
             raise MemoryMathError(f"column: expected documents that this file has drawn, got {document[:40]!r}")
-        canvas.add(document.replace("<svg ", f'<svg y="{_number(y)}" ', 1).rstrip())
+        canvas.add(document.replace("<svg ", f'<svg y="{pixel(y)}" ', 1).rstrip())
         canvas.width, y = max(canvas.width, float(size[1])), y + float(size[2])
     canvas.height = y
     return canvas.text_of()
@@ -142,8 +142,7 @@ def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
     >>> nice_ticks(0, 47)
     [0.0, 10.0, 20.0, 30.0, 40.0, 50.0]
     """
-    span = (high - low) or abs(high) or 1.0
-    rough = span / max(count - 1, 1)
+    rough = max((high - low) or abs(high) or 1.0, abs(high) * 1e-9, 1e-300) / max(count - 1, 1)  # finer steps are not told apart
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -196,27 +195,27 @@ class Canvas:
     ) -> None:
         """Text from, around or up to (x, y), by `anchor`; turn: degrees clockwise."""
         more = (f' font-size="{size}"' if size != 12 else "") + (' font-weight="bold"' if bold else "")
-        more += f' transform="rotate({turn} {_number(x)} {_number(y)})"' if turn else ""
-        self.add(f'<text x="{_number(x)}" y="{_number(y)}" text-anchor="{anchor}" fill={quoteattr(colour)}{more}>{escape(text)}</text>')
+        more += f' transform="rotate({turn} {pixel(x)} {pixel(y)})"' if turn else ""
+        self.add(f'<text x="{pixel(x)}" y="{pixel(y)}" text-anchor="{anchor}" fill={quoteattr(colour)}{more}>{escape(text)}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, colour: str, says: str = "") -> None:
         """A filled rectangle; `says` is shown while the pointer rests on it."""
-        place = f'x="{_number(x)}" y="{_number(y)}" width="{_number(width)}" height="{_number(height)}"'
+        place = f'x="{pixel(x)}" y="{pixel(y)}" width="{pixel(width)}" height="{pixel(height)}"'
         inside = f"<title>{escape(says)}</title>" if says else ""
         self.add(f'<rect {place} fill={quoteattr(colour)} stroke="{PAPER}" stroke-width="0.5">{inside}</rect>')
 
     def rule(self, x: float, y: float, to_x: float, to_y: float, colour: str = INK, dash: str = "", thick: float = 1) -> None:
         dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        ends = f'x1="{_number(x)}" y1="{_number(y)}" x2="{_number(to_x)}" y2="{_number(to_y)}"'
-        self.add(f'<line {ends} stroke="{colour}" stroke-width="{_number(thick)}"{dashes}/>')
+        ends = f'x1="{pixel(x)}" y1="{pixel(y)}" x2="{pixel(to_x)}" y2="{pixel(to_y)}"'
+        self.add(f'<line {ends} stroke="{colour}" stroke-width="{pixel(thick)}"{dashes}/>')
 
     def line(self, points: Sequence[tuple[float, float]], number: int) -> None:
         """The `number`-th line of a chart."""
         colour, dash = _colour(number), DASHES[number // len(PALETTE) % len(DASHES)]
-        path, dashes = " ".join(f"{_number(x)},{_number(y)}" for x, y in points), f' stroke-dasharray="{dash}"' if dash else ""
+        path, dashes = " ".join(f"{pixel(x)},{pixel(y)}" for x, y in points), f' stroke-dasharray="{dash}"' if dash else ""
         self.add(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
         if len(points) <= 24:
-            self.elements += [f'<circle cx="{_number(x)}" cy="{_number(y)}" r="3" fill="{colour}"/>' for x, y in points]
+            self.elements += [f'<circle cx="{pixel(x)}" cy="{pixel(y)}" r="3" fill="{colour}"/>' for x, y in points]
 
     def legend(self, names: Sequence[str], y: float, left: float, lines: bool = False) -> float:
         """Colour and name of each entry, in as many rows as they need; returns where the next thing may begin."""
@@ -235,8 +234,8 @@ class Canvas:
 
     def text_of(self) -> str:
         """The document."""
-        size = f'width="{_number(self.width)}" height="{_number(self.height)}"'
-        view, name = f'viewBox="0 0 {_number(self.width)} {_number(self.height)}"', f" aria-label={quoteattr(self.title)}" if self.title else ""
+        size = f'width="{pixel(self.width)}" height="{pixel(self.height)}"'
+        view, name = f'viewBox="0 0 {pixel(self.width)} {pixel(self.height)}"', f" aria-label={quoteattr(self.title)}" if self.title else ""
         start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {view} role="img"{name} {FONT}>'
         paper = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
         return "\n".join([start, paper, *self.elements, "</svg>"]) + "\n"
@@ -329,6 +328,6 @@ def _readable_on(colour: str) -> str:
     return INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45 else PAPER
 
 
-def _number(value: float) -> str:
+def pixel(value: float) -> str:
     """At most two decimals, no minus zero: the same text on every machine."""
     return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")

@@ -15,7 +15,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-PARTS = ("weights", "gradients", "optimizer_states", "activations", "logits", "workspace", "other", "temporary")
+PUBLIC_PARTS = ("weights", "gradients", "optimizer_states", "activations", "logits", "workspace", "other")  # of a footprint
+PARTS = (*PUBLIC_PARTS, "temporary")
 
 
 class Ledger:

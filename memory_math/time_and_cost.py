@@ -17,9 +17,9 @@ embedding out.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from .amounts import positive, share
 from .architectures import architecture_of, count_parameters
 from .errors import MemoryMathError
 from .hardware import GPU, Price, gpu_of
@@ -72,7 +72,7 @@ def training_flops(
     forward, backward = METHODS[one_of("method", method, METHODS)]
     if gradient_checkpointing and not backward:
         raise MemoryMathError("gradient_checkpointing=True does nothing with method='inference', which has no backward pass: leave it out")
-    count, amount = active_parameters_of(params), _positive("tokens", tokens)
+    count, amount = active_parameters_of(params), positive("tokens", tokens)
     per_token = _attention_per_token(params, layers, hidden, sequence_length) * (0.5 if causal else 1.0)
     # through attention both factors of every product are activations, so its backward is twice its forward whatever is frozen
     attention = per_token * (4 + (8 if backward else 0)) * amount
@@ -85,7 +85,9 @@ def parameters_of(params: object) -> int:
     """The number itself, or the exact count of a preset, config, path or model."""
     if isinstance(params, bool) or not isinstance(params, (int, float)):
         return count_parameters(params).total
-    return round(_positive("params", params))
+    if not (count := round(positive("params", params))):
+        raise MemoryMathError(f"params={params!r}: expected at least one parameter")
+    return count
 
 
 def active_parameters_of(params: object) -> int:
@@ -137,7 +139,7 @@ def mfu(
     0.428
     """
     needed = training_flops(params, 1, method=method, layers=layers, hidden=hidden, sequence_length=sequence_length, causal=causal)
-    return needed.model * _positive("tokens_per_gpu_second", tokens_per_gpu_second) / gpu_of(gpu).flops_per_second
+    return needed.model * positive("tokens_per_gpu_second", tokens_per_gpu_second) / gpu_of(gpu).flops_per_second
 
 
 def hfu(
@@ -157,7 +159,7 @@ def hfu(
         params, 1, method=method, gradient_checkpointing=gradient_checkpointing,
         layers=layers, hidden=hidden, sequence_length=sequence_length, causal=causal,
     )  # fmt: skip
-    return executed.hardware * _positive("tokens_per_gpu_second", tokens_per_gpu_second) / gpu_of(gpu).flops_per_second
+    return executed.hardware * positive("tokens_per_gpu_second", tokens_per_gpu_second) / gpu_of(gpu).flops_per_second
 
 
 def tokens_per_gpu_second_of(
@@ -177,7 +179,7 @@ def tokens_per_gpu_second_of(
     323
     """
     needed = training_flops(params, 1, method=method, layers=layers, hidden=hidden, sequence_length=sequence_length, causal=causal)
-    return _share("mfu", mfu) * gpu_of(gpu).flops_per_second / needed.model
+    return share("mfu", mfu) * gpu_of(gpu).flops_per_second / needed.model
 
 
 @dataclass(frozen=True)
@@ -256,18 +258,18 @@ def training_time(
     >>> round(training_time("llama-2-7b", 2e12, gpus=1, gpu="A100-80GB", mfu=0.39).gpu_hours, -3)     # Llama 2 states 184,320
     185000.0
     """
-    count, amount = parameters_of(params), _positive("tokens", tokens)
+    count, amount = parameters_of(params), positive("tokens", tokens)
     device = None if gpu is None else gpu_of(gpu)
     per_token = training_flops(params, 1, method=method, sequence_length=sequence_length, causal=False).model
     if tokens_per_gpu_second is not None and mfu is None:
-        speed = _positive("tokens_per_gpu_second", tokens_per_gpu_second)
+        speed = positive("tokens_per_gpu_second", tokens_per_gpu_second)
         reached = None if device is None else speed * per_token / device.flops_per_second
     elif tokens_per_gpu_second is None and mfu is not None and device is not None:
-        reached = _share("mfu", mfu)
+        reached = share("mfu", mfu)
         speed = reached * device.flops_per_second / per_token
     else:
         raise MemoryMathError(_no_speed(tokens_per_gpu_second, device, mfu))
-    dollars = price.dollars_per_hour if isinstance(price, Price) else None if price is None else _positive("price", price)
+    dollars = price.dollars_per_hour if isinstance(price, Price) else None if price is None else positive("price", price)
     return TrainingTime(count, amount, whole("gpus", gpus), device.name if device else None, speed, reached, dollars)
 
 
@@ -275,19 +277,6 @@ def _no_speed(tokens_per_gpu_second: float | None, gpu: GPU | None, mfu: float |
     typical = "; ".join(f"{what} {low} to {high}" for what, (low, high) in TYPICAL_MFU.items())
     given = f"tokens_per_gpu_second={tokens_per_gpu_second}, gpu={gpu.name if gpu else None}, mfu={mfu}"
     return f"{given}: give the speed one way, tokens_per_gpu_second, or gpu and mfu (typical MFUs: {typical})"
-
-
-def _positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise MemoryMathError(f"{name}={value!r}: expected a number above 0")
-    return value
-
-
-def _share(name: str, value: object) -> float:
-    share = _positive(name, value)
-    if share > 1:
-        raise MemoryMathError(f"{name}={value!r}: expected a share of the peak, above 0 and at most 1 (45 % is 0.45)")
-    return share
 
 
 def _duration(seconds: float) -> str:

@@ -16,15 +16,18 @@ CURRENT = {"torch": "2.13", "transformers": "5.23", "peft": "0.21", "bitsandbyte
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version as a tuple that sorts.
+    """The numbers of a version as a tuple that sorts; zeros at the end are left out, for 2 and 2.0 are one version.
 
-    >>> release("0.43.2.dev0") < release("0.43.10")
-    True
+    >>> release("0.43.2.dev0") < release("0.43.10"), release("2") == release("2.0")
+    (True, True)
     """
     numbers = re.match(r"\d+(\.\d+)*", str(version))
     if numbers is None:
         raise MemoryMathError(f"version {version!r}: expected something like '4.44' or '0.43.2'")
-    return tuple(int(number) for number in numbers.group().split("."))
+    release = [int(number) for number in numbers.group().split(".")]
+    while release and not release[-1]:
+        release.pop()
+    return tuple(release)
 
 
 @dataclass(frozen=True)

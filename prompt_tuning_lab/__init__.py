@@ -14,6 +14,8 @@ torch.Size([2, 6, 50])
 ...     logits = prompted(input_ids=ids).logits
 >>> torch.equal(use(prompted, None)(input_ids=ids).logits, model(input_ids=ids).logits)
 True
+
+"Trap T12" and the like, in docstrings here, are mistakes of other libraries: tests/prompt_tuning_lab/prompt_trap_index.py lists them.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from lora_lab.errors import LoraLabError
 
 from .checkpoint import load, save
 from .counting import count_parameters
+from .ensembling import Ensemble, ensemble
 from .initialization import Initialization
 from .injection import inject
 from .insertion import insert_prompts
 from .interpretation import drift, nearest_tokens, similarity
-from .mixed_tasks import Ensemble, ensemble, per_sample, use
-from .prefix import Prefix, insert_prefixes
+from .mixed_tasks import per_sample, use
+from .prefix import Prefix
+from .prefix_insertion import insert_prefixes
 from .prompted_model import PromptedModel
 from .reparameterization import PrefixMLP, PTuning, ResidualPrompt
 from .soft_prompt import Prompt, SoftPrompt

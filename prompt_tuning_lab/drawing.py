@@ -18,7 +18,8 @@ from torch import Tensor
 
 from memory_math.svg import FAINT, INK, PALETTE, Canvas
 
-from .interpretation import Neighbour, embedding_rows, initial_rows_of, nearest_tokens, rows_of
+from .embeddings import embedding_rows
+from .interpretation import Neighbour, initial_rows_of, nearest_tokens, rows_of
 
 WIDTH, HEIGHT = 760, 600
 LEFT, RIGHT, TOP, BOTTOM = 60, WIDTH - 60, 84, HEIGHT - 52
@@ -45,7 +46,7 @@ def picture(prompted: Any, tokenizer: Any, task: str | None = None, title: str |
     before, after = initial_rows_of(prompted, task), rows_of(prompted, task)
     near = [first for first, *_ in nearest_tokens(prompted, tokenizer, 1, task)]
     words = {each.id: label_text(each.token) for each in near}
-    rows = torch.cat([before, after, embedding_rows(prompted.base, list(words)).to(after.device)])
+    rows = torch.cat([before, after, embedding_rows(prompted.base, list(words)).to(after)])
     flat, shares = principal_components(F.normalize(rows.double(), dim=1))
     places = on_paper([(x, y) for x, y in flat.tolist()])
     count = len(before)

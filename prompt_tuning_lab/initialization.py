@@ -24,16 +24,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lora_lab.checks import are_finite
+from lora_lab.checks import LARGEST, are_finite, is_size
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.models.base import is_encoder_decoder
 from lora_lab.peft_files.config import CONFIG, TENSORS, read_config
 
+from .embeddings import embedding_rms, embedding_rows, rms
 from .peft_files.config import rows_in_use
 
 INITIALISATIONS = ("random", "vocab", "labels", "text")
 TENSOR = "prompt_embeddings"  # PEFT's name
-BLOCK_NUMBERS = 1 << 22  # numbers of the embedding that are looked at at once
 UNUSED = re.compile(r"[\[<](unused|extra_id_|reserved_special_token_)\d+[\]>]|<\|.*\|>")  # places kept free in BERT's, T5's and others' vocabularies
 
 
@@ -114,14 +114,15 @@ def warn_of_the_cut(start: Start, asked: int, num_virtual_tokens: int) -> None:
 
 
 def check_count(num_virtual_tokens: Any) -> int:
-    if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
-        raise LoraLabError(f"num_virtual_tokens={num_virtual_tokens!r}: expected a whole number of at least 1 (20 is a good start)")
+    if not is_size(num_virtual_tokens):
+        raise LoraLabError(f"num_virtual_tokens={num_virtual_tokens!r}: expected a whole number of at least 1, at most {LARGEST:,} (20 is a good "
+                           "start)")  # fmt: skip
     return num_virtual_tokens
 
 
 def check_seed(seed: Any) -> None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise LoraLabError(f"seed={seed!r}: expected a whole number, or None")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+        raise LoraLabError(f"seed={seed!r}: expected a whole number, or None (torch takes 64 bits)")
 
 
 # Words --------------------------------------------------------------------------------------------------------------------------
@@ -162,8 +163,8 @@ def token_ids(text: Any, tokenizer: Any, what: str) -> list[int]:
 def draw(base: nn.Module, count: int, start: Start, generator: torch.Generator | None) -> list[int]:
     """So many different words among the top_n with the lowest ids. Raises LoraLabError where there are not as many."""
     top_n = start.top_n
-    if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
-        raise LoraLabError(f"top_n={top_n!r}: expected a whole number of at least 1")
+    if not is_size(top_n):
+        raise LoraLabError(f"top_n={top_n!r}: expected a whole number of at least 1, at most {LARGEST:,}")
     no_words = without_meaning(start.tokenizer, top_n)
     choice = [i for i in range(min(top_n, _embedding(base).num_embeddings)) if i not in no_words]
     if len(choice) < count:
@@ -184,35 +185,15 @@ def without_meaning(tokenizer: Any, top_n: int) -> set[int]:
     return special | {i for i, name in enumerate(names) if UNUSED.fullmatch(str(name))}
 
 
-@torch.no_grad()
 def words(base: nn.Module, ids: Sequence[int]) -> Tensor:
     """[n, H] on the CPU, in float32 at least."""
-    embedding = _embedding(base)
-    if ids and max(ids) >= (count := embedding.num_embeddings):
+    if ids and max(ids) >= (count := _embedding(base).num_embeddings):
         raise LoraLabError(f"the tokenizer gave the id {max(ids)}, the model's vocabulary ends at {count - 1}: is this the model's tokenizer?")
-    rows = embedding(torch.tensor(list(ids), dtype=torch.long, device=embedding.weight.device))
-    return rows.to("cpu", torch.promote_types(rows.dtype, torch.float32))
+    return embedding_rows(base, ids).cpu()
 
 
 def _embedding(base: nn.Module) -> Any:
     return base.get_input_embeddings()  # type: ignore[operator]
-
-
-def rms(rows: Tensor) -> float:
-    """Root mean square of all numbers.
-
-    >>> rms(torch.tensor([[3.0, -3.0], [3.0, 3.0]]))
-    3.0
-    """
-    return float(rows.detach().double().square().mean().sqrt())
-
-
-def embedding_rms(base: nn.Module) -> float:
-    """The root mean square of all words' numbers, as the embedding gives them out; read a block at a time."""
-    count, block = _embedding(base).num_embeddings, max(1, BLOCK_NUMBERS // _embedding(base).embedding_dim)
-    blocks = (words(base, range(start, min(start + block, count))) for start in range(0, count, block))
-    squares = [(float(rows.double().square().sum()), rows.numel()) for rows in blocks]
-    return float((sum(total for total, _ in squares) / sum(numbers for _, numbers in squares)) ** 0.5)
 
 
 # Rows that are there already ----------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from lora_lab.targets import ADAPTER_NAME
 from lora_lab.wrapping import refuse_sharded, refuse_wrapped
 
 from .bases import context_length, kind_of, refuse_words_in_layers
-from .initialization import Initialization, Start, check_count, check_seed, embedding_rms, first_rows, first_words, rms, rows_there
+from .embeddings import embedding_rms, rms
+from .initialization import Initialization, Start, check_count, check_seed, first_rows, first_words, rows_there
 from .layout import check_placement
-from .prefix import Prefix, from_rows, keys_and_values, prefix_shape, random_prefix, to_rows
+from .prefix import Prefix, from_rows, keys_and_values, random_prefix, to_rows
+from .prefix_cache import prefix_shape
 from .prompted_model import PromptedModel, check_module
 from .reparameterization import PrefixMLP, PTuning, ResidualPrompt
 from .soft_prompt import Prompt, SoftPrompt

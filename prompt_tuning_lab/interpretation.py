@@ -1,4 +1,4 @@
-"""What a trained prompt looks like from the vocabulary: its nearest words, how far it has gone, how alike tasks are, and a picture of it.
+"""What a trained prompt looks like from the vocabulary: its nearest words, how far it has gone, and how alike tasks are.
 
 Nearest words are by cosine: prompts travel far from the embedding's scale (row norms of hundreds where a word's is 5), and by L2 distance the
 longest words would win, whatever their direction.
@@ -7,7 +7,7 @@ Source: Lester et al. 2021 (arXiv:2104.08691), section 7; similarity: Vu et al. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError
 
+from .embeddings import embedding_blocks, embedding_rms
 from .prompted_model import check_prompted
-
-BLOCK_NUMBERS = 1 << 20  # numbers of the embedding that are looked at at once: 4 MiB in float32, of which a few exist at a time
 
 
 class Neighbour(NamedTuple):
@@ -66,7 +65,7 @@ def _nearest(rows: Tensor, base: nn.Module, vocabulary: int, k: int) -> tuple[Te
     rows = F.normalize(rows, dim=1)
     best, ids = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)
     for start, words in embedding_blocks(base, vocabulary):
-        cosines = rows @ F.normalize(words.to(rows.device), dim=1).T
+        cosines = rows @ F.normalize(words.to(rows), dim=1).T
         numbers = torch.arange(start, start + len(words), device=rows.device).expand(len(rows), -1)
         best, order = torch.cat([best, cosines], dim=1).topk(min(k, best.shape[1] + len(words)), dim=1)
         ids = torch.cat([ids, numbers], dim=1).gather(1, order)
@@ -123,28 +122,6 @@ def _rows(inserted: Tensor) -> Tensor:
         raise LoraLabError(f"this task is a prefix, keys and values {list(inserted.shape)} in every layer: they are not in the embedding's space. "
                            "Expected a task of method 'prompt', 'p-tuning' or 'residual'")  # fmt: skip
     return inserted.detach().float()
-
-
-@torch.no_grad()
-def embedding_rows(base: nn.Module, ids: Sequence[int]) -> Tensor:
-    """[n, H] in float32, from the embedding's own call: some multiply by sqrt(H) in it."""
-    embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
-    return embedding(torch.tensor(ids, device=embedding.weight.device)).float()
-
-
-def embedding_blocks(base: nn.Module, vocabulary: int) -> Iterator[tuple[int, Tensor]]:
-    """(first id, [n, H] rows) of the first so many words."""
-    width: int = base.get_input_embeddings().embedding_dim  # type: ignore[operator]
-    step = max(1, BLOCK_NUMBERS // width)
-    for start in range(0, vocabulary, step):
-        yield start, embedding_rows(base, range(start, min(start + step, vocabulary)))
-
-
-def embedding_rms(base: nn.Module) -> float:
-    """The root mean square of the embedding's numbers, as its call gives them: the scale that learning rates and drift are told in."""
-    count: int = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    squares = [(float(rows.square().sum()), rows.numel()) for _, rows in embedding_blocks(base, count)]
-    return float((sum(total for total, _ in squares) / sum(numbers for _, numbers in squares)) ** 0.5)
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:

@@ -16,15 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora_lab.checks import LARGEST, is_size
 from lora_lab.errors import LoraLabError
 from lora_lab.models.base import in_mode, is_encoder_decoder
 
 from .prefix_cache import PrefixShape, encode, new_cache, pairs_of, prefix_shape
-from .prefix_insertion import cache_asked_for, encode_with_prefixes, insert_prefixes, without_cache
 from .soft_prompt import Prompt
-
-__all__ = ["Prefix", "PrefixShape", "cache_asked_for", "encode_with_prefixes", "from_rows", "insert_prefixes", "keys_and_values", "prefix_shape",
-           "random_prefix", "to_rows", "without_cache"]  # fmt: skip
 
 
 class Prefix(Prompt):
@@ -114,8 +111,8 @@ def _own_pairs(base: nn.Module, ids: Tensor, layers: int) -> list[tuple[Tensor, 
 
 def random_prefix(shape: PrefixShape, num_virtual_tokens: int, std: float = 0.02, generator: torch.Generator | None = None) -> Tensor:
     """Small normal numbers, [L, 2, P, N, D]: keys that all queries like alike, values that say little. (PEFT's have std 1.)"""
-    if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
-        raise LoraLabError(f"num_virtual_tokens={num_virtual_tokens!r}: expected a whole number of at least 1")
+    if not is_size(num_virtual_tokens):
+        raise LoraLabError(f"num_virtual_tokens={num_virtual_tokens!r}: expected a whole number of at least 1, at most {LARGEST:,}")
     return torch.randn(shape.layers, 2, num_virtual_tokens, shape.heads, shape.head_dim, generator=generator) * std
 
 

@@ -24,7 +24,7 @@ from .frozen_base import learning_through
 from .generating import generate
 from .heads import inserted_before, pooled
 from .insertion import Inserted, insert_prompts
-from .prefix import cache_asked_for, insert_prefixes, without_cache
+from .prefix_insertion import cache_asked_for, insert_prefixes, without_cache
 from .soft_prompt import Prompt
 
 

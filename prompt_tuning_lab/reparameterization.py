@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_lab.checks import LARGEST, is_size
 from lora_lab.errors import LoraLabError
 
-from .prefix import Prefix, PrefixShape, check_prefix, from_rows, shape_of, to_rows
+from .prefix import Prefix, check_prefix, from_rows, shape_of, to_rows
+from .prefix_cache import PrefixShape
 from .soft_prompt import Prompt, SoftPrompt, check_rows
 
 Plain = TypeVar("Plain", SoftPrompt, Prefix)
@@ -168,8 +170,9 @@ def solve_last_layer(network: nn.Sequential, inputs: Tensor, outputs: Tensor) ->
 
 
 def check_width(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LoraLabError(f"{name}={value!r}: expected a whole number of at least 1, the units of the network that makes the prompt")
+    if not is_size(value):
+        raise LoraLabError(f"{name}={value!r}: expected a whole number of at least 1, at most {LARGEST:,}, the units of the network that makes "
+                           "the prompt")  # fmt: skip
     return value
 
 

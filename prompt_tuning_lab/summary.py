@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .counting import count_parameters
-from .initialization import rms
-from .interpretation import embedding_rms
+from .embeddings import embedding_rms, rms
 from .soft_prompt import Prompt
 
 if TYPE_CHECKING:

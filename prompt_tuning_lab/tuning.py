@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lab.checks import is_number
 from lora_lab.errors import LoraLabError
 from lora_lab.training import Sweep, TrainConfig, Trial, grid
 from lora_lab.training import sweep as sweep_settings
 from lora_lab.training.batches import count_steps
 from lora_lab.training.sweeps import Settings, check_candidates, with_settings
 
-from .initialization import embedding_rms, rms
+from .embeddings import embedding_rms, rms
 from .prompted_model import PromptedModel, check_prompted
 from .soft_prompt import Prompt
 
@@ -67,7 +68,7 @@ def usual_share(prompt: Prompt, share: float | None = None) -> float:
 
 
 def check_share(share: Any) -> None:
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share) or share <= 0:
+    if not is_number(share) or share <= 0:
         raise LoraLabError(f"share={share!r}: expected a number above 0, how far a step goes as a part of a word's size ({SHARE} is usual)")
 
 

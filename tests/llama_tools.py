@@ -1,4 +1,4 @@
-"""Small Llamas: transformers' and ours from the same random weights, and what the tests of this folder measure them with."""
+"""Small Llamas: transformers' and ours from the same random weights, and what the tests measure them with."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from prompt_tuning_lab.prefix import cache_asked_for, encode_with_prefixes, insert_prefixes, prefix_shape, random_prefix, without_cache
+from prompt_tuning_lab.prefix import random_prefix
+from prompt_tuning_lab.prefix_cache import prefix_shape
+from prompt_tuning_lab.prefix_insertion import cache_asked_for, encode_with_prefixes, insert_prefixes, without_cache
 
 CAUSAL = ["gpt2", "neox", "falcon-7b", "falcon-rw-1b", "llama", "mistral", "qwen2"]
 WINDOW = 4  # of the Mistral

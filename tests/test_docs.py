@@ -85,7 +85,7 @@ def test_every_link_leads_to_a_file_and_a_heading(name: str) -> None:
 
 
 def test_every_page_is_on_the_map() -> None:
-    """Or on a page that is."""
+    """docs/README.md."""
     linked = {link.partition("#")[0] for link in docs_tools.LINK.findall((ROOT / "docs" / "README.md").read_text(encoding="utf-8"))}
     written = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} - {"README.md"}
     assert written <= linked

@@ -31,14 +31,14 @@ def longest(examples: Sequence[Example], count: int) -> list[Example]:
     return sorted(examples, key=lambda example: len(example["input_ids"]))[-count:]
 
 
-def shape_of(model: Any, rows: Sequence[Example]) -> dict[str, int]:
-    """The batch in memory_math's words."""
+def shape_of(model: Any, rows: Sequence[Example], first: int = 1) -> dict[str, int]:
+    """The batch in memory_math's words. first: label of a row that counts; 0 where virtual tokens before it predict it."""
     shape = {"batch_size": len(rows), "sequence_length": max(len(row["input_ids"]) for row in rows)}
     if "labels" not in rows[0]:
         return shape
     if is_encoder_decoder(model):
         return {**shape, "target_length": max(len(row["labels"]) for row in rows)}
-    return {**shape, "label_tokens": sum(label != -100 for row in rows for label in row["labels"][1:])}
+    return {**shape, "label_tokens": sum(label != -100 for row in rows for label in row["labels"][first:])}
 
 
 def predicted(model: Any, **request: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""A line chart as SVG text, with the standard library alone: for curves of a run, several runs on one pair of axes.
+"""A line chart as SVG text, drawn with the pens of memory_math.svg: for curves of a run, several runs on one pair of axes.
 
 The same numbers give the same text, without styles, ids or scripts, so that charts on one page cannot disturb each other. The colours are
 Okabe and Ito's, which people with any of the common colour blindnesses tell apart.
@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from xml.sax.saxutils import escape, quoteattr
 
+from memory_math.svg import FAINT, FONT, INK, LETTER, PAPER, nice_ticks, number_text, pixel
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#222222")
-INK, FAINT, PAPER = "#222222", "#D9D9D9", "#FFFFFF"
-FONT = 'font-family="system-ui, Helvetica, Arial, sans-serif" font-size="12"'
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 72, WIDTH - 20, 62, HEIGHT - 46
-LETTER = 6.8  # pixels that one letter of this font takes, generously
 MOST_POINTS = 600  # of a line; more cannot be told apart on these pixels
 Point = tuple[float, float]
 
@@ -53,12 +52,6 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str = "step") -> str:
     return _document(title, drawn)
 
 
-def column(documents: Sequence[str]) -> str:
-    """Several charts in one document, one below the other."""
-    placed = [document.replace("<svg ", f'<svg y="{HEIGHT * row}" ', 1) for row, document in enumerate(documents)]
-    return _open(HEIGHT * len(documents)) + "\n" + "".join(placed) + "</svg>\n"
-
-
 def finite(points: Sequence[Point]) -> list[Point]:
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
@@ -74,25 +67,12 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups] if size > 1 else list(points)
 
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`.
-
-    >>> ticks(3.4, 4.2)
-    [3.4, 3.6, 3.8, 4.0, 4.2]
-    """
-    rough = max((high - low) or abs(high) or 1.0, abs(high) * 1e-9, 1e-300) / (count - 1)  # finer steps are not told apart
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)]
-
-
 class _Axis:
     """Where values lie between two pixels; the ticks reach past them on both sides."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         low, high = min(values), max(values)
-        self.ticks = ticks(0.0 if 0 < low < high / 3 else low, high)  # close enough to zero to show it
+        self.ticks = nice_ticks(0.0 if 0 < low < high / 3 else low, high)  # close enough to zero to show it
         self.start, self.end = start, end
 
     def at(self, value: float) -> float:
@@ -130,43 +110,24 @@ def shortened(names: Sequence[str], letters: float = (RIGHT - LEFT) / LETTER) ->
 
 def _line(line: Line, places: list[Point]) -> list[str]:
     colour, (thick, opacity) = PALETTE[line.colour % len(PALETTE)], (1, 0.35) if line.faint else (2, 1)
-    path = " ".join(f"{_pixel(x)},{_pixel(y)}" for x, y in places)
+    path = " ".join(f"{pixel(x)},{pixel(y)}" for x, y in places)
     drawn = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{thick}" stroke-opacity="{opacity}"/>']
     if line.dots or len(places) == 1:
-        drawn += [f'<circle cx="{_pixel(x)}" cy="{_pixel(y)}" r="3" fill="{colour}"/>' for x, y in places]
+        drawn += [f'<circle cx="{pixel(x)}" cy="{pixel(y)}" r="3" fill="{colour}"/>' for x, y in places]
     return drawn
 
 
 def _rule(x: float, y: float, to_x: float, to_y: float, colour: str = FAINT, thick: int = 1, faint: bool = False) -> str:
-    ends = f'x1="{_pixel(x)}" y1="{_pixel(y)}" x2="{_pixel(to_x)}" y2="{_pixel(to_y)}"'
+    ends = f'x1="{pixel(x)}" y1="{pixel(y)}" x2="{pixel(to_x)}" y2="{pixel(to_y)}"'
     return f'<line {ends} stroke="{colour}" stroke-width="{thick}"{" stroke-opacity=" + quoteattr("0.35") if faint else ""}/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:
-    return f'<text x="{_pixel(x)}" y="{_pixel(y)}" text-anchor="{anchor}" fill="{INK}" font-size="{size}">{escape(text)}</text>'
+    return f'<text x="{pixel(x)}" y="{pixel(y)}" text-anchor="{anchor}" fill="{INK}" font-size="{size}">{escape(text)}</text>'
 
 
 def _document(title: str, drawn: list[str]) -> str:
-    return "\n".join([_open(HEIGHT, title), _text(16, 24, title, size=15), *drawn, "</svg>\n"])
-
-
-def _open(height: int, title: str = "") -> str:
     name = f" aria-label={quoteattr(title)}" if title else ""
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" role="img"{name} {FONT}>'
-    return f'{start}\n<rect width="100%" height="100%" fill="{PAPER}"/>'
-
-
-def number_text(value: float) -> str:
-    """
-    >>> number_text(12345), number_text(0.25), number_text(0.0005), number_text(2e9)
-    ('12,345', '0.25', '5e-4', '2e9')
-    """
-    if value and not 1e-3 <= abs(value) < 1e6:
-        mantissa, _, exponent = f"{value:.3e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _pixel(value: float) -> str:
-    """At most two decimals, no minus zero: the same text on every machine."""
-    return f"{round(value, 2) + 0.0:.2f}".rstrip("0").rstrip(".")
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"{name} {FONT}>'
+    paper = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
+    return "\n".join([start, paper, _text(16, 24, title, size=15), *drawn, "</svg>\n"])

@@ -15,10 +15,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from memory_math.svg import column, number_text
+
 from ..checks import is_number
 from ..errors import LoraLabError
 from ..files import saving, write_file
-from .line_chart import Line, Point, column, line_chart, number_text
+from .line_chart import Line, Point, line_chart
 
 LOG = "log.jsonl"
 BARS = "▁▂▃▄▅▆▇█"
@@ -132,7 +134,7 @@ def write(runs: Sequence[RunLog], path: str | Path) -> None:
     path, drawn = Path(path), charts(runs)
     if path.suffix not in (".html", ".svg"):
         raise LoraLabError(f"{str(path)!r}: a report is written as .html or .svg")
-    text = column(drawn) if path.suffix == ".svg" else _page(runs, drawn)
+    text = column(*drawn) if path.suffix == ".svg" else _page(runs, drawn)
     with saving("the report", path):
         write_file(path, lambda temporary: _write(temporary, text))
 

@@ -14,6 +14,11 @@ from typing import ClassVar
 from .base import Architecture, LinearLayer, Tensor, linear, matrix, norm, vector
 from .fields import Fields
 
+MASKED_HEAD = {  # by whether it is RoBERTa: the head, its dense layer, its norm
+    False: ("cls.predictions", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+    True: ("lm_head", "lm_head.dense", "lm_head.layer_norm"),
+}
+
 
 @dataclass(frozen=True)
 class Bert(Architecture):
@@ -105,10 +110,7 @@ class Bert(Architecture):
 
     def masked_head(self) -> Iterator[Tensor]:
         """A dense layer and a norm, then the embedding once more with a bias per word."""
-        dense, layer_norm = ("lm_head.dense", "lm_head.layer_norm") if self.roberta else (
-            "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"
-        )  # fmt: skip
-        path = "lm_head" if self.roberta else "cls.predictions"
+        path, dense, layer_norm = MASKED_HEAD[self.roberta]
         yield from linear(dense, self.hidden, {"head": self.hidden}, bias=True)
         yield from norm(layer_norm, self.hidden, bias=True)
         yield vector(f"{path}.bias", self.vocabulary, "biases")

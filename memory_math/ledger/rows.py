@@ -36,7 +36,6 @@ WIDTH, INDENT = 140, 36
 TINY = Fraction(1, 10**9)  # what is a half or a whole unit on paper comes out of floats a little off
 
 
-
 class Written(float):
     """A number as it is written: a float to compute with, and its digits.
 

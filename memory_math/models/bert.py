@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from .. import operations as ops
 from ..errors import MemoryMathError
-from ..families.bert import Bert
+from ..families.bert import MASKED_HEAD, Bert
 from ..operations import Weight
 from ..precision import INDEX_BYTES
 from ..request import Request
@@ -24,12 +24,6 @@ from .attention_dropout import Extras, attend, expanded
 from .base import Model
 from .labelled_loss import labelled_loss
 from .peft_layers import LayerPrefix, linear, prefix_of, with_prompt
-
-MASKED_HEAD = {  # by whether it is RoBERTa: the head, its dense layer, its norm
-    False: ("cls.predictions", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
-    True: ("lm_head", "lm_head.dense", "lm_head.layer_norm"),
-}
-
 
 PROMPTED_CLASSES = {  # method -> the classes that PEFT 0.21 has a task_type for
     "prompt": ("ForSequenceClassification",), "prefix": ("ForSequenceClassification", "ForTokenClassification"),
@@ -121,16 +115,11 @@ class TransformersBert(Model):
         return pooled if self.arch.task == "Model" else linear(self, self.dropped(pooled), "classifier")
 
     def pooler(self, hidden: Sized) -> Sized:
-        return activate(self.tape, "tanh", linear(self, self.first_token(hidden), f"{self.arch.root}pooler.dense"))
-
-    def first_token(self, hidden: Sized) -> Sized:
-        """A view: what keeps it keeps all positions."""
-        count = self.request.batch_size * self.arch.hidden
-        return self.tape.record("first token", [hidden], lambda: Sized(count, hidden.itemsize, hidden.storage))
+        return activate(self.tape, "tanh", linear(self, first_token(self, hidden), f"{self.arch.root}pooler.dense"))
 
     def classification_head(self, hidden: Sized) -> Sized:
         """RobertaClassificationHead."""
-        x = linear(self, self.dropped(self.first_token(hidden)), "classifier.dense")
+        x = linear(self, self.dropped(first_token(self, hidden)), "classifier.dense")
         return linear(self, self.dropped(activate(self.tape, "tanh", x)), "classifier.out_proj")
 
     def masked_words(self, hidden: Sized) -> Sized:
@@ -185,3 +174,9 @@ def _check(request: Request, arch: Bert) -> None:
         raise MemoryMathError(f"method={request.method!r} with {arch.name} as {arch.task}: PEFT 0.21 has that for {there} only")
     if request.compile:
         raise MemoryMathError(f"compile=True is not modelled for {arch.name}: leave it at False")
+
+
+def first_token(model: Model, hidden: Sized) -> Sized:
+    """A view: what keeps it keeps all positions."""
+    count = model.request.batch_size * model.arch.hidden
+    return model.tape.record("first token", [hidden], lambda: Sized(count, hidden.itemsize, hidden.storage))

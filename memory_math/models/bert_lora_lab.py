@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .. import operations as ops
 from ..errors import MemoryMathError
-from ..families.bert import Bert
+from ..families.bert import MASKED_HEAD, Bert
 from ..operations import Weight
 from ..precision import INDEX_BYTES
 from ..request import Request
@@ -16,7 +16,7 @@ from ..tape import Ledger, Sized
 from .activations import keeps_result as tanh
 from .attention_dropout import expanded
 from .attention_lora_lab import Scores, attend
-from .bert import MASKED_HEAD
+from .bert import first_token
 from .causal_lora_lab import labelled_loss
 from .layers_lora_lab import activate, dropped, lora_linear
 from .norms import layer_norm
@@ -89,18 +89,13 @@ class LoraLabBert(Prompted):
         return dropped(self, layer_norm(self, x, f"{path}.LayerNorm"), self.arch.dropout)
 
     def pooler(self, hidden: Sized) -> Sized:
-        return tanh(self.tape, lora_linear(self, self.first_position(hidden), f"{self.arch.root}pooler.dense"))
-
-    def first_position(self, hidden: Sized) -> Sized:
-        """A view: what keeps it keeps all positions."""
-        count = self.request.batch_size * self.arch.hidden
-        return self.tape.record("first position", [hidden], lambda: Sized(count, hidden.itemsize, hidden.storage))
+        return tanh(self.tape, lora_linear(self, first_token(self, hidden), f"{self.arch.root}pooler.dense"))
 
     def classify(self, hidden: Sized) -> Sized:
         """[B, classes]."""
         if not self.arch.roberta:
             return lora_linear(self, dropped(self, self.pooler(hidden), self.arch.dropout), "classifier")
-        x = lora_linear(self, dropped(self, self.first_position(hidden), self.arch.dropout), "classifier.dense")
+        x = lora_linear(self, dropped(self, first_token(self, hidden), self.arch.dropout), "classifier.dense")
         return lora_linear(self, dropped(self, tanh(self.tape, x), self.arch.dropout), "classifier.out_proj")
 
     def classification_loss(self, logits: Sized, labels: Sized) -> Sized:

@@ -18,6 +18,11 @@ from .peft_layers import linear
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 
 
+def upright(name: str, rows: int, columns: int) -> tuple[int, int]:
+    """A Conv1D is stored as [in, out]; here it is [out, in] like every matrix, which weighs the same."""
+    return (columns, rows) if name.endswith(CONV1D) else (rows, columns)
+
+
 class TransformersGPT2(Decoder):
     """GPT2LMHeadModel with labels."""
 
@@ -25,9 +30,7 @@ class TransformersGPT2(Decoder):
     embedding_path = "transformer.wte"
 
     def _weight(self, name: str, rows: int, columns: int, quantized: bool) -> Weight:
-        """A Conv1D is stored as [in, out]; here it is [out, in] like every matrix, which weighs the same."""
-        shape = (columns, rows) if name.endswith(CONV1D) else (rows, columns)
-        return super()._weight(name, *shape, quantized)
+        return super()._weight(name, *upright(name, rows, columns), quantized)
 
     def hidden_states(self, ids: Sized, cache: list[Sized] | None = None) -> Sized:
         embedded, numbers, past = self.embed(ids), self.ids(self.sequence), Past(self, cache)

@@ -9,7 +9,7 @@ from ..tape import Sized
 from .attention_lora_lab import Scores, attend
 from .blocks import plus_positions, split
 from .causal_lora_lab import CausalLM
-from .gpt2 import CONV1D
+from .gpt2 import upright
 from .layers_lora_lab import activate, dropped, lora_linear
 from .norms import layer_norm
 from .prompts_lora_lab import BlockPast
@@ -23,9 +23,7 @@ class LoraLabGPT2(CausalLM):
     linear_layers = False
 
     def _weight(self, name: str, rows: int, columns: int, quantized: bool) -> Weight:
-        """A Conv1D is stored as [in, out]; here it is [out, in] like every matrix, which weighs the same."""
-        shape = (columns, rows) if name.endswith(CONV1D) else (rows, columns)
-        return super()._weight(name, *shape, quantized)
+        return super()._weight(name, *upright(name, rows, columns), quantized)
 
     def decode(self, x: Sized, positions: Sized, mask: Sized | None, pasts: list[BlockPast]) -> Sized:
         """GPT2Model."""

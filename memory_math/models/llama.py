@@ -13,6 +13,7 @@ from ..tape import Sized
 from . import attention, norms
 from .activations import activate
 from .base import Model, cached
+from .blocks import rotary
 from .losses import token_loss
 from .peft_layers import LayerPrefix, linear, prefix_of, with_prompt, with_virtual_labels
 
@@ -86,8 +87,8 @@ class Block:
         q, k, v = (linear(self.model, x, f"{self.path}.self_attn.{name}_proj") for name in "qkv")
         if self.model.arch.qk_norm:
             q, k = (self.head_norm(tensor, name) for tensor, name in ((q, "q_norm"), (k, "k_norm")))
-        rotary = self.model.rotary(q.itemsize) if self.model.habits.rotary_per_block else self.rotary
-        q, k = self.rotate(q, rotary), self.rotate(k, rotary)
+        table = self.model.rotary(q.itemsize) if self.model.habits.rotary_per_block else self.rotary
+        q, k = rotary(self.tape, q, table), rotary(self.tape, k, table)
         if self.cache is not None:
             self.cache += [cached(k), cached(v)]
         if self.model.caches:
@@ -99,16 +100,6 @@ class Block:
 
     def head_norm(self, x: Sized, name: str) -> Sized:
         return self.model.norm(x, f"{self.path}.self_attn.{name}")
-
-    def rotate(self, x: Sized, table: Sized) -> Sized:
-        """``x * cos + rotate_half(x) * sin``: only cos and sin are kept."""
-        turned = ops.elementwise(self.tape, "rotary", x, scratch=x.nbytes)
-        turned = self.times(turned, table)
-        return ops.add(self.tape, "rotary", self.times(x, table), turned)
-
-    def times(self, x: Sized, table: Sized) -> Sized:
-        itemsize = max(x.itemsize, table.itemsize)
-        return self.tape.record("rotary", [x], lambda: self.tape.new(x.numel, itemsize), keeps=[table])
 
     def mlp(self, x: Sized) -> Sized:
         tape, path = self.tape, f"{self.path}.mlp"

@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lab.checks import LARGEST, is_size
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.models.base import is_encoder_decoder
 
 from ..bases import is_named
 from ..layout import check_placement
-from ..prefix import prefix_shape
+from ..prefix_cache import prefix_shape
 from ..soft_prompt import Prompt
 
 ROWS, PREFIX = ("PROMPT_TUNING", "P_TUNING"), "PREFIX_TUNING"
@@ -171,8 +172,8 @@ def _refuse_shared_slots(peft_type: Any, base: nn.Module, path: Path) -> None:
 
 def _number(config: dict[str, Any], key: str, path: Path) -> int | None:
     value = config.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise LoraLabError(f"{path}: {key}={value!r}: expected a whole number of at least 1")
+    if value is not None and not is_size(value):
+        raise LoraLabError(f"{path}: {key}={value!r}: expected a whole number of at least 1, at most {LARGEST:,}")
     return value
 
 

@@ -21,7 +21,8 @@ from lora_lab.streaming.shards import FLOATS, read_shard
 
 from ..bases import refuse_words_in_layers
 from ..initialization import Initialization
-from ..prefix import Prefix, from_rows, prefix_shape, to_rows
+from ..prefix import Prefix, from_rows, to_rows
+from ..prefix_cache import prefix_shape
 from ..soft_prompt import Prompt, SoftPrompt
 from .config import ROWS, BaseSizes, Written, from_peft
 from .heads import read_heads

@@ -116,6 +116,15 @@ def test_window_is_read_from_the_config_wherever_it_is(tmp_path) -> None:
     assert (unknown.context_window, unknown.largest_shots, unknown.fits, unknown.few_shot.window_share) == (None, None, None, None)
 
 
+def test_a_window_is_of_the_model_that_is_counted(tmp_path) -> None:
+    question = {"shots": 1, "tokens_per_shot": 1, "question_tokens": 1, "answer_tokens": 1}
+    names = ("meta-llama/Llama-2-70b-hf", "openai-community/gpt2", "GPT2", transformers.GPT2Config(n_positions=99))
+    assert [in_context(name, **question).context_window for name in names] == [4096, 1024, 1024, 99]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(MemoryMathError, match="cannot be read as JSON"):
+        in_context(str(tmp_path), **question)
+
+
 def test_known_windows_are_for_presets_that_exist() -> None:
     for beginning in KNOWN_WINDOWS:
         assert any(preset.startswith(beginning) for preset in PRESETS), beginning
@@ -126,6 +135,7 @@ def test_known_windows_are_for_presets_that_exist() -> None:
     ({"mfu": 0.4}, "seconds need both"), ({"price": 2.5}, "price=2.5 does nothing"), ({"gpus": 4}, "gpus=4 does nothing"),
     ({"tuning_tokens": 1e6}, "tuning_tokens=1000000.0 does nothing"), ({"batch_size": 4}, "batch_size=4 does nothing"),
     ({**GPUS, "tuning_mfu": 0.3}, "tuning_mfu=0.3 does nothing"), ({**GPUS, "mfu": 40}, "mfu=40"), ({**GPUS, "price": -1}, "price=-1"),
+    ({**GPUS, "price": 10**400}, "price=10+: expected"),
     ({**GPUS, "tuning_tokens": 1e6, "tuning_mfu": 0}, "mfu=0"), ({**GPUS, "gpu": "A100"}, "A100-40GB or A100-80GB"),
     ({"context_window": 0}, "context_window=0"),
 ])  # fmt: skip

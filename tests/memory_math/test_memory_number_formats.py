@@ -209,7 +209,8 @@ def test_nf4_is_the_nearest_level_times_the_blocks_scale() -> None:
 
 
 @pytest.mark.parametrize(("value", "scale", "words"), [
-    (2.0, 1.0, "at least"), (0.0, 0.0, "scale=0.0"), (0.5, math.inf, "scale=inf"), (True, None, "value=True"), ("3", None, "value='3'"),
+    (2.0, 1.0, "at least"), (0.0, 0.0, "scale=0.0"), (0.5, math.inf, "scale=inf"), (0.5, 10**400, "scale=10+: .*float can hold"),
+    (True, None, "value=True"), ("3", None, "value='3'"),
     (2**4000, None, "1e-330 to 1e330"), (Decimal("1e-999999999"), None, "1e-330 to 1e330"), (Fraction(1, 10**400), None, "1e-330 to 1e330"),
 ])  # fmt: skip
 def test_what_is_no_number_or_no_scale_is_refused(value: object, scale: float | None, words: str) -> None:

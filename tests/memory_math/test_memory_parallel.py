@@ -39,6 +39,12 @@ def test_figure_1_of_the_zero_paper() -> None:
     assert [round(total / 1e9, 1) for total in totals] == [120.0, 31.4, 16.6, 1.9]
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "momentum"])
+def test_several_matrices_in_one_tensor_have_as_many_states_with_masters(name: str) -> None:
+    narrow, wide = Shape(64, 128, 2, matrices=3), Shape(64, 128, 4, matrices=3)
+    assert state_bytes(name, [narrow], masters=True) == state_bytes(name, [wide]) + 4 * 3 * 64 * 128
+
+
 def test_without_zero_every_device_holds_everything_and_ddp_a_second_copy_of_the_gradients() -> None:
     """gradient_as_bucket_view=False is DistributedDataParallel's default."""
     alone, together = zero(0, 1), zero(0, 8)

@@ -12,10 +12,9 @@ import pytest
 
 from memory_math import MemoryMathError, count_parameters, hardware, predict
 from memory_math.architectures import architecture_of
-from memory_math.footprint import PUBLIC_PARTS
 from memory_math.request import check
 from memory_math.simulate import simulate
-from memory_math.tape import Ledger
+from memory_math.tape import PUBLIC_PARTS, Ledger
 
 PARAMETERS = 134_515_008
 SMALL = {
@@ -274,6 +273,11 @@ def test_what_a_footprint_says_was_asked_can_be_asked_again(asked: dict[str, Any
     ({"rank": 16, "target_modules": ["nonsense"]}, ("rank", "target_modules")),
     ({"method": "lora", "num_virtual_tokens": 5}, ("num_virtual_tokens",)),
     ({"method": "inference", "optimizer": "sgd"}, ("optimizer",)), ({"method": "lora", "rank": 16}, ()),
+    ({"target_length": 5}, ("target_length",)), ({"loss": "mean"}, ()), ({"zero_stage": 3}, ("zero_stage",)),
+    ({"method": "inference", "loss": "mean", "optimizer_implementation": "fused", "zero_stage": 2, "world_size": 4},
+     ("optimizer_implementation", "zero_stage", "world_size", "loss")),
+    ({"method": "inference", "zero_stage": 3, "world_size": 4}, ()), ({"zero_stage": 1, "precision": "bf16-mixed"}, ()),
+    ({"method": "frozen", "grad_accum_steps": 2, "optimizer_in_backward": False, "optimizer": "sgd"}, ("optimizer", "grad_accum_steps")),
 ])  # fmt: skip
 def test_what_has_no_effect_is_said(asked: dict[str, Any], idle: tuple[str, ...]) -> None:
     footprint = small(**asked)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from memory_math import MemoryMathError, count_parameters, hardware, predict, questions
-from memory_math.footprint import PUBLIC_PARTS
 from memory_math.knobs import KNOBS, TIME, predict_defaults, turn_all
 from memory_math.limits import limit_of, reserved_fits
 from memory_math.presets import PRESETS
 from memory_math.questions import explain_oom, largest, models_that_fit, savings
+from memory_math.tape import PUBLIC_PARTS
 
 SMALL = {
     "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -111,6 +111,10 @@ def test_quantised_models_are_not_left_out_by_their_16_bit_size() -> None:
 def test_a_request_that_no_preset_can_have_is_an_error() -> None:
     with pytest.raises(MemoryMathError, match=r"no preset.*batch_size=0"):
         models_that_fit("T4", batch_size=0)
+    for name in ("world_size", "tensor_parallel"):
+        for nonsense in (0, "2"):
+            with pytest.raises(MemoryMathError, match=f"{name}={nonsense!r}: expected a whole number of at least 1"):
+                models_that_fit("T4", **{name: nonsense})
 
 
 @pytest.mark.parametrize("request_", [
@@ -128,6 +132,12 @@ def test_savings_are_what_predict_says_with_the_knob(request_: dict[str, Any]) -
         assert saving.cost
     assert [saving.saved_bytes for saving in found] == sorted((saving.saved_bytes for saving in found), reverse=True)
     assert all(saving.knob in str(found) and saving.cost in found.markdown() for saving in found)
+
+
+def test_a_frozen_base_may_be_in_codes_whatever_trains_before_it() -> None:
+    for method in ("frozen", "lora", "prompt", "inference"):
+        found = savings(SMALL, method=method, precision="bf16", batch_size=1, sequence_length=8)
+        assert {"8-bit base", "4-bit base"} <= {saving.knob for saving in found}
 
 
 def test_the_savings_that_people_ask_for_are_among_them() -> None:
@@ -264,3 +274,5 @@ def test_reserved_fits_by_the_interval() -> None:
     on_cpu = predict(SMALL, sequence_length=256, device="cpu")
     assert reserved_fits(on_cpu, on_cpu.total) == "certain" and reserved_fits(on_cpu, on_cpu.total - 1) == "no"
     assert limit_of("t4") == ("T4", hardware.gpu_of("T4").usable_bytes)
+    hopper = hardware.gpu_of("H100")
+    assert limit_of(hopper) == limit_of("h100") == ("H100-80GB", hopper.usable_bytes - 2 * (32 * 2**20 - 8_519_680))

@@ -8,8 +8,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from memory_math import MemoryMathError, hardware, predict
-from memory_math.footprint import PUBLIC_PARTS, Footprint
+from memory_math.footprint import Footprint
 from memory_math.report import html_grid, markdown_grid, share_bar, size_text, text_grid, unit_for
+from memory_math.tape import PUBLIC_PARTS
 
 SVG = "{http://www.w3.org/2000/svg}"
 REQUEST = {"method": "lora", "precision": "bf16-mixed", "batch_size": 4, "sequence_length": 256}

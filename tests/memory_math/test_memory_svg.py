@@ -167,6 +167,11 @@ def test_numbers_have_four_figures() -> None:
     assert [number_text(value) for value in (0, 1, 999.96, 123456, 2e6, 0.00012)] == ["0", "1", "1,000", "123,456", "2e6", "1.2e-4"]
 
 
+def test_values_that_hardly_differ_have_an_axis_all_the_same() -> None:
+    document = line_chart({"a": [(0, 1e9), (1, 1e9 + 1e-4)]}, title="t", x_label="x", y_label="y")
+    assert document.count("<polyline") == 1 and len(nice_ticks(1e9, 1e9 + 1e-4, 8)) >= 2
+
+
 def test_a_long_title_is_written_smaller() -> None:
     def size_of(title: str) -> int:
         return int(next(ElementTree.fromstring(timeline(PHASES, title=title, unit="GiB")).iter(f"{SVG}text")).get("font-size"))

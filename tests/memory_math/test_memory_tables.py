@@ -8,10 +8,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from memory_math import MemoryMathError, predict
-from memory_math.footprint import PUBLIC_PARTS
 from memory_math.optimizers import OPTIMIZERS
 from memory_math.precision import PRECISIONS
 from memory_math.tables import compare_requests, table
+from memory_math.tape import PUBLIC_PARTS
 
 SMALL = {
     "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,

@@ -179,7 +179,8 @@ def test_speed_is_given_in_exactly_one_way(way: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"mfu": 45}, "mfu=45"), ({"gpus": 0}, "gpus=0"), ({"gpus": 1.5}, "gpus=1.5"), ({"gpu": "A100"}, "A100-40GB or A100-80GB"),
-    ({"price": -1}, "price=-1"), ({"method": "loar"}, "did you mean 'lora'"), ({"sequence_length": 2048}, "give both, or a model"),
+    ({"price": -1}, "price=-1"), ({"price": 10**400}, "price=10+: expected a number above 0, from 1e-100 to 1e"),
+    ({"method": "loar"}, "did you mean 'lora'"), ({"sequence_length": 2048}, "give both, or a model"),
 ])  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(change: dict[str, object], words: str) -> None:
     with pytest.raises(MemoryMathError, match=words):
@@ -187,7 +188,9 @@ def test_values_out_of_range_are_refused_by_name(change: dict[str, object], word
 
 
 @pytest.mark.parametrize(("arguments", "keywords", "words"), [
-    ((0, 1e9), {}, "params=0"), ((7e9, float("nan")), {}, "tokens=nan"), ((7e9, True), {}, "tokens=True"), (("llama-9", 1), {}, "llama-9"),
+    ((0, 1e9), {}, "params=0"), ((7e9, float("nan")), {}, "tokens=nan"), ((7e9, True), {}, "tokens=True"),
+    ((10**400, 1), {}, "params=10+: expected"), ((7e9, 10**400), {}, "tokens=10+: expected"), ((0.3, 1), {}, "params=0.3: expected at least one"),
+    (("llama-9", 1), {}, "llama-9"),
     ((7e9, 1), {"layers": 32}, "attention's share needs all three"), ((7e9, 1), {"layers": 32, "sequence_length": 9}, "give both"),
     ((7e9, 1), {"method": "inference", "gradient_checkpointing": True}, "no backward pass"),
 ])  # fmt: skip

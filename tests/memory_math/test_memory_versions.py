@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from memory_math import activation_formula, predict
+from memory_math.versions import versions_of
 
 MODEL = "llama-3-8b"
 
@@ -87,6 +88,11 @@ def test_the_old_loss_made_two_float32_copies_of_the_logits() -> None:
     assert kept == pytest.approx(2 * 512 * 128_256, rel=0.02)
     assert old.phases["loss"] - new.phases["loss"] == pytest.approx(2 * 512 * 128_256, rel=0.02)
     assert predict("llama-3.2-1b", loss="hf_legacy", **request).phases["loss"] == old.phases["loss"]
+
+
+def test_a_version_is_the_same_with_and_without_zeros_at_its_end() -> None:
+    for library in ("torch", "bitsandbytes"):
+        assert [versions_of({library: version}).before(library, "2.0") for version in ("1.13", "2", "2.0", "2.0.0", "2.0.1")] == [True] + 4 * [False]
 
 
 def test_a_bitsandbytes_of_two_digits_is_newer_than_one_of_one() -> None:

@@ -70,3 +70,18 @@ def test_the_longest_member_takes_its_part_of_the_context():
 def test_an_unknown_task_is_refused():
     with pytest.raises(LoraLabError, match="has the tasks"):
         Ensembled(several("ours", "gpt2"), ["a", "d"])
+
+
+@pytest.mark.parametrize("tasks", [[], "a", None])
+def test_no_list_of_tasks_is_refused_when_it_is_made(tasks):
+    with pytest.raises(LoraLabError, match="Ensembled.*: expected a list of at least one task"):
+        Ensembled(several("ours", "gpt2"), tasks)
+
+
+def test_a_tensor_without_rows_is_for_all_rows():
+    """Among them the number of positions that have logits, which no prompted model takes as a tensor."""
+    together, ids = Ensembled(several("theirs", "llama"), ["a", "b"]), torch.tensor(ROWS[:1])
+    places = {"cache_position": torch.arange(ids.shape[1])}
+    assert torch.equal(together(input_ids=ids, **places).logits, together(input_ids=ids).logits)
+    with pytest.raises(LoraLabError, match="logits_to_keep is a tensor"):
+        together(input_ids=ids, logits_to_keep=torch.tensor(1))

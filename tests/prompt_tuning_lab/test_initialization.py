@@ -21,7 +21,8 @@ from torch.testing import assert_close
 
 from lora_lab.errors import LoraLabError
 from prompt_tuning_lab import inject, nearest_tokens
-from prompt_tuning_lab.initialization import Start, draw, embedding_rms, without_meaning
+from prompt_tuning_lab.embeddings import embedding_rms
+from prompt_tuning_lab.initialization import Start, draw, without_meaning
 
 METHODS = ["prompt", "prefix", "p-tuning", "residual"]
 
@@ -240,6 +241,9 @@ def test_a_16_bit_base_gets_a_float32_prompt_of_its_own_words() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({"num_virtual_tokens": 0}, "num_virtual_tokens=0: expected a whole number of at least 1"),
+    "more tokens than are counted": ({"num_virtual_tokens": 10**30}, "num_virtual_tokens=10+: expected a whole number of at least 1, at most 2,1"),
+    "more words than are counted": ({"top_n": 10**30}, "top_n=10+: expected a whole number of at least 1, at most 2,147,483,647"),
+    "a seed that torch does not take": ({"seed": 2**64}, "seed=18446744073709551616: expected a whole number, or None .torch takes 64"),
     "more than the context": ({"num_virtual_tokens": 64}, "num_virtual_tokens=64: the model's context is 64, which leaves no room"),
     "a text of nothing": ({"init": "text", "text": "", "tokenizer": word_pieces()}, "text '' has no tokens"),
     "a text without tokenizer": ({"init": "text", "text": "the"}, "a tokenizer is needed"),

@@ -14,10 +14,12 @@ from llama_tools import pair, tokenizer
 from torch.testing import assert_close
 
 from lora_lab import LoraLabError
-from prompt_tuning_lab import interpretation
+from prompt_tuning_lab import embeddings
 from prompt_tuning_lab.drawing import HEIGHT, WIDTH, label_text, on_paper, picture, principal_components, text_width
-from prompt_tuning_lab.interpretation import Neighbour, drift, embedding_rms, nearest_tokens, similarity
-from prompt_tuning_lab.prefix import Prefix, prefix_shape
+from prompt_tuning_lab.embeddings import embedding_rms
+from prompt_tuning_lab.interpretation import Neighbour, drift, nearest_tokens, similarity
+from prompt_tuning_lab.prefix import Prefix
+from prompt_tuning_lab.prefix_cache import prefix_shape
 from prompt_tuning_lab.prompted_model import PromptedModel
 from prompt_tuning_lab.soft_prompt import SoftPrompt
 
@@ -70,7 +72,7 @@ def test_nearest_words_are_those_of_the_full_matrix_of_cosines(prompted):
 def test_blocks_of_the_embedding_give_what_the_whole_gives(prompted, monkeypatch):
     moved(prompted, [5, 70, 200], by=0.5)
     whole = nearest_tokens(prompted, WORDS, k=9)
-    monkeypatch.setattr(interpretation, "BLOCK_NUMBERS", 7 * 32)  # seven words at a time, fewer than k
+    monkeypatch.setattr(embeddings, "BLOCK_NUMBERS", 7 * 32)  # seven words at a time, fewer than k
     assert nearest_tokens(prompted, WORDS, k=9) == whole
 
 
@@ -79,9 +81,9 @@ def test_a_large_vocabulary_is_never_whole_in_float32(monkeypatch):
     base = decoder_pair("gpt2", vocab_size=5000)[0].to(torch.bfloat16)
     prompted = PromptedModel(base)
     prompted.add("default", SoftPrompt(torch.randn(3, 32)))
-    monkeypatch.setattr(interpretation, "BLOCK_NUMBERS", 100 * 32)
-    sizes, embed = [], interpretation.embedding_rows
-    monkeypatch.setattr(interpretation, "embedding_rows", lambda *args: sizes.append(len(args[1])) or embed(*args))
+    monkeypatch.setattr(embeddings, "BLOCK_NUMBERS", 100 * 32)
+    sizes, embed = [], embeddings.embedding_rows
+    monkeypatch.setattr(embeddings, "embedding_rows", lambda *args: sizes.append(len(args[1])) or embed(*args))
     nearest_tokens(prompted, _Tokens(5000), k=2)
     assert max(sizes) == 100 and sum(sizes) == 5000
 

@@ -14,15 +14,9 @@ from torch.testing import assert_close
 from lora_lab.errors import LoraLabError
 from lora_lab.models.cache import KVCache
 from lora_lab.models.generation import generate
-from prompt_tuning_lab.prefix import (
-    Prefix,
-    cache_asked_for,
-    from_rows,
-    insert_prefixes,
-    keys_and_values,
-    prefix_shape,
-    to_rows,
-)  # fmt: skip
+from prompt_tuning_lab.prefix import Prefix, from_rows, keys_and_values, to_rows
+from prompt_tuning_lab.prefix_cache import prefix_shape
+from prompt_tuning_lab.prefix_insertion import cache_asked_for, insert_prefixes
 
 SIDES = ["ours", "theirs"]
 EXACT = {"rtol": 0, "atol": 1e-10}

@@ -14,7 +14,9 @@ from torch.testing import assert_close
 
 from lora_lab.errors import LoraLabError
 from lora_lab.models.generation import generate
-from prompt_tuning_lab.prefix import Prefix, encode_with_prefixes, from_rows, insert_prefixes, keys_and_values, prefix_shape, to_rows
+from prompt_tuning_lab.prefix import Prefix, from_rows, keys_and_values, to_rows
+from prompt_tuning_lab.prefix_cache import prefix_shape
+from prompt_tuning_lab.prefix_insertion import encode_with_prefixes, insert_prefixes
 
 SIDES = ["ours", "theirs"]
 EXACT = {"rtol": 0, "atol": 1e-10}

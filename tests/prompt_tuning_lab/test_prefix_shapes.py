@@ -9,7 +9,9 @@ from prefix_tools import CAUSAL, both, model, random_states, run
 from torch.testing import assert_close
 
 from lora_lab.errors import LoraLabError
-from prompt_tuning_lab.prefix import Prefix, PrefixShape, from_rows, insert_prefixes, keys_and_values, prefix_shape, random_prefix
+from prompt_tuning_lab.prefix import Prefix, from_rows, keys_and_values, random_prefix
+from prompt_tuning_lab.prefix_cache import PrefixShape, prefix_shape
+from prompt_tuning_lab.prefix_insertion import insert_prefixes
 
 ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
 on_both_sides = pytest.mark.parametrize("side", ["ours", "theirs"])

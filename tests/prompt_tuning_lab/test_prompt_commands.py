@@ -22,12 +22,13 @@ from tiny_workshop import chat_tokenizer, our_llama, text_rows
 
 import lora_lab
 import prompt_tuning_lab
-from lora_lab import models
+from lora_lab import LoraLabError, comparison, models
 from lora_lab.data import filled, prompt_of, verbalize
 from lora_lab.models import loading
-from lora_lab.training import accuracy, best_choices, fit, predict_classes, score_choices
+from lora_lab.training import TrainConfig, accuracy, best_choices, fit, predict_classes, score_choices
 from lora_lab.training.run import Run
 from prompt_tuning_lab.__main__ import main
+from prompt_tuning_lab.commands.memory import memory_of_a_step
 from prompt_tuning_lab.commands.nearest import table
 from prompt_tuning_lab.tuning import PREFIX_SHARE, SHARE, WARMUP, learning_rate, training_config
 
@@ -180,6 +181,20 @@ def test_memory_is_predicted(shop, capsys, method, off):
     assert shop.tune(model=shop.folder / "wider", method=method) == 0
     ratio = float(re.search(r"MiB of tensors predicted, .* MiB measured \(ratio ([\d.]+)\)", capsys.readouterr().out)[1])
     assert abs(ratio - 1) < off
+
+
+def test_a_measured_step_that_fails_leaves_the_prompt_as_it_was(monkeypatch):
+    prompted = prompt_tuning_lab.inject(our_llama(max_position_embeddings=CONTEXT), 5)
+    before = prompted.prompt()().detach().clone()
+
+    def fails(model, *_):
+        model.prompt().weight.data.add_(1)
+        raise LoraLabError("the loss is NaN")
+
+    monkeypatch.setattr(comparison.memory, "fit", fails)
+    with pytest.raises(LoraLabError, match="the loss is NaN"):
+        memory_of_a_step(prompted, [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], TrainConfig())
+    assert torch.equal(prompted.prompt()(), before)
 
 
 def test_a_given_rate_is_said_and_used(shop, capsys):

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closed_forms import (
+    linear_parameters,
+    multitask_parameters,
+    p_tuning_lstm_parameters,
+    p_tuning_parameters,
+    prefix_mlp_parameters,
+    prefix_parameters,
+    prompt_parameters,
+    residual_parameters,
+)
 from small_models import build
 
 import lora_lab
@@ -12,21 +22,9 @@ from memory_math.architectures import count_parameters as count_of_preset
 from memory_math.ledger.prompts import LENGTHS, TABLE_4, WHY_WRONG
 from memory_math.ledger.sizes import prefix_parameters as prefix_of_preset
 from memory_math.ledger.sizes import prompt_parameters as prompt_of_preset
-from prompt_tuning_lab.counting import (
-    count_parameters,
-    linear_parameters,
-    multitask_parameters,
-    p_tuning_lstm_parameters,
-    p_tuning_parameters,
-    percent_text,
-    prefix_mlp_parameters,
-    prefix_parameters,
-    prompt_parameters,
-    residual_parameters,
-)
-from prompt_tuning_lab.initialization import rms
+from prompt_tuning_lab.counting import count_parameters, percent_text
+from prompt_tuning_lab.embeddings import embedding_rms, rms
 from prompt_tuning_lab.injection import inject
-from prompt_tuning_lab.interpretation import embedding_rms
 from prompt_tuning_lab.prompted_model import PromptedModel
 from prompt_tuning_lab.summary import summary
 
@@ -35,7 +33,7 @@ BASES = {"small": 76_961_152, "base": 247_577_856, "large": 783_150_080, "xl": 2
 
 
 def test_table_4_of_the_paper_is_length_times_width_but_for_its_misprints():
-    """Lester et al. 2021, table 4: 30 counts and 30 shares; five of them are misprinted (Small/20, Large/100, and two digits cut off)."""
+    """Lester et al. 2021, table 4: 30 counts and 30 shares; four of them are misprinted (Small/20, Large/100, and two digits cut off)."""
     wrong = set()
     for size, width in WIDTHS.items():
         preset = f"t5-v1_1-{size}"

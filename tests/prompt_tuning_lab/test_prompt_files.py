@@ -35,7 +35,8 @@ from lora_lab import LoraLabError
 from prompt_tuning_lab.checkpoint import load, save
 from prompt_tuning_lab.injection import inject
 from prompt_tuning_lab.interpretation import drift
-from prompt_tuning_lab.prefix import Prefix, prefix_shape
+from prompt_tuning_lab.prefix import Prefix
+from prompt_tuning_lab.prefix_cache import prefix_shape
 from prompt_tuning_lab.prompted_model import PromptedModel
 from prompt_tuning_lab.soft_prompt import SoftPrompt
 

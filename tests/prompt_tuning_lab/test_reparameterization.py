@@ -11,7 +11,8 @@ from prefix_tools import model, run
 from torch.testing import assert_close
 
 from lora_lab.errors import LoraLabError
-from prompt_tuning_lab.prefix import Prefix, PrefixShape, to_rows
+from prompt_tuning_lab.prefix import Prefix, to_rows
+from prompt_tuning_lab.prefix_cache import PrefixShape
 from prompt_tuning_lab.reparameterization import PrefixMLP, PTuning, ResidualPrompt
 from prompt_tuning_lab.soft_prompt import Prompt, SoftPrompt
 
@@ -169,7 +170,7 @@ def test_more_virtual_tokens_than_the_network_can_tell_apart_are_refused() -> No
             make()
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, True, "8"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, 10**30, True, "8"])
 @pytest.mark.parametrize("make", [PTuning, ResidualPrompt, PrefixMLP])
 def test_a_width_that_is_none_is_refused(make: Any, value: Any) -> None:
     with pytest.raises(LoraLabError, match="hidden_size="):

@@ -16,8 +16,9 @@ from tiny_workshop import QUIET, our_llama, token_rows
 import lora_lab
 from lora_lab import LoraLabError
 from lora_lab.training import fit
-from lora_lab.training.line_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, Line, line_chart, thinned, ticks
+from lora_lab.training.line_chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, Line, line_chart, thinned
 from lora_lab.training.report import BARS, RunLog, charts, read_run, smoothed, sparkline, summary, write
+from memory_math.svg import nice_ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 STEPS = [
@@ -163,7 +164,7 @@ def test_every_point_is_inside_the_axes(points):
 @example(1e9, 1e9 + 1.2e-7)
 def test_ticks_are_round_and_reach_past_both_ends(one, other):
     low, high = sorted((one, other))
-    made = ticks(low, high)
+    made = nice_ticks(low, high)
     rounding = 1e-6 * max(abs(low), abs(high)) + 1e-300
     assert made[0] <= low + rounding and made[-1] >= high - rounding and 2 <= len(made) <= 12
     assert made == sorted({*made})

@@ -1,0 +1,26 @@
+"""Amounts that need not be whole: tokens, operations, speeds, prices, and shares of a peak."""
+
+from __future__ import annotations
+
+from .errors import MemoryMathError
+
+LEAST, MOST = 1e-100, 1e100  # of an amount: products and quotients of a few stay numbers that a float can hold
+
+
+def positive(name: str, value: object) -> float:
+    """`value` as it is, where it is a number above 0; an int of any size is compared without becoming a float.
+
+    >>> positive("tokens", 2e12)
+    2000000000000.0
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not LEAST <= value <= MOST:
+        raise MemoryMathError(f"{name}={value!r}: expected a number above 0, from {LEAST:g} to {MOST:g}")
+    return value
+
+
+def share(name: str, value: object) -> float:
+    """`value` as it is, where it is a part of the peak."""
+    part = positive(name, value)
+    if part > 1:
+        raise MemoryMathError(f"{name}={value!r}: expected a share of the peak, above 0 and at most 1 (45 % is 0.45)")
+    return part
