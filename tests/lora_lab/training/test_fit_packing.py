@@ -19,8 +19,7 @@ from lora_lab import LoraLabError, data, training
 from lora_lab.data.packing import collate_packed
 from lora_lab.training import TrainConfig, fit
 from lora_lab.training.batches import count_steps, step_batches
-from lora_lab.training.distributed import ALONE
-from lora_lab.training.loop import _request
+from lora_lab.training.memory_request import request_of
 from lora_lab.training.run import Run
 
 ROWS = token_rows(12)
@@ -258,5 +257,5 @@ def test_a_loss_that_is_not_a_number_names_the_packed_rows(tmp_path: Path) -> No
 
 def test_memory_is_predicted_for_the_tokens_of_a_pack() -> None:
     """Rows of the longest length that fit: the attention within them is the most there can be."""
-    request = _request(exact_model(), TrainConfig(packing=True, max_tokens=100), 30, ALONE)
+    request = request_of(exact_model(), TrainConfig(packing=True, max_tokens=100), [{"input_ids": [1] * 30}])
     assert (request["batch_size"], request["sequence_length"]) == (3, 30)
