@@ -255,3 +255,11 @@ def test_a_cell_has_the_mean_of_the_seeds_and_their_spread():
     seeds = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert tasks_table.cell("read as asked", seeds).startswith("50.0 ± 25.0 of 3 (")
     assert statistics.stdev([25, 50, 75]) == 25
+
+
+def test_the_tables_on_the_page_are_those_of_the_runs():
+    """As `python benchmarks/tasks.py --table` prints them from the runs that are kept."""
+    page = (Path(__file__).parents[3] / "docs" / "tasks-on-real-data.md").read_text(encoding="utf-8")
+    results = tasks.Dated(tasks.RESULTS)
+    whole = [group for name in TASKS for group in tasks_table.groups(results, name) if {*tasks_table.NAMES} <= {*group}]
+    assert whole and all(tasks_table.table(group) in page for group in whole)
