@@ -11,7 +11,7 @@
 # - why training a model of 70 billion weights takes 9 large GPUs at least and thousands in practice, and adapting it takes 2
 # - how many days and dollars a run takes, and which size of model a budget is best spent on
 #
-# **Time:** about 3 minutes on 2 cores with the real model. Offline once the model is fetched.
+# **Time:** about 2 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
 # Marks such as [A2] or [B5] are the two lectures' claims, A for *Instruction Finetuning*, B for *Lecture 10.5: Finetuning*. Each is computed here,
 # not quoted, and some of them are wrong. Notebook 08 has the whole ledger.
