@@ -11,7 +11,7 @@
 # - to predict the memory of all of these before running them
 # - to read a validation curve, and to see overfitting and a missing warm-up in it
 #
-# **Time:** about 10 minutes on 2 cores with the real model. Offline once the model is fetched.
+# **Time:** about 8 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
 # Notebook 02 says what LoRA is; here it is simply the thing that trains. Claims of the lectures, [A12] for example, are checked as we meet them,
 # and marked ✓ where they hold in this run.
