@@ -21,10 +21,11 @@ def test_every_test_that_the_page_names_is_there():
 
 
 def test_its_numbers_are_the_codes():
-    from lora_lab.models.chat_sandbox import MOST_WORK, TURN
+    from lora_lab.models.chat_sandbox import LONGEST_TEMPLATE, MOST_WORK, TURN
     from lora_lab.models.gguf_header import MOST_OTHERS, MOST_VALUES
     from lora_lab.streaming.shards import MOST_HEADER
 
     assert (MOST_WORK, TURN, MOST_HEADER) == (50_000_000, 100, 32 * 2**20)
     assert "at most 50 million characters, a turn of a loop or a call counted as 100" in PAGE and "headers beyond 32 MiB" in PAGE
+    assert f"A chat template of at most {LONGEST_TEMPLATE:,} characters" in PAGE
     assert f"may have {MOST_VALUES:,} values" in PAGE and f"of which {MOST_OTHERS:,} neither text, int32 nor float32" in PAGE
