@@ -128,7 +128,8 @@ class Judge:
 
     def __init__(self, rows: Table, reading: Reading) -> None:
         model, tokenizer = encoder(storage_dtype(reading.precision))
-        self.names = tuple(name for name in SENTIMENTS if name in set(map(asked_for, rows)))
+        kinds = {*map(asked_for, rows)}
+        self.names = tuple(name for name in SENTIMENTS if name in kinds)
         self.reader = NewHead(tokenizer, Reading(reading.precision, 32), Classes(self.names, {name: i for i, name in enumerate(self.names)}))
         taught = Rows([{"text": row["output"], "label": self.names.index(asked_for(row))} for row in rows])
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The numbers of an adapter, checked before anything is made of them."""
+"""Numbers from callers and files, checked before anything is made of them; those of an adapter, each with its error."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
 
 
+def are_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers that can be computed in, none of them NaN or infinity."""
+    return tensor.dtype in FLOATS and bool(torch.isfinite(tensor).all())
+
+
 def check_rank(rank: Any, name: str = "rank") -> int:
     if not is_size(rank):
         raise LoraLabError(f"{name}={rank!r}: expected a whole number of at least 1, at most {LARGEST:,} (8 is a good start)")
     return rank
-
-
-def are_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds floating-point numbers that can be computed in, none of them NaN or infinity."""
-    return tensor.dtype in FLOATS and bool(torch.isfinite(tensor).all())
 
 
 def check_alpha(alpha: Any, name: str = "alpha") -> None:

@@ -677,7 +677,7 @@ with torch.no_grad(), lora_lab.per_sample(model, rows):
 alone = torch.cat([logits_of(lora_lab.use(model, name), text) for name in rows])
 gaps = ((mixed - alone).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1)).tolist()
 print("relative gaps:", [f"{gap:.1g}" for gap in gaps])
-holds(f"each row of the mixed batch is what its adapter gives alone, but for rounding in {PRECISION}", max(gaps) < 0.05)
+holds(f"each row of the mixed batch is what its adapter gives alone, but for rounding in {PRECISION}", max(gaps) < 0.03)
 
 # %% [markdown]
 # ## 10. Is the change really of low rank?

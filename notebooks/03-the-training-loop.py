@@ -19,11 +19,8 @@
 # %%
 import copy
 import functools
-import itertools
-import json
 import math
 import statistics
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,6 +32,7 @@ from course.checks import the_training_loop as check
 from lora_lab import data, training
 from lora_lab.training.optimizers import learning_rate_share, make_optimizer
 from lora_lab.training.precision import storage_dtype
+from lora_lab.training.report import read_run
 from lora_lab.training.rounding import round_stochastically
 
 print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; the fastest precision of this machine: {models.precision()}")
@@ -155,13 +153,6 @@ RATES = {"lora": 1e-3, "full": 5e-5}
 trials = {}
 
 
-def speed_of(run, folder):
-    """Tokens a second in the middle one of the run's steps: the first takes longer, as all of its memory is new."""
-    log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    ends = [0.0, *(entry["seconds"] for entry in log if "loss" in entry)]
-    return run.tokens / run.steps / statistics.median(end - start for start, end in itertools.pairwise(ends))
-
-
 def trial(name, method="lora", precision="bf16-mixed", quantization="none", **settings):
     """Predict, measure, then time STEPS steps. settings: of TrainConfig."""
     config = {**PLAIN, "precision": precision, "learning_rate": RATES[method], **settings}
@@ -178,8 +169,8 @@ def trial(name, method="lora", precision="bf16-mixed", quantization="none", **se
     measured = memory_math.measure(lambda: training.fit(model, rows, {**config, "max_steps": 2}), device="cpu")
     folder = f"runs/{len(trials)}"
     run = training.fit(fresh(method, precision, quantization), rows, {**config, "output_dir": folder})
-    trials[name] = {"predicted": predicted, "measured": measured.peak_bytes - (measured.start_bytes - own), "run": run,
-                    "speed": speed_of(run, folder)}  # fmt: skip
+    middle = statistics.median(speed for _, speed in read_run(folder).speed())   # the first step takes longer: all of its memory is new
+    trials[name] = {"predicted": predicted, "measured": measured.peak_bytes - (measured.start_bytes - own), "run": run, "speed": middle}
     print(f"{name:<44} {predicted.total / 2**20:7.1f} MiB predicted, {trials[name]['measured'] / 2**20:7.1f} measured, "
           f"{trials[name]['speed']:5.0f} tokens/s, loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f}")  # fmt: skip
 

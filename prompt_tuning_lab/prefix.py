@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lab.checks import LARGEST, is_size
 from lora_lab.errors import LoraLabError
 from lora_lab.models.base import in_mode, is_encoder_decoder
 
+from .initialization import check_count
 from .prefix_cache import PrefixShape, encode, new_cache, pairs_of, prefix_shape
 from .soft_prompt import Prompt
 
@@ -111,8 +111,7 @@ def _own_pairs(base: nn.Module, ids: Tensor, layers: int) -> list[tuple[Tensor, 
 
 def random_prefix(shape: PrefixShape, num_virtual_tokens: int, std: float = 0.02, generator: torch.Generator | None = None) -> Tensor:
     """Small normal numbers, [L, 2, P, N, D]: keys that all queries like alike, values that say little. (PEFT's have std 1.)"""
-    if not is_size(num_virtual_tokens):
-        raise LoraLabError(f"num_virtual_tokens={num_virtual_tokens!r}: expected a whole number of at least 1, at most {LARGEST:,}")
+    check_count(num_virtual_tokens)
     return torch.randn(shape.layers, 2, num_virtual_tokens, shape.heads, shape.head_dim, generator=generator) * std
 
 

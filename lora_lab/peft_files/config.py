@@ -90,7 +90,7 @@ def peft_config(model: nn.Module, adapter: str, layers: dict[str, LoRA], in_file
 def rank_in_file(layer: LoRA, adapter: str) -> int:
     """The rank that PEFT has to be told."""
     if isinstance(layer, ParameterLoRA):
-        return layer.lora_A[adapter].shape[-2]
+        return layer.lora_variant[adapter].rank(layer, adapter)
     return layer.lora_variant[adapter].pair_for_file(layer, adapter)[0].shape[0]
 
 

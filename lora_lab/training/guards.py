@@ -135,14 +135,14 @@ def first_gradient_not_finite(model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def out_of_memory_explained(model: nn.Module, request: dict[str, Any], longest: int) -> Iterator[None]:
+def out_of_memory_explained(model: nn.Module, request: dict[str, Any]) -> Iterator[None]:
     """Where memory runs out: what a step was predicted to need, and the knobs that would lower it most."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "not enough memory" not in str(error):
             raise
-        raise LoraLabError(f"out of memory in a step on rows of up to {longest} tokens. {_prediction(model, request)}") from error
+        raise LoraLabError(f"out of memory in a step on rows of up to {request['sequence_length']} tokens. {_prediction(model, request)}") from error
 
 
 def _prediction(model: nn.Module, request: dict[str, Any]) -> str:

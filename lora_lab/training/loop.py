@@ -72,7 +72,7 @@ def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | 
     with everyone.together(), only_run_in(config.output_dir, everyone):
         if everyone.size > 1 and config.distributed == "fsdp" and not is_sharded(model):
             shard(model, config.precision)
-        with _borrowed(model, config) as learning, out_of_memory_explained(model, request, request["sequence_length"]):
+        with _borrowed(model, config) as learning, out_of_memory_explained(model, request):
             return Run(model, task, config, examples, held_out, pad_id_of(tokenizer), everyone, learning).train()
 
 

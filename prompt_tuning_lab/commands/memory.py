@@ -29,7 +29,3 @@ def predicted_bytes(prompted: Any, rows: list[Any], config: Any) -> int:
              "gradient_checkpointing": config.gradient_checkpointing,
              "device": "cuda" if prompted.device.type == "cuda" else "cpu"}  # fmt: skip
     return int(memory_math.predict(prompted, **asked).total)
-
-
-def bytes_of(tensor: Any) -> int:
-    return int(tensor.numel() * tensor.element_size())

@@ -11,7 +11,7 @@ from lora_lab.commands.shared import model_options, precision_of, story_of
 from lora_lab.errors import LoraLabError
 
 from .lessons import Effect, Lesson, lesson_of
-from .memory import bytes_of, memory_of_a_step
+from .memory import memory_of_a_step
 
 # Options that are fields of TrainConfig, which has their defaults
 SETTINGS = (
@@ -158,6 +158,6 @@ def _side_by_side(lesson: Lesson, before: Effect, after: Effect) -> str:
 def _files(folder: Path, prompted: Any) -> str:
     from ..peft_files.description import describe
 
-    whole = sum(map(bytes_of, prompted.base.parameters()))
+    whole = sum(parameter.nbytes for parameter in prompted.base.parameters())
     files = " and ".join(f"{size:,} bytes of {name}" for name, size in describe(folder).files.items())
     return f"saved to {folder}: {files}; the model has {whole:,}"
