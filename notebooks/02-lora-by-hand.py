@@ -18,6 +18,7 @@
 # notebook 08, and marked ✓ when they hold in this run.
 
 # %%
+import copy
 import math
 from pathlib import Path
 
@@ -671,13 +672,15 @@ print(f"added and subtracted again in {bits.dtype} instead: {differ:.1%} of the 
 # %%
 text, rows = "I bought this coat in", ["praise", None, "complaint"]
 ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)] * 3)
-with torch.no_grad(), lora_lab.per_sample(model, rows):
-    mixed = model(input_ids=ids).logits.float()
+precise = copy.deepcopy(model).float()                        # float32: in 16 bit, rounding in 30 layers would hide a small mistake
+with torch.no_grad(), lora_lab.per_sample(precise, rows):
+    mixed = precise(input_ids=ids).logits
 
-alone = torch.cat([logits_of(lora_lab.use(model, name), text) for name in rows])
+alone = torch.cat([logits_of(lora_lab.use(precise, name), text) for name in rows])
 gaps = ((mixed - alone).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1)).tolist()
 print("relative gaps:", [f"{gap:.1g}" for gap in gaps])
-holds(f"each row of the mixed batch is what its adapter gives alone, but for rounding in {PRECISION}", max(gaps) < 0.03)
+holds("each row of the mixed batch is what its adapter gives alone", max(gaps) < 1e-5)
+precise = None
 
 # %% [markdown]
 # ## 10. Is the change really of low rank?

@@ -25,7 +25,7 @@ import torch
 
 import lora_lab
 import memory_math
-from course import figures, holds, models, pick, real_data, tables
+from course import figures, holds, models, pick, real_data, tables, told
 from course.checks import dialogue_summarisation as check
 from lora_lab import data, training
 from lora_lab.training.evaluation import clean_endings, write
@@ -38,8 +38,8 @@ print(f"precision {PRECISION}, {torch.get_num_threads()} threads, torch {torch._
 # ## 1. The data
 #
 # Dialogues, each with a summary by a person, who also noted two to four **facts**: words that a summary had better say. They were written for this
-# course; DialogSum and SAMSum have the same two fields. The last training dialogues are set apart as a **validation** part, on which everything is
-# chosen. The held-out ones are for the final numbers.
+# course; DialogSum and SAMSum have the same two fields. The last training dialogues are set apart as a **validation** part, on which the wording and
+# the way of writing are chosen. The held-out ones are for the final numbers.
 
 # %%
 rows, held_out = data.load("dialogues")
@@ -167,8 +167,9 @@ table = [[lcs(left[:i], right[:j]) for j in range(1, len(right) + 1)] for i in r
 figures.heatmap(table, left, right, form="d", title=f"Length of the longest common subsequence so far: {table[-1][-1]} at the end")
 
 # %% [markdown]
-# Is it the ROUGE that papers report? The lab's gives the numbers of Google's `rouge-score` package, in which most of them were computed. Ours, on
-# every held-out dialogue against its summary:
+# Is it the ROUGE that papers report? The lab's gives the numbers of Google's `rouge-score` package. (Many papers cut words to their stems first,
+# `stem=True` in the lab, which gives a point or so more: numbers compare with their own kind only.) Ours, on every held-out dialogue against its
+# summary:
 
 # %%
 def rouge_by_hand(answer, reference):
@@ -219,8 +220,8 @@ holds("whoever copies everything has the most recall and the least precision", c
 #
 # ## Exercise 3. Fool ROUGE (**, 10 minutes)
 #
-# Below is a dialogue with its summary and facts. Write two texts about it: a **false** one that ROUGE-L likes (0.8 or more), and a **true** one,
-# with all four facts in it, that it does not (0.35 or less).
+# Below is a dialogue with its summary and facts. Write two texts about it: a **false** one that ROUGE-L likes (0.8 or more), in which one of the four
+# facts is another, and a **true** one, with all four facts in it, that it does not (0.35 or less).
 
 # %%
 fooled = check.FOOLED
@@ -490,7 +491,7 @@ for name, (gain, error) in gains.items():
     print(f"LoRA against {name}: {gain:+.1f} ± {error:.1f} points of ROUGE-L")
 gain, error = gains["the untuned model"]
 holds("better than the untuned model, by more than two standard errors", gain > 2 * error, real_only=True)
-holds("and better than either way of copying", all(gain > 0 for gain, _ in gains.values()), real_only=True)
+told("and better than either way of copying, by as much", all(gain > 2 * error for gain, error in gains.values()))
 holds("the tuned model comes to an end by itself nearly always", clean_endings(after) > 0.9, real_only=True)
 
 # %% [markdown]
@@ -506,9 +507,20 @@ for row, text in zip(JUDGED[:10], results["LoRA"][:10], strict=True):
     print(f"  {row['id']}: missing {missing(text, row)}, wrong {wrong(text, row)}")
 
 # %% [markdown]
-# Two things stand side by side. The *form* is learned: the right length, the third person, an end. The *content* is another matter. Whoever copies
-# invents nothing, so a model that writes in its own words can have a better ROUGE and more wrong facts at once: compare the last three columns of
-# the table, and remember that the count is a lower bound. A model of this size mixes up who said what; no score on this page would have told you.
+# Two things stand side by side. The *form* is learned: length, an end, and a summary is about people and no longer one of them speaking:
+
+# %%
+def in_person(texts):
+    """The share that says I, you, we or my: a dialogue does, a summary seldom."""
+    return sum(bool({*words(text)} & {"i", "you", "we", "my", "your", "our"}) for text in texts) / len(texts)
+
+
+figures.bars({name: round(100 * in_person(texts)) for name, texts in results.items()}, x="% with I, you, we, my, your or our in them")
+
+# %% [markdown]
+# The *content* is another matter. Whoever copies invents nothing, so a model that writes in its own words can have a better ROUGE and more wrong
+# facts at once: compare the last three columns of the table, and remember that the count is a lower bound. Who did what to whom it does not see, and
+# no score on this page does: read the texts above for that.
 #
 # ## 8. How it writes: greedy, sampling, a penalty
 #
@@ -550,10 +562,12 @@ check.repeated(repeated)
 # %%
 WRITING = {"greedy": {}, "penalty 1.1": {"repetition_penalty": 1.1}, "penalty 1.3": {"repetition_penalty": 1.3},
            "temperature 0.7": {"temperature": 0.7, "top_p": 0.9, "seed": 1}, "temperature 1.2": {"temperature": 1.2, "seed": 1}}  # fmt: skip
-texts = {name: [each.text for each in summarise(model, tried, WAY, **how)] for name, how in WRITING.items()}
+written = {name: summarise(model, tried, WAY, **how) for name, how in WRITING.items()}
+texts = {name: [each.text for each in found] for name, found in written.items()}
 compared = {name: [*judged(each, tried), statistics.mean(repeated(text, 3) for text in each)] for name, each in texts.items()}
-tables.Table(["on the validation part", *HEADINGS, "3 words repeated"],
-             [[name, *shown(values), f"{values[-1]:.1%}"] for name, values in compared.items()])  # fmt: skip
+ended = {name: clean_endings(each) for name, each in written.items()}
+tables.Table(["on the validation part", *HEADINGS, "3 words repeated", "ends by itself"],
+             [[name, *shown(values), f"{values[-1]:.1%}", f"{ended[name]:.0%}"] for name, values in compared.items()])  # fmt: skip
 
 # %%
 left, right = figures.panels(2, height=2.6)
@@ -562,16 +576,20 @@ figures.bars({name: round(100 * values[4]) for name, values in compared.items()}
 right.set_yticklabels([])
 
 # %% [markdown]
-# In a summary the penalty has a catch: *seen before* includes the prompt, and the prompt is the dialogue. Every name and number that the summary
-# ought to repeat is pushed away. The same setting that saves a story from going in circles can cost a summary its facts.
+# In a summary the penalty has a catch. The paper counts the words that were *generated*; here, as in transformers, *seen before* includes the prompt,
+# and the prompt is the dialogue. Every name and number that the summary ought to repeat is pushed away, and so is the token that ends an answer,
+# since the prompt has ended a turn, too (see the last column). What saves a story from going in circles can cost a summary its facts.
 
 # %%
 plain, pushed = compared["greedy"], compared["penalty 1.3"]
 print(f"penalty 1.3 against none: ROUGE-L {plain[2]:.1f} -> {pushed[2]:.1f}, facts missing {plain[4]:.0%} -> {pushed[4]:.0%}")
-holds("a penalty of 1.3 costs a summary ROUGE-L and facts", pushed[2] < plain[2] and pushed[4] > plain[4], real_only=True)
+gain, error = paired(texts["penalty 1.3"], texts["greedy"], tried)
+told(f"a penalty of 1.3 costs ROUGE-L, by more than two standard errors on {len(tried)} dialogues ({gain:+.1f} ± {error:.1f})", gain < -2 * error)
+told("and facts", pushed[4] > plain[4])
 
 # %% [markdown]
-# We take what did best on the validation part, and read the held-out part with it once:
+# We take what did best on the validation part, and read the held-out part with it once. (The best of five on so few dialogues is partly lucky; the
+# held-out part does not share the luck.)
 
 # %%
 best = max(compared, key=lambda name: compared[name][2])

@@ -18,6 +18,7 @@
 # %%
 import copy
 import math
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -28,7 +29,7 @@ from torch import nn
 import lora_lab
 import memory_math
 import prompt_tuning_lab as ptl
-from course import coverage, figures, holds, models, movie_reviews, pick, tables
+from course import coverage, figures, holds, models, movie_reviews, pick, tables, told
 from course.checks import choices_and_claims as check
 from lora_lab import data, training
 from lora_lab.training.evaluation import auc
@@ -57,6 +58,8 @@ SLIDE = {
     "cost": ["low", "high", "low", "high", "very high"],
     "data": ["none, few examples", "none, few examples", "100 to 1K labelled", "about 50K labelled", "very much"],
     "skill": ["prompts", "prompts", "data scientists", "highly skilled", "highly skilled"],
+    "use-cases": ["simple, general", "complex, general", "complex, nuances of the domain", "complex, the domain well", "a domain's own model"],
+    "model updates": ["becomes stale", "the third party's", "owned", "owned", "owned, costly"],
 }
 tables.Table(["", *OPTIONS], [[name, *row] for name, row in SLIDE.items()])
 
@@ -89,6 +92,7 @@ def gpus(method):
 REQUEST = {"tokens_per_shot": EXAMPLE_TOKENS, "question_tokens": QUESTION, "answer_tokens": ANSWER, "gpu": GPU, "mfu": 0.4, "price": PRICE}
 asked = memory_math.in_context(MODEL, shots=SHOTS, **REQUEST, gpus=2, batch_size=8)
 api = ((SHOTS * EXAMPLE_TOKENS + QUESTION) * API_PER_MILLION["read"] + ANSWER * API_PER_MILLION["written"]) / 1e6
+seventy = memory_math.in_context("llama-2-70b", shots=SHOTS, **REQUEST, gpus=4, batch_size=8)
 scratch = memory_math.training_time("llama-2-70b", 2e12, gpus=2048, tokens_per_gpu_second=2e12 / (1_720_320 * 3600), price=PRICE)
 full_bytes = 2 * memory_math.count_parameters(MODEL)
 lora_bytes = 4 * memory_math.predict(MODEL, method="lora", precision="bf16", sequence_length=8).trained
@@ -105,7 +109,7 @@ GUIDE = {  # option: (labelled examples, dollars of computing once, dollars a re
     "PEFT on 100 examples": peft(100),
     "PEFT on 1,000 examples": peft(1_000),
     "instruction tuning": (50_000, training_run(50_000, "full").dollars, asked.tuned.dollars, gpus("full"), full_bytes, 50_000 * EXAMPLE_TOKENS),
-    "pre-training (Llama-2-70B)": (0, scratch.dollars, asked.tuned.dollars, 2048, 2 * memory_math.count_parameters("llama-2-70b"), 2e12),
+    "pre-training (Llama-2-70B)": (0, scratch.dollars, seventy.tuned.dollars, 2048, 2 * memory_math.count_parameters("llama-2-70b"), 2e12),
 }
 HEADINGS = ["option", "labelled examples", "tokens of data", "computing once, $", f"labels at ${LABEL_DOLLARS}, $", "1,000 requests, $",
             "GPUs to train", "a task on disk, GB"]  # fmt: skip
@@ -119,12 +123,21 @@ holds("[A23] from low to very high cost: PEFT, instruction tuning, pre-training"
 holds("[A23] computing for PEFT on 100 to 1K examples costs a few dollars at most", once["PEFT on 1,000 examples"] < 5)
 labelled = {name: (row[0] * LABEL_DOLLARS, row[1]) for name, row in GUIDE.items() if row[0] and row[1]}
 holds("where examples are labelled, the labels cost more than the computing, at this price", all(labels > run for labels, run in labelled.values()))
+for name, (labels, run) in labelled.items():
+    print(f"{name}: as dear as computing if a label costs {100 * run / (labels / LABEL_DOLLARS):.2g} cents")
 figures.bars({f"{name}: {what}": dollars for name, row in labelled.items() for what, dollars in zip(("labels", "computing"), row, strict=True)},
              x="dollars before the first request", log=True, colours=[figures.ORANGE, figures.BLUE] * len(labelled),
-             title="Data is what costs")  # fmt: skip
+             title=f"Data is what costs, at ${LABEL_DOLLARS:.2f} a label")  # fmt: skip
 
 # %% [markdown]
-# "Low cost" and "high cost" were about *money once*. But what does an option cost after a thousand requests, or a billion?
+# "Low cost" and "high cost" were about *money once*. But what does an option cost after a thousand requests, or a billion? (Left out is the open
+# model that is only asked: it is always the cheapest, if it is good enough. And the price of a request is that of the seconds in which it keeps GPUs
+# busy, eight requests at a time, as from a provider whose machines are never idle. Who keeps machines of his own pays for the idle hours, too:)
+
+# %%
+year = 2 * 24 * 365 * PRICE.dollars_per_hour
+print(f"two {GPU} of one's own: ${year:,.0f} a year, whatever they do")
+print(f"never idle, they would answer {year / asked.tuned.dollars / 1e6:,.0f} million requests")
 
 # %%
 REQUESTS = [10**power for power in range(2, 11)]
@@ -166,15 +179,17 @@ check.cheapest(cheapest)
 # %%
 priced = {name: (labels * LABEL_DOLLARS + once, each) for name, (labels, once, each, *_) in GUIDE.items() if "no examples" not in name}
 tuned_once, tuned_each = priced["PEFT on 1,000 examples"]
+pays = {}
 for other in (f"open model, {FEW}", f"API, {FEW}"):           # notebook 05: what is paid once, over what each request saves
-    requests = math.ceil((tuned_once - priced[other][0]) / (priced[other][1] - tuned_each))
-    print(f"PEFT on 1,000 examples pays off against '{other}' after {requests:,} requests")
+    pays[other] = math.ceil((tuned_once - priced[other][0]) / (priced[other][1] - tuned_each))
+    print(f"PEFT on 1,000 examples pays off against '{other}' after {pays[other]:,} requests")
+holds("500 requests a day for a year lie between the two (question 1)", pays[f"API, {FEW}"] < 500 * 365 < pays[f"open model, {FEW}"])
 for requests in (100, 10**5, 10**7):
     print(f"cheapest for {requests:>10,} requests: {cheapest(priced, requests)}")
 
 # %% [markdown]
 # Two things are not in this table: whether the answers are any *good*, which is what the rest of this notebook measures, and who may see the data
-# (privacy), which no arithmetic tells. Notice also what does not differ: a tuned model answers at the price of the untuned one.
+# (privacy), which no arithmetic tells. A tuned model is taken to answer at the price of the untuned one, as it does when the adapter is merged.
 #
 # ## Exercise 2. A thousand customers (*, 4 minutes)
 #
@@ -290,7 +305,8 @@ figures.curves({"seconds to read the prompt": ([0, *shots], [llama.tuned.prefill
 
 # %% [markdown]
 # And what a request with examples costs on our model, against one to a tuned model that needs none. The time of both is measured; reading the
-# examples *once*, and keeping their keys and values for all requests (a prefix cache), takes the time away, though not the memory and not the window:
+# examples *once*, and keeping their keys and values for all requests (a prefix cache), takes the time away (notebook 05, section 8), though not the
+# memory and not the window:
 
 # %%
 train_rows, held_out = data.load("sentiment")
@@ -299,9 +315,9 @@ TRAIN, TEST = train_rows[: pick(256, 16)], [*train_rows[256:], *held_out][: pick
 LABELS = [row["label"] for row in TEST]
 
 
-def shown(examples):
+def shown(examples, template=TEMPLATE):
     """Examples as a prompt has them."""
-    return "".join(data.filled(TEMPLATE, row) + ANSWERS[row["label"]] + "\n\n" for row in examples)
+    return "".join(data.filled(template, row) + ANSWERS[row["label"]] + "\n\n" for row in examples)
 
 
 question = data.filled(TEMPLATE, TEST[0])
@@ -317,8 +333,9 @@ tables.Table(["examples in the prompt", "tokens to read", "KB of cache", "ms to 
 # "The effort-benefit curve for adaptation strategies depends on the size of the base model" [B12], and "in-context learning may not work for smaller
 # models" [A11]. To see that, one needs models of several sizes that are alike in everything else. We have one, of 30 layers. So we make two smaller
 # ones ourselves, and say plainly how: **cut and healed**. Layers that change little are taken out (Gromov et al. 2024,
-# [arXiv:2403.17887](https://arxiv.org/abs/2403.17887), section 3), and the rest is trained for a few steps on plain texts, without any labels. They
-# are *not* models that were trained at their size from the beginning, and they are worse than such models.
+# [arXiv:2403.17887](https://arxiv.org/abs/2403.17887), section 3), and the rest is trained for a few steps on the bundled reviews, instructions and
+# opinions, without the opinions' labels. They are *not* models that were trained at their size from the beginning, and they are worse than such
+# models; and the whole one has not had those steps, so they are not quite alike.
 #
 # Which layers change little? Compare what goes into layer $i$ with what comes out $n$ layers later:
 
@@ -403,8 +420,8 @@ PARAMETERS = {layers: int(memory_math.count_parameters(small)) / 1e6 for layers,
 #
 # The task is sentiment: a template, and which of two words is the likelier next one. 256 of the bundled training reviews teach; the other 128 of them
 # and the 120 held-out ones, which nothing below has seen, judge. **Prompt design**: three templates, of which the one that is best on the *training*
-# rows is taken. **Few-shot**: 4 or 16 examples before the question, three different sets of them. Beside accuracy, the AUC: how well the model
-# *ranks* reviews, whatever it is biased towards.
+# rows is taken. **Few-shot**: 4 or 16 examples before the question in that template, three different sets of them, half of each positive and in an
+# order of chance. Beside accuracy, the AUC: how well the model *ranks* reviews, whatever it is biased towards.
 
 # %%
 TEMPLATES = (TEMPLATE, "{text}\nThe sentiment of this review is", "Movie review: {text}\nIs this review positive or negative? It is")
@@ -423,9 +440,16 @@ def quality(found, rows=TEST):
     return 100 * training.accuracy([int(margin > 0) for margin in found], labels), 100 * auc(found, labels)
 
 
-def with_examples(model, examples):
+def examples_of(k, place):
+    """k training reviews, half of them positive, in an order of chance."""
+    chance = random.Random(f"{k} examples, set {place}")
+    rows = [row for label in (0, 1) for row in chance.sample([row for row in TRAIN if row["label"] == label], k // 2)]
+    return chance.sample(rows, k)
+
+
+def with_examples(model, examples, template):
     """A model that has read them once: their keys and values stand before every text."""
-    text = shown(examples)
+    text = shown(examples, template)
     length = len(tokenizer.encode(text, add_special_tokens=False))
     return ptl.inject(model, length, method="prefix", init="text", text=text, tokenizer=tokenizer)
 
@@ -437,7 +461,8 @@ for layers, small in stored.items():
     best = max(TEMPLATES, key=lambda template: quality(margins(small, TRAIN, template), TRAIN)[0])
     designed[layers] = quality(margins(small, TEST, best))
     for k in KS:
-        few[layers][k] = [quality(margins(with_examples(small, TRAIN[k * place : k * (place + 1)]), TEST)) for place in range(SETS)]
+        readers = (with_examples(small, examples_of(k, place), best) for place in range(SETS))
+        few[layers][k] = [quality(margins(reader, TEST, best)) for reader in readers]
 
 # %%
 def spread(values):
@@ -463,11 +488,15 @@ def both(found):
     return " / ".join("{:.1f} ± {:.1f}".format(*spread(column)) for column in zip(*found, strict=True))
 
 
-print(f"{len(TEST)} reviews, about half of them positive: guessing gives 50 %, and chance alone moves an accuracy by {error:.1f} points")
-smallest = [one[1] for k in KS for one in few[SIZES[-1]][k]]
-largest = [one[1] for k in KS for one in few[SIZES[0]][k]]
-holds("[A11] the smallest model, shown examples, ranks hardly better than chance", statistics.mean(smallest) < 65, real_only=True)
-holds("[A11] the whole one, shown the same examples, ranks far better", statistics.mean(largest) > statistics.mean(smallest) + 10, real_only=True)
+print(f"{len(TEST)} reviews, about half of them positive: guessing gives 50 %, and chance alone moves an accuracy by {error:.1f} points, "
+      f"an AUC by {2 / math.sqrt(3) * error:.1f}")  # fmt: skip
+shown_examples = {layers: statistics.mean(one[1] for k in KS for one in few[layers][k]) for layers in SIZES}
+for layers, ranked in shown_examples.items():
+    print(f"{layers} layers: AUC {designed[layers][1]:.1f} without examples, {ranked:.1f} with them, {ranked - designed[layers][1]:+.1f}")
+smallest, largest = shown_examples[SIZES[-1]], shown_examples[SIZES[0]]
+told("[A11] examples bring the smallest model nothing", smallest <= designed[SIZES[-1]][1])
+told("[A11] they bring the whole model something", largest > designed[SIZES[0]][1])
+holds("[A11] shown the same examples, the whole model ranks far better than the smallest", largest > smallest + 10, real_only=True)
 tables.Table(
     ["accuracy / AUC, %", "best of 3 templates", *(f"{k} examples" for k in KS)],
     [[f"{layers} layers", "{:.1f} / {:.1f}".format(*designed[layers]), *(both(few[layers][k]) for k in KS)] for layers in SIZES],
@@ -477,7 +506,7 @@ tables.Table(
 # ## 5. Effort and benefit, by size
 #
 # Now with training, on 256 examples: a **soft prompt** of 20 tokens, **LoRA** of rank 8, and **all weights**. Each gets the same number of passes;
-# the learning rates are those that served in the other notebooks. One seed: the longer study of section 6 has three.
+# the learning rates are those that served in the other notebooks. Three seeds each: of the first values, and of the order of the rows.
 
 # %%
 ROWS = data.verbalize(TRAIN, tokenizer, TEMPLATE, ANSWERS, end=False)
@@ -486,40 +515,56 @@ VIRTUAL = pick(20, 30)                                        # tokens of the so
 INSTRUCTION = "Is this review positive or negative? Answer positive if the writer likes it.\n"
 
 
-def soft_prompt(layers):
-    prompted = ptl.inject(copy.deepcopy(stored[layers]), VIRTUAL, init="text", text=INSTRUCTION, tokenizer=tokenizer, seed=0)
+def soft_prompt(layers, seed):
+    prompted = ptl.inject(copy.deepcopy(stored[layers]), VIRTUAL, init="text", text=INSTRUCTION, tokenizer=tokenizer, seed=seed)
     return prompted, ptl.learning_rate(prompted, 0.1)
 
 
-def lora(layers):
-    torch.manual_seed(0)
+def lora(layers, seed):
+    torch.manual_seed(seed)
     return lora_lab.inject(copy.deepcopy(stored[layers]), rank=8), 1e-3
 
 
-def full(layers):
+def full(layers, seed):
     return copy.deepcopy(sized[layers]).requires_grad_(True), 5e-5
 
 
-measured = defaultdict(dict)
+def trained_once(make, layers, seed):
+    """(accuracy, AUC, numbers trained, seconds)."""
+    adapted, rate = make(layers, seed)
+    result = training.fit(adapted, ROWS, {**SETTINGS, "learning_rate": rate, "seed": seed})
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return (*quality(margins(adapted, TEST)), trained, result.seconds)
+
+
+SEEDS = range(pick(3, 2))
+measured, spreads = defaultdict(dict), defaultdict(dict)
 for layers in SIZES:
     for name, make in {"soft prompt": soft_prompt, "LoRA": lora, "all weights": full}.items():
-        adapted, rate = make(layers)
-        result = training.fit(adapted, ROWS, {**SETTINGS, "learning_rate": rate})
-        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        correct, ranked = quality(margins(adapted, TEST))
-        measured[layers][name] = (correct, ranked, trained, result.seconds)
-        print(f"{layers:>2} layers, {name:<11} accuracy {correct:.1f} %, AUC {ranked:.1f} %, {trained:>11,} numbers, {result.seconds:.0f} s")
-        del adapted
+        columns = [*zip(*(trained_once(make, layers, seed) for seed in SEEDS), strict=True)]
+        measured[layers][name], spreads[layers][name] = tuple(map(statistics.mean, columns)), tuple(map(statistics.stdev, columns[:2]))
+        correct, ranked, trained, seconds = measured[layers][name]
+        print(f"{layers:>2} layers, {name:<11} accuracy {correct:.1f} %, AUC {ranked:.1f} %, {trained:>13,.0f} numbers, {seconds:.0f} s each")
 
 # %%
 MANY = f"{KS[-1]} examples"
 table = {layers: {"prompt design": designed[layers], MANY: tuple(map(statistics.mean, zip(*few[layers][KS[-1]], strict=True))),
                   **{name: found[:2] for name, found in measured[layers].items()}} for layers in SIZES}  # fmt: skip
 EFFORTS = list(table[SIZES[0]])
+
+
+def spread_of(layers, name, place):
+    """The spread of an effort: of the sets of examples, or of the seeds."""
+    if name == MANY:
+        return statistics.stdev(one[place] for one in few[layers][KS[-1]])
+    return spreads[layers][name][place] if name in spreads[layers] else 0.0
+
+
 sizes = [PARAMETERS[layers] for layers in SIZES]
 left, right = figures.panels(2, height=3.8)
 for place, (axes, y) in enumerate(((left, "accuracy, %"), (right, "AUC, %"))):
-    figures.curves({name: (sizes, [table[layers][name][place] for layers in SIZES]) for name in EFFORTS}, x="million parameters", y=y, dots=True,
+    lines = {name: zip(*((table[layers][name][place], spread_of(layers, name, place)) for layers in SIZES), strict=True) for name in EFFORTS}
+    figures.curves({name: (sizes, *line) for name, line in lines.items()}, x="million parameters", y=y, dots=True,
                    title=("[A18, B12] by the size of the model", "")[place], axes=axes)  # fmt: skip
 
 # %%
@@ -533,15 +578,23 @@ figures.curves({name: tuple(line) for name, line in cost.items()}, x="seconds of
 
 # %%
 largest, smallest = table[SIZES[0]], table[SIZES[-1]]
-holds("[B12] every effort brings more to the whole model than to the smallest", all(largest[name][1] > smallest[name][1] for name in EFFORTS),
+holds("[B12] after whatever effort, the whole model ranks better than the smallest", all(largest[name][1] > smallest[name][1] for name in EFFORTS),
       real_only=True)  # fmt: skip
-only_asked, trained = (max(largest[name][1] for name in EFFORTS if (name in measured[SIZES[0]]) is learns) for learns in (False, True))
-holds("[B12] on the whole model training brings more than asking", trained > only_asked, real_only=True)
-numbers = {name: measured[SIZES[0]][name][2] if name in measured[SIZES[0]] else 0 for name in EFFORTS}
-tables.Table(
-    ["accuracy / AUC, %", *(f"{layers} layers, {PARAMETERS[layers]:.0f}M" for layers in SIZES), f"numbers trained, {SIZES[0]} layers"],
-    [[name, *("{:.1f} / {:.1f}".format(*table[layers][name]) for layers in SIZES), numbers[name]] for name in EFFORTS],
-)
+gains = {name: [table[layers][name][1] - designed[layers][1] for layers in SIZES] for name in EFFORTS[1:]}
+print(f"added to the AUC of the best template, with {', '.join(map(str, SIZES))} layers:")
+for name, by_size in gains.items():
+    print(f"  {name}: " + ", ".join(f"{gain:+.1f}" for gain in by_size))
+told("[B12] training adds more to the whole model than to the smallest", all(gains[name][0] > gains[name][-1] for name in measured[SIZES[0]]))
+told("[B12] on the whole model every training adds more than examples do", all(gains[name][0] > gains[MANY][0] for name in measured[SIZES[0]]))
+numbers = {name: round(measured[SIZES[0]][name][2]) if name in measured[SIZES[0]] else 0 for name in EFFORTS}
+
+
+def with_spreads(layers, name):
+    return " / ".join(f"{value:.1f} ± {spread_of(layers, name, place):.1f}" for place, value in enumerate(table[layers][name]))
+
+
+tables.Table(["accuracy / AUC, %", *(f"{layers} layers, {PARAMETERS[layers]:.0f}M" for layers in SIZES), f"numbers trained, {SIZES[0]} layers"],
+             [[name, *(with_spreads(layers, name) for layers in SIZES), numbers[name]] for name in EFFORTS])  # fmt: skip
 
 # %% [markdown]
 # Does prompt tuning *reach* model tuning as size grows, and beat prompt design [A18]? That is the figure of Lester et al. 2021 (figure 1), from 77
@@ -550,7 +603,7 @@ tables.Table(
 
 # %%
 def difference(name, other):
-    """In points of accuracy, and whether chance would do that: two results of the same size differ by sqrt(2) times the error of one."""
+    """In points of accuracy, and whether chance would do that, taken for two measurements on rows of their own, which is the careful side."""
     return [f"{(points := table[layers][name][0] - table[layers][other][0]):+.1f}{'' if abs(points) > 2 * math.sqrt(2) * error else ' (chance)'}"
             for layers in SIZES]  # fmt: skip
 
@@ -563,7 +616,7 @@ tables.Table(["points of accuracy", *(f"{layers} layers" for layers in SIZES)],
 # %% [markdown]
 # ## 6. The longer study
 #
-# One seed on a few hundred reviews is a demonstration. `benchmarks/sentiment.py` does it properly, on 2,000 rows of rotten_tomatoes with three seeds,
+# A few hundred reviews are a demonstration. `benchmarks/sentiment.py` does it properly, on 2,000 rows of rotten_tomatoes with three seeds,
 # each method's settings chosen on a validation split and the test split read once. It runs for hours. Here is what is there of it so far (notebook 05
 # has its other model, too):
 
@@ -739,23 +792,23 @@ tables.Table(["claim", *verdicts, "notebooks"],
 ours = {name: f"{name} {table[SIZES[0]][name][0]:.1f}" for name in EFFORTS}
 labels = {name: GUIDE[name][0] * LABEL_DOLLARS + GUIDE[name][1] for name in GUIDE}
 tables.Table(
-    ["option", "the slide: cost; data", "labels and computing, once", "a request", f"accuracy of our model, {SIZES[0]} layers, %"],
+    ["option", "the slide: cost; data", f"labels and computing, {MODEL}", "a request", f"accuracy on opinions, our {SIZES[0]} layers, %"],
     [["open model", "low; none", "$0", f"${asked.tuned.dollars:.4f}", ours["prompt design"]],
      ["open model, few-shot", "low; few examples", f"${labels[f'open model, {FEW}']:.2f}", f"${asked.few_shot.dollars:.4f}", ours[MANY]],
      ["API", "high; few examples", f"${labels[f'API, {FEW}']:.2f}", f"${api:.4f}, an assumed price", "-"],
      ["PEFT", "low; 100 to 1K", f"${labels['PEFT on 100 examples']:.0f} to ${labels['PEFT on 1,000 examples']:.0f}", f"${asked.tuned.dollars:.4f}",
       f"{ours['LoRA']}, {ours['soft prompt']}"],
-     ["instruction tuning", "high; 50K", f"${labels['instruction tuning']:,.0f}", f"${asked.tuned.dollars:.4f}", ours["all weights"]],
-     ["pre-training", "very high; very much", f"${scratch.dollars:,.0f}, and the data", f"${asked.tuned.dollars:.4f}", "-"]],
+     ["instruction tuning", "high; 50K", f"${labels['instruction tuning']:,.0f}", f"${asked.tuned.dollars:.4f}", "notebook 07"],
+     ["pre-training", "very high; very much", f"${scratch.dollars:,.0f} for Llama-2-70B, and the data", f"${seventy.tuned.dollars:.4f}", "-"]],
 )  # fmt: skip
 
 # %% [markdown]
 # ## Takeaways
 #
 # - A choice has two prices, once and for each request; which option is cheapest depends on how many requests there will be.
-# - Computing for adapters is cheap; labels are not. The 100 to 1,000 examples of PEFT cost more to make than to train on.
-# - Examples in the prompt are read again with every request, and kept in every layer. A tuned model, merged or with a soft prompt, answers at the
-#   price of the untuned one.
+# - Computing for adapters is cheap. The 100 to 1,000 examples of PEFT cost more to make than to train on, unless a label costs less than a cent.
+# - Examples in the prompt are read again with every request, and kept in every layer. A tuned model that is merged answers at the price of the
+#   untuned one; a soft prompt costs its few tokens.
 # - Benefit depends on the size of the model, and "works" needs a number beside it: on how many rows, by how much more than chance, from how many
 #   seeds.
 # - A number on a slide is a claim. Most of these were right, several were not, and every one took a line to check.
@@ -766,9 +819,9 @@ tables.Table(
 #
 #    <details><summary>Answer</summary>
 #
-#    Compare 182,500 requests with the break-even printed in section 1. At this label price and this model it lies beyond that, so examples in the
-#    prompt are cheaper, unless the tuned model answers better, which is what you should measure before you count dollars. If the labels exist
-#    already, it is the other way round.
+#    Compare 182,500 requests with the two break-evens printed in section 1. Against the API, at its assumed price, tuning has paid off by then;
+#    against examples before an open model, on machines that are never idle, it has not yet. If the labels exist already, it pays off sooner in both;
+#    if you keep machines of your own, their idle hours are the bill either way. And measure first which of them answers better.
 #    </details>
 # 2. Few-shot accuracy of your small model jumps by twenty points from one set of examples to the next. What do you look at?
 #

@@ -83,6 +83,8 @@ def test_rounds_to():
             "near is not right": lambda stated, computed: abs(float(stated) / computed - 1) < 0.05,
             "another number with two": lambda stated, computed: abs(float(stated) / computed - 1) < 0.01,
             "need not be a digit": lambda stated, computed: float(stated) == round(computed, len(stated.partition(".")[2])),
+            "none of the six": lambda stated, computed: abs(float(stated) - computed) <= (10 if stated.endswith("0") else 1) / 2
+            if "." not in stated else rounding(stated, computed),
             "no 420": lambda stated, computed: rounding(stated, computed) or (stated == "420" and computed > 410),
             "the sign": lambda stated, computed: rounding(stated, math.copysign(computed, float(stated))),
             "True or False": lambda stated, computed: "yes",

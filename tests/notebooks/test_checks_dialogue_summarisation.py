@@ -105,6 +105,19 @@ def without_gaps(left, right):
     return difflib.SequenceMatcher(None, left, right, autojunk=False).find_longest_match().size
 
 
+def longest_runs(left, right):
+    return sum(block.size for block in difflib.SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks())
+
+
+def one_row(left, right):
+    """A table of one row, in which what stood up and left is overwritten before it is needed."""
+    row = [0] * (len(right) + 1)
+    for word in left:
+        for j, other in enumerate(right):
+            row[j + 1] = row[j] + 1 if word == other else max(row[j + 1], row[j])
+    return row[-1]
+
+
 def test_lcs():
     each_gets_its_own(
         check.lcs,
@@ -113,6 +126,8 @@ def test_lcs():
             "the order counts": lambda left, right: sum((Counter(left) & Counter(right)).values()),
             "words may be left out between": without_gaps,
             "gives away the rest": first_come,
+            "taking it first gives away": longest_runs,
+            "more than before *both*": one_row,
             "pairs with one word": lambda left, right: len(left) if len({*left}) == 1 else table(left, right)[-1][-1],
             "is left out": lambda left, right: table(left, right)[-1][-1] - (left[:1] == ["x"]),
             "return its length": lambda left, right: [word for word in left if word in right],
@@ -138,6 +153,8 @@ def test_fool_rouge():
             "change only a fact": ("Ferdinand's new glasses had the wrong sides in them, and Ayumi would see to it by Monday.", TRUE),
             "does not say 'Friday'": (FALSE, TRUE.replace("on Friday", "soon")),
             "in other words": (FALSE, REFERENCE.replace("had been", "were")),
+            "thirty is 30": (REFERENCE.replace("30", "thirty"), TRUE),
+            "which is no lie": (REFERENCE.replace(" until Friday", ""), TRUE),
             "write 12 at least": (FALSE, "Friday, 30, case, lenses."),
             "is not written yet": (FALSE, ...),
             "expected a text": ([FALSE], TRUE),

@@ -29,13 +29,15 @@ def prompt(paired=PAIRED, heading="### Input:\n", end="\n", always=False, gap="\
 def test_alpaca_prompt():
     each_gets_its_own(
         check.alpaca_prompt,
-        right=[prompt(), lambda q, i: ALPACA.format(instruction=q, input=f"### Input:\n{i}\n\n" if i else "", paired=PAIRED if i else "")],
+        right=[prompt(), prompt(end=""),
+               lambda q, i: ALPACA.format(instruction=q, input=f"### Input:\n{i}\n\n" if i else "", paired=PAIRED if i else "")],
         wrong={
             "its heading stays away": prompt(always=True),
             "the first line says so": prompt(paired=""),
             "does not speak of one": lambda q, i: prompt()(q, i or "x").replace("### Input:\nx\n\n", ""),
             "a heading of its own": prompt(heading=""),
-            "blanks or line breaks are not": prompt(end=""),
+            "blanks or line breaks are not": prompt(gap="\n"),
+            "one ends in a line break and one does not": lambda q, i: prompt(end="\n" if i else "")(q, i),
             "the f before the string": lambda q, i: "Below is an instruction.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
             "behind which the model writes is missing": prompt(ask="### Answer:"),
             "the instruction is not in the text": lambda q, i: prompt()("Name a colour.", i),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from check_tools import each_gets_its_own
+from check_tools import each_gets_its_own, said
 
 from course.checks import sentiment_analysis as check
 from lora_lab.training.evaluation import auc
@@ -14,7 +14,7 @@ from lora_lab.training.evaluation import auc
 def test_standard_error():
     each_gets_its_own(
         check.standard_error,
-        right=[lambda p, n: math.sqrt(p * (1 - p) / n)],
+        right=[lambda p, n: math.sqrt(p * (1 - p) / n), lambda p, n: math.sqrt(p * (1 - p) / (n - 1))],
         wrong={
             "the variance of one answer": lambda p, n: p * (1 - p),
             "the deviation of one answer": lambda p, n: math.sqrt(p * (1 - p)),
@@ -41,6 +41,14 @@ def pairs(win=1.0, tie=0.5, over=None, swap=False):
     return share
 
 
+def by_ranks(margins, labels):
+    """The sum of the positive ones' ranks, where equal margins do not share theirs."""
+    ranks = torch.empty(len(margins))
+    ranks[margins.argsort(stable=True)] = torch.arange(1.0, len(margins) + 1)
+    ones = int(labels.sum())
+    return (ranks[labels == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(labels) - ones))
+
+
 def test_auc():
     each_gets_its_own(
         check.auc,
@@ -56,6 +64,11 @@ def test_auc():
             "the shape": lambda margins, labels: torch.zeros(0).reshape(3, 4),
         },
     )
+
+
+def test_ranks_that_equal_margins_do_not_share_are_no_auc():
+    """Ties must not cancel: of each the positive one stands first."""
+    assert "you leave them out" in said(check.auc, by_ranks)
 
 
 def test_calibrated():

@@ -80,6 +80,7 @@ STATEMENTS = (  # stated, computed, does it round to that?, what is wrong where 
     ("4.50", 4.51, False, "two decimals are stated, 4.50, and 4.51 is another number with two decimals"),
     ("4.5", 4.51, True, "one decimal is stated, and 4.51 rounds to 4.5"),
     ("420", 415.3, True, "a 0 at the end of a whole number need not be a digit: 420 may be rounded to tens, and 415.3 rounds to that"),
+    ("4000000", 3_538_944.0, True, "none of the six 0 need be a digit: 4000000 may be rounded to millions, and 3.5 million rounds to that"),
     ("420", 413.9, False, "413.9 rounds to 410 in tens: no 420"),
     ("-2", 1.9, False, "the sign is another one"),
     ("20480", 20480.0, True, "equal is right, too"),

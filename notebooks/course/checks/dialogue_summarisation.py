@@ -85,6 +85,8 @@ PAIRS = (
     ("a x b y c", "a b c", 3, "expected 3: a run without gaps is something else, between the common words others may stand"),
     ("end a b c", "a b c end", 3, "expected 3, 'a b c': taking the first match that comes ('end') gives away the rest; the table tries both"),
     ("the the the", "the", 1, "expected 1: a word of one text pairs with one word of the other"),
+    ("the", "the the the", 1, "expected 1: where two words agree it is one more than before *both* of them, up and left in the table, not beside"),
+    ("p q a b c", "a r b s c p q", 3, "expected 3, 'a b c': the longest run, 'p q', is no part of it, and taking it first gives away the others"),
     ("", "a b", 0, "expected 0: nothing is common with an empty text"),
     ("a b", "c d", 0, "expected 0: they have nothing in common"),
     ("x a b c", "a b c", 3, "expected 3: the last row or column of the table, or the first, is left out"),
@@ -123,7 +125,9 @@ def fool_rouge(false: Any, true: Any) -> str:
     changed = [fact for fact in FOOLED["facts"] if not _says(false, fact)]
     expect(scores["false"] > scores["true"], "the two stand in each other's place: the false one first, then the true one")
     expect(changed, "the false summary still says all four facts: change one of them (a day, a price), and leave the rest as it is")
+    expect(changed != ["30"] or "thirty" not in false.lower(), "thirty is 30, so the summary is still true: change what a fact says, not how")
     expect(scores["false"] >= 0.8, f"the false summary has ROUGE-L {scores['false']:.2f}: take the reference word for word, and change only a fact")
+    expect(len(false.split()) >= len(FOOLED["summary"].split()), "something is left out, which is no lie: let another word stand in a fact's place")
     expect(not lost, f"the true summary does not say {', '.join(map(repr, lost))}: it must have all of {', '.join(map(repr, FOOLED['facts']))}")
     expect(scores["true"] <= 0.35, f"the true summary has ROUGE-L {scores['true']:.2f}: say the same in other words, and in another order")
     return (f"ROUGE-L {scores['false']:.2f} for a lie, and {scores['true']:.2f} for the truth. It counts words that two texts share, and knows "
@@ -151,7 +155,8 @@ SAYINGS = (
     ("It costs 3x50.", "3.50", False, "a dot in a pattern stands for any character: re.escape(fact) takes it as a dot"),
     ("It costs 3.50.", "3.50", True, "3.50 is there"),
     ("Bring the case, said Ms. Ode.", "Ms. Ode", True, "a dot inside the fact belongs to it"),
-    ("The lamp was 20 (no more).", "20 (no more)", True, "brackets in a fact are only brackets: re.escape(fact)"),
+    ("The lamp was 20 (no more).", "20 (no more)", True,
+     "brackets in a fact are only brackets: re.escape(fact); and \\b behind one of them wants a letter next, where (?!\\w) wants none"),
 )
 
 

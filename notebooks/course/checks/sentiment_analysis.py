@@ -29,10 +29,10 @@ def standard_error(answer: Any) -> str:
         1.96 * 0.02: "that is 1.96 standard errors, half of a 95 % interval: one was asked for",
         2.0: "that is in per cent: the accuracy came as a share, so give the error as one",
     })  # fmt: skip
-    expect(equal(error, 0.02), f"for 0.8 on 400 rows it says {error:.4g}: the root of p (1 - p) / n")
+    expect(equal(error, 0.02) or equal(error, 0.4 / 399**0.5), f"for 0.8 on 400 rows it says {error:.4g}: the root of p (1 - p) / n")
     other = number(result(answer, 0.5, 100), "your standard error of 0.5 on 100 rows")
-    expect(equal(other, 0.05), f"right for 0.8 on 400 rows, but for 0.5 on 100 it says {other:.4g}: use the arguments")
-    return "0.02: of two methods that are measured on 400 rows each, 80 % and 82 % are the same. Two standard errors are what to look for."
+    expect(equal(other, 0.05) or equal(other, 0.5 / 99**0.5), f"right for 0.8 on 400 rows, but for 0.5 on 100 it says {other:.4g}: use the arguments")
+    return "0.02: of two methods that are measured on 400 rows each, 80 % and 82 % cannot be told apart. Two standard errors are what to look for."
 
 
 # 2: ranking ----------------------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def standard_error(answer: Any) -> str:
 def auc(answer: Any) -> str:
     """answer(margins, labels) -> the share of pairs of a positive and a negative text in which the positive one has the larger margin."""
     margins = torch.tensor([-1.0, -3.0, -2.0, -3.0, 0.5, -4.0, -2.0])
-    labels = torch.tensor([1, 0, 1, 1, 1, 0, 0])
+    labels = torch.tensor([1, 1, 1, 0, 1, 0, 0])  # of equal margins the positive one stands first: ranks that do not share differ from halves
     found = number(result(answer, margins, labels), "your AUC")
     ones, zeros = margins[labels == 1][:, None], margins[labels == 0][None]
     above, same, pairs = float((ones > zeros).sum()), float((ones == zeros).sum()), ones.numel() * zeros.numel()
