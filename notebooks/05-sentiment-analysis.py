@@ -11,7 +11,7 @@
 # - how many labelled examples each of them needs, from 50 to 5,000
 # - what a task takes on disk and a request in time and money, and after how many requests tuning has paid off
 #
-# **Time:** about 13 minutes on 2 cores with the real model. Offline once the models are fetched.
+# **Time:** about 14 minutes on 2 cores with the real model. Offline once the models are fetched.
 #
 # It is the lecture's first implementation [A20]: sentiment analysis as text classification. Its claims about the methods are checked as
 # we meet them, and marked ✓ when they hold in this run, or told as they came out when nobody can know them beforehand.

@@ -11,7 +11,7 @@
 # - to count the facts that are missing and those that are invented, which no score does for you
 # - what greedy writing, sampling and a repetition penalty change, and what carries over to real data and to an encoder-decoder
 #
-# **Time:** about 10 minutes on 2 cores with the real model. Offline once the model is fetched.
+# **Time:** about 8 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
 # The lecture names three tasks to implement, and this is the second: *dialogue summarisation* [A20]. It is a harder test than sentiment: the answer
 # is a text, there are many right ones, and no two people would write the same.

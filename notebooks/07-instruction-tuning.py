@@ -323,7 +323,8 @@ holds("and they share more with a person's answers", new_style["ROUGE-L"] > old_
 # *The False Promise of Imitating Proprietary LLMs* (Gudibande et al. 2023, [arXiv:2305.15717](https://arxiv.org/abs/2305.15717)) is on the
 # lecture's slides [A22]: models tuned on the answers of a better one take over its style, and raters are impressed, while what they *know* stays
 # what it was. Is that so here? Sixty questions with one right and three wrong answers, none of them in the training rows. The model does not write:
-# we ask which of the four it finds likeliest, after *The answer is*, so that an answer's length and form play no part. Guessing gets a quarter.
+# we ask which of the four it finds likeliest, so that an answer's length and ending play no part. Guessing gets a quarter. And we ask in two forms:
+# in the one that it was tuned in, and as plain text. Who has learned only how one answers *here* gains in the first, and who knows more in both.
 
 # %%
 FACTS = [json.loads(line) for line in (resources.files("lora_lab.data") / "bundled" / "facts.jsonl").read_text("utf-8").splitlines()][: pick(60, 6)]
@@ -331,18 +332,23 @@ holds("none of the questions is in the training rows", not {fact["question"] for
 ORDERS = [random.Random(number).sample([fact["answer"], *fact["wrong"]], 4) for number, fact in enumerate(FACTS)]  # the right one anywhere
 
 
-def knows(model):
+FORMS = {"in its own format": lambda question: data.prompt_of({"instruction": question}, tokenizer) + "The answer is",
+         "as plain text": lambda question: f"Question: {question}\nAnswer:"}  # fmt: skip
+
+
+def knows(model, form):
     """For each fact, whether the right answer is the likeliest."""
-    prompts = [data.prompt_of({"instruction": fact["question"]}, tokenizer) + "The answer is" for fact in FACTS]
+    prompts = [FORMS[form](fact["question"]) for fact in FACTS]
     choices = [[f" {choice}" for choice in order] for order in ORDERS]
     scores = score_choices(model, prompts, tokenizer, choices, normalise="tokens", precision=PRECISION, progress=False)
     return [order[best] == fact["answer"] for order, best, fact in zip(ORDERS, training.best_choices(scores), FACTS, strict=True)]
 
 
 with lora_lab.disabled(model):
-    knew = knows(model)
-knows_now = knows(model)
-print(f"right answers: {sum(knew)} of {len(FACTS)} before, {sum(knows_now)} after")
+    knew = {form: knows(model, form) for form in FORMS}
+knows_now = {form: knows(model, form) for form in FORMS}
+for form in FORMS:
+    print(f"{form}: {sum(knew[form])} of {len(FACTS)} right before, {sum(knows_now[form])} after")
 
 # %% [markdown]
 # ## Exercise 3. Did it learn anything? (***, 10 minutes)
@@ -379,21 +385,23 @@ def gain(before, after):
 check.gain(gain)
 
 # %%
-learned, error = gain(knew, knows_now)
-print(f"facts: {learned:+.1%} ± {error:.1%}")
+changed = {form: gain(knew[form], knows_now[form]) for form in FORMS}
 left, right = figures.panels(2, height=2.4)
 figures.bars({f"{name}, {when}": round(100 * values[name]) for name in shares for when, values in {"before": old_style, "after": new_style}.items()},
              x="% of the answers", title="Style", colours=[figures.BLACK, figures.ORANGE] * 2, axes=left)  # fmt: skip
-figures.bars({when: round(100 * statistics.mean(values)) for when, values in {"before": knew, "after": knows_now}.items()}, x="% of the facts",
-             title=f"Substance: {100 * learned:+.0f} ± {100 * error:.0f} points", colours=[figures.BLACK, figures.ORANGE], axes=right)  # fmt: skip
+figures.bars({f"{form}, {when}": round(100 * statistics.mean(values[form])) for form in FORMS
+              for when, values in {"before": knew, "after": knows_now}.items()},
+             x="% of the facts", title="Substance", colours=[figures.BLACK, figures.ORANGE] * 2, axes=right)  # fmt: skip
 
 # %%
-holds("the lecture: style improves, and what it knows does not (by more than two standard errors)", learned <= 2 * error, real_only=True)
-print(f"{len(FACTS)} questions exclude a gain above {max(learned + 2 * error, 0):.0%}, and a loss above {max(2 * error - learned, 0):.0%}")
+for form, (learned, error) in changed.items():
+    print(f"facts, {form}: {learned:+.1%} ± {error:.1%}; {len(FACTS)} questions exclude a gain above {max(learned + 2 * error, 0):.0%}")
+told("the lecture: what it knows has not grown, by more than two standard errors in both forms",
+     not all(learned > 2 * error for learned, error in changed.values()))  # fmt: skip
 
 # %% [markdown]
-# So do not judge an instruction-tuned model by its manners: those can be seen at once in a few dozen answers, and no such gain in knowledge can. A
-# few hundred rows teach when to stop, how long to be, and what shape an answer has.
+# So do not judge an instruction-tuned model by its manners. A few hundred rows teach when to stop, how long to be, what shape an answer has, and how
+# one is asked here; a score can rise by that alone, and so knowledge is asked for in more than one form, with the error of the difference beside it.
 #
 # ## 7. What it forgot
 #
@@ -651,7 +659,7 @@ tables.Table(["", "before", "after"], [
     ["held-out loss, nats per token", f"{untuned[own]:.3f}", f"{after[own]:.3f}"],
     *[[name, f"{old_style[name]:.0%}", f"{new_style[name]:.0%}"] for name in shares],
     ["words", round(old_style["words"]), round(new_style["words"])],
-    ["facts known", f"{statistics.mean(knew):.0%}", f"{statistics.mean(knows_now):.0%}"],
+    *[[f"facts known, {form}", f"{statistics.mean(knew[form]):.0%}", f"{statistics.mean(knows_now[form]):.0%}"] for form in FORMS],
     ["perplexity of plain dialogues", f"{forgot.before:.2f}", f"{forgot.after:.2f}"],
 ])  # fmt: skip
 
@@ -660,7 +668,7 @@ tables.Table(["", "before", "after"], [
 #
 # - An instruction model is a language model with a form. Ask it in the form it was taught in, which its tokenizer knows.
 # - Learn the answers and their end; the question is read and not learned.
-# - A few hundred clean rows change the style within minutes, and no gain in what the model knows could be seen: measure both.
+# - A few hundred clean rows change the style within minutes. What the model knows is another question: ask it apart, in more than one form.
 # - Half of the data, clean, was worth more than all of it with wrong and broken answers in every second row.
 # - One task makes a specialist. A mixture gives each task a share, by size, evened out by a temperature, and teaches all of them at once.
 #

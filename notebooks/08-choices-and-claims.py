@@ -10,7 +10,7 @@
 # - whether examples in the prompt help a small model, and whether a soft prompt catches up with full fine-tuning as the model grows
 # - to read the ledger: every number of the lectures and the papers behind them, computed again, and why some are wrong
 #
-# **Time:** about 9 minutes on 2 cores with the real model. Offline once the model is fetched.
+# **Time:** about 18 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
 # This is the last notebook. Marks such as [A23] or [B12] are the lectures' claims, A for *Instruction Finetuning*, B for *Lecture 10.5: Finetuning*;
 # the last section says which notebook treats which.
@@ -505,8 +505,9 @@ tables.Table(
 # %% [markdown]
 # ## 5. Effort and benefit, by size
 #
-# Now with training, on 256 examples: a **soft prompt** of 20 tokens, **LoRA** of rank 8, and **all weights**. Each gets the same number of passes;
-# the learning rates are those that served in the other notebooks. Three seeds each: of the first values, and of the order of the rows.
+# (A ✓ here is about a sign alone; what differs by less than about two of the spreads beside it may be chance.) Now with training, on 256 examples:
+# a **soft prompt** of 20 tokens, **LoRA** of rank 8, and **all weights**. Each gets the same number of passes; the learning rates are those that
+# served in the other notebooks. Three seeds each: of the first values, and of the order of the rows.
 
 # %%
 ROWS = data.verbalize(TRAIN, tokenizer, TEMPLATE, ANSWERS, end=False)

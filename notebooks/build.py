@@ -35,6 +35,7 @@ from PIL import Image
 FOLDER = Path(__file__).resolve().parent
 KERNEL = "python3"
 BAR = re.compile(r"\d+%\|")  # tqdm's
+DRAWN = re.compile(r"\[?(<matplotlib\.|Text\()")  # what a cell that draws leaves behind beside its figure
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": KERNEL}, "language_info": {"name": "python"}}
 
 
@@ -96,9 +97,17 @@ def tidy(notebook: Any, seconds: float) -> Any:
             if png := output.get("data", {}).get("image/png"):
                 output.data["image/png"] = smaller(png)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" or output.text.strip()]
+            cell.outputs = [output for output in cell.outputs if not is_idle(output)]
     notebook.metadata = nbformat.from_dict({**METADATA, "course": {"seconds": round(seconds), "cores": cores()}})
     return notebook
+
+
+def is_idle(output: Any) -> bool:
+    """Whether there is nothing in it for a reader: an empty stream, or the repr of what a figure was drawn with."""
+    if output.get("name") == "stderr":
+        return not output.text.strip()
+    data = output.get("data", {})
+    return [*data] == ["text/plain"] and DRAWN.match(data["text/plain"]) is not None
 
 
 def smaller(png: str) -> str:
@@ -130,7 +139,7 @@ def renew_texts(source: Path) -> str | None:
         wanted.metadata, before, after = made.metadata, code_cells(made), code_cells(wanted)
         if [cell.source for cell in before] == [cell.source for cell in after]:
             for old, new in zip(before, after, strict=True):
-                new.outputs, new.execution_count = old.outputs, old.execution_count
+                new.outputs, new.execution_count = [output for output in old.outputs if not is_idle(output)], old.execution_count
             nbformat.write(wanted, target)
     return drift(source)
 

@@ -27,7 +27,7 @@ sys.stderr.write("train:  50%|##   | 1/2")
 print(os.environ["LORA_LAB_COURSE"])
 
 # %%
-plt.plot([1, 2]);
+plt.plot([1, 2])
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 print("yes: it is so")
@@ -65,6 +65,7 @@ def test_a_build_writes_the_executed_pair_and_nothing_else(folder, capsys):
     assert [output["text"] for output in code.outputs] == ["real\n"], "a progress bar stayed, or an output went"
     picture = Image.open(io.BytesIO(base64.b64decode(figure.outputs[-1].data["image/png"])))
     assert picture.mode == "P" and picture.width > 200
+    assert len(figure.outputs) == 1, "the repr of what was drawn stayed"
     assert solution.metadata["tags"] == ["solution"] and "execution" not in solution.metadata
     assert notebook.metadata.course.keys() == {"seconds", "cores"}
     assert build.main(["--check"]) == 0
@@ -82,7 +83,7 @@ def test_the_fast_path_writes_nothing(folder, capsys):
 
 
 def test_a_cell_that_raises_fails_the_build_and_leaves_the_old_pair(folder, capsys):
-    changed(folder, "plt.plot([1, 2]);", "1 / 0")
+    changed(folder, "plt.plot([1, 2])", "1 / 0")
     (folder / "42-small.ipynb").write_text("the old one")
     assert build.main([]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().out
