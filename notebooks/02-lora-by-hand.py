@@ -11,7 +11,7 @@
 # - to keep several tasks on one frozen model, and to come back to the old model bit for bit
 # - to look for yourself whether the change that training makes *is* of low rank, and which rank, layers and learning rate to choose
 #
-# **Time:** about 10 minutes on 2 cores with the real model. Offline once the model is fetched.
+# **Time:** about 15 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
 # The paper is Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models* ([arXiv:2106.09685](https://arxiv.org/abs/2106.09685)); its
 # sections are named where they are used. The lectures' claims about LoRA are checked as we meet them, each with its number in the ledger of
