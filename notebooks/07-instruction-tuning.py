@@ -11,7 +11,7 @@
 # - whether half of the data, clean, beats all of it with noise in it
 # - to tell style from substance: endings, length and format improve; do facts?
 #
-# **Time:** about 12 minutes on 2 cores with the real model. Offline once the model is fetched.
+# **Time:** about 10 minutes on 2 cores with the real model. Offline once the model is fetched.
 #
 # This is the lecture's third task, *training Alpaca/Dolly* [A20], on 228 instructions that were written for this course, and on larger sets where
 # they are present.
