@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape
+from ..data.tables.files import Table
 from ..data.tables.labels import Classes
 from ..errors import LoraLabError
 from ..models.base import PretrainedModel, is_encoder_decoder
@@ -64,6 +65,10 @@ class Assignment:
     name: ClassVar[str]
     shapes: ClassVar[tuple[Shape, ...]]
     labelled: ClassVar[bool] = False
+
+    def table(self, table: Table, columns: Mapping[str, str]) -> Table:
+        """The rows of a file as the task has them, where one of the file is several. columns: role -> column, what the user has decided."""
+        return table
 
     def row(self, cells: Cells, classes: Classes | None) -> Row:
         """The row that these cells are. Raises Unusable, or LoraLabError for what is no mere gap."""

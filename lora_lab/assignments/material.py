@@ -104,6 +104,7 @@ def gather(task: str, source: str | Path, columns: Mapping[str, str] | None = No
     assignment, tables = ASSIGNMENTS[task], read_parts(source)
     for part, own in (parts or {}).items():
         tables = _with_part(tables, part, own)
+    tables = {part: assignment.table(table, columns or {}) for part, table in tables.items()}
     found = _columns(assignment, tables, columns or {})
     if assignment.labelled and classes is None:
         classes = classes_of((row.get(found["label"]) for table in tables.values() for row in table), labels)

@@ -4,9 +4,11 @@
     .tsv, .txt     tabs. A quotation mark is one of the text, unless every field that begins with one is quoted as a whole. A .txt without tabs
                    is a text a line
     .json, .jsonl  objects, in an array or one a line
+    .parquet       see parquet.py
 
-The first row is the columns' names, unless a cell of it is a number, empty, long, there twice, or one of the few values of its column: then the
-columns are called column 1, column 2, ... (The first cell may be empty, as pandas writes its row numbers, and the last ones, as spreadsheets do.)
+The first row of the others is the columns' names, unless a cell of it is a number, empty, long, there twice, or one of the few values of its column:
+then the columns are called column 1, column 2, ... (The first cell may be empty, as pandas writes its row numbers, and the last ones, as spreadsheets
+do.)
 """
 
 from __future__ import annotations
@@ -20,14 +22,13 @@ from typing import Any
 
 from ...errors import LoraLabError
 from ..formats import Row, Rows, numbered_values, text_lines
+from .parquet import ENDING, parquet_rows
 
-SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ENDING)
 DELIMITERS = (",", ";", "\t", "|")
 LONGEST_NAME = 60  # characters of a column's name; a longer first cell is a text
 FEW_VALUES = 50  # in a column of labels
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
-PARQUET = ("Parquet is not read here: convert it where pandas and pyarrow are, python -c \"import pandas; pandas.read_parquet('{0}')"
-           ".to_json('{1}', orient='records', lines=True)\"")  # fmt: skip
 Numbered = tuple[int, list[str]]  # the line that a row begins on, and its fields
 
 
@@ -39,7 +40,8 @@ class Table(Rows):
         self.places = [*places]
 
     def where(self, index: int) -> str:
-        return "{}, line {}".format(*self.places[index])
+        file, number = self.places[index]
+        return f"{file}, {'row' if file.endswith(ENDING) else 'line'} {number}"
 
     def only(self, indices: Iterable[int]) -> Table:
         """These rows, in this order."""
@@ -60,14 +62,18 @@ class Table(Rows):
 def read_table(path: Path) -> Table:
     """The rows of one file, a dict of cells each. Raises LoraLabError, with file and line, for what cannot be read, and for no rows."""
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        raise LoraLabError(f"{path}: {PARQUET.format(path.name, path.stem + '.jsonl')}")
     if suffix not in SUFFIXES:
         raise LoraLabError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
-    rows = [*(_objects(path) if suffix in (".json", ".jsonl") else _named([*_fields(path, suffix)], path))]
+    rows = [*_rows(path, suffix)]
     if not rows:
         raise LoraLabError(f"{path} holds no rows")
     return Table([row for _, row in rows], [(str(path), line) for line, _ in rows])
+
+
+def _rows(path: Path, suffix: str) -> Iterator[tuple[int, Row]]:
+    if suffix == ENDING:
+        return parquet_rows(path)
+    return _objects(path) if suffix in (".json", ".jsonl") else _named([*_fields(path, suffix)], path)
 
 
 def read_lines(path: Path, **cells: Any) -> Table:

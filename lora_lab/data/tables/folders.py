@@ -16,7 +16,8 @@ from typing import Any
 
 from ...errors import LoraLabError, did_you_mean
 from ..formats import BUNDLED, read
-from .files import PARQUET, SUFFIXES, Table, read_lines, read_table
+from .files import SUFFIXES, Table, read_lines, read_table
+from .parquet import ENDING
 
 Parts = dict[str, Table]  # by TRAIN, VALIDATION, TEST; or ALL alone
 TRAIN, VALIDATION, TEST, ALL = "train", "validation", "test", "all"
@@ -26,7 +27,7 @@ PART_OF = {word: part for part, words in WORDS.items() for word in words}
 LABELS = ("neg", "neu", "pos", "negative", "neutral", "positive")  # endings of files, and names of folders
 ROWS = (".csv", ".tsv", ".json", ".jsonl")
 ABOUT = re.compile(r"(dataset_infos?|dataset_dict|state|config|metadata|package.*|\..*)\.jsonl?")  # JSON that holds no rows
-PIECE = re.compile(r"-\d+-of-\d+$")
+PIECE = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # the hub's older ones end in a hash
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -43,7 +44,7 @@ def read_parts(source: str | Path) -> Parts:
         return {ALL: read_lines(path, label=path.suffix[1:]) if path.suffix[1:] in LABELS else read_table(path)}
     if path.is_dir():
         return _folder(path)
-    if HUB_ID.fullmatch(name) and path.suffix.lower() not in (*SUFFIXES, ".parquet") and not name.startswith("."):
+    if HUB_ID.fullmatch(name) and path.suffix.lower() not in SUFFIXES and not name.startswith("."):
         return _folder(_from_hub(name))
     raise LoraLabError(f"no data at {name!r}: expected one of {[*BUNDLED]}, a file that ends in {', '.join(SUFFIXES)}, a folder with such files, or "
                        f"a hub data set 'owner/name'{did_you_mean(name, [*BUNDLED])}")  # fmt: skip
@@ -74,9 +75,9 @@ def _folder(folder: Path) -> Parts:
         return _by_label(folder, {path: path.suffix[1:] for path in labelled}, read_lines)
     if labelled := [path for path in files if path.suffix == ".txt" and path.parent.name in LABELS]:
         return _by_label(folder, {path: path.parent.name for path in labelled}, _one_text)
-    if parquet := [path for path in files if path.suffix == ".parquet"]:
-        raise LoraLabError(f"{folder} holds its rows as {parquet[0].name}: {PARQUET.format(parquet[0].name, parquet[0].stem + '.jsonl')}")
-    raise LoraLabError(f"{folder} holds no {', '.join(ROWS)}; {_names(files, folder)}: give one of its files, if that is a text with tabs")
+    if tables := [path for path in files if path.suffix == ENDING]:
+        return _by_part(tables, folder)
+    raise LoraLabError(f"{folder} holds no {', '.join((*ROWS, ENDING))}; {_names(files, folder)}: give one of its files, if that is a text with tabs")
 
 
 def _hidden(path: Path, folder: Path) -> bool:
@@ -125,6 +126,5 @@ def _from_hub(name: str) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoraLabError(f"{name!r} is no file and no folder here, and could not be got from the hub: {reason}") from None
     if not any(path.suffix in SUFFIXES for path in folder.rglob("*")):
-        raise LoraLabError(f"the hub's {name!r} holds no {', '.join(SUFFIXES)}, so it is likely to be in Parquet. "
-                           + PARQUET.format(f"hf://datasets/{name}/FILE.parquet", "FILE.jsonl"))  # fmt: skip
+        raise LoraLabError(f"the hub's {name!r} holds no {', '.join(SUFFIXES)}: fetch its rows in another way, and give the file")
     return folder

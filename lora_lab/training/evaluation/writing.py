@@ -26,14 +26,28 @@ def write(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, *, batch_
     """The model's text for each prompt, in their order, generated in batches of like length.
 
     prompts: texts, token ids, or rows, whose own answer is left out.  seed: prompt i samples from its own stream seed + i.
-    generation: as `models.generate` takes it (max_new_tokens, temperature, ...); greedy without.
+    generation: as `models.generate` takes it (max_new_tokens, temperature, ...); greedy without, and then a prompt that comes again is not
+    answered again.
     """
-    rows, written = prompt_ids(prompts, tokenizer, is_encoder_decoder(model)), [Written("", False)] * len(prompts)
-    for indices in in_batches([len(row) for row in rows], batch_size, "generate", progress):
+    rows, written = prompt_ids(prompts, tokenizer, is_encoder_decoder(model)), dict[int, Written]()
+    alike = [*range(len(rows))] if generation.get("temperature") else first_alike(rows)
+    asked = sorted({*alike})
+    for batch in in_batches([len(rows[i]) for i in asked], batch_size, "generate", progress):
+        indices = [asked[place] for place in batch]
         made = generate(model, [rows[i] for i in indices], tokenizer, seed=[seed + i for i in indices], **generation)
         for index, text, ended in zip(indices, made.texts, made.ended, strict=True):
             written[index] = Written(text, ended)
-    return written
+    return [written[index] for index in alike]
+
+
+def first_alike(rows: Sequence[Sequence[int]]) -> list[int]:
+    """For each row, the place of the first that is the same.
+
+    >>> first_alike([[1, 2], [3], [1, 2]])
+    [0, 1, 0]
+    """
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(tuple(row), place) for place, row in enumerate(rows)]
 
 
 def clean_endings(written: Sequence[Written]) -> float:

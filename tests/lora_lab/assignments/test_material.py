@@ -54,6 +54,20 @@ def test_the_parts_that_a_source_has_stay_as_they_are(tmp_path):
     assert material.dropped["in the train rows, and held back, too"] == 4 and len(material.validation) + len(material.train) == 36
 
 
+def test_a_dialogue_that_three_people_summarised_is_three_rows(tmp_path):
+    """DialogSum's own files: dialogsum.train.jsonl has a summary, dialogsum.test.jsonl summary1 to summary3 with topic1 to topic3."""
+    train = [{"fname": f"train_{i}", "dialogue": f"A: {i}", "summary": f"It is {i}.", "topic": "n"} for i in range(20)]
+    jsonl(tmp_path / "dialogsum.train.jsonl", train)
+    three = [{"fname": f"test_{i}", "dialogue": f"B: {i}", **{f"{name}{j}": f"{j} says {i}." for name in ("summary", "topic") for j in (1, 2, 3)}}
+             for i in range(2)]  # fmt: skip
+    jsonl(tmp_path / "dialogsum.test.jsonl", three)
+    test = gather("summarization", tmp_path).test
+    assert list(test) == [{"dialogue": f"B: {i}", "summary": f"{j} says {i}."} for i in range(2) for j in (1, 2, 3)]
+    assert test.where(4).endswith("dialogsum.test.jsonl, line 2")
+    alone = gather("summarization", tmp_path / "dialogsum.test.jsonl", {"summary": "summary2"}, wanted=())
+    assert [row["summary"] for row in alone.part("all")] == ["2 says 0.", "2 says 1."]
+
+
 def test_a_test_without_a_column_of_labels_is_none(tmp_path):
     """GLUE's SST-2: test.tsv has index and sentence, and the labels are kept secret."""
     lines = [f"text {number}\t{number % 2}" for number in range(40)]

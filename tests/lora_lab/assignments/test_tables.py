@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -98,7 +99,7 @@ BROKEN = {
     "nothing": ("t.csv", "", "t.csv holds no rows"), "a header alone": ("t.csv", "text,label\n", "t.csv holds no rows"),
     "lists": ("t.jsonl", "[1]\n", "a row is a int, expected an object"),
     "another ending": ("t.xlsx", "x", "expected a file that ends in .csv"),
-    "parquet": ("t.parquet", "PAR1", r"pandas.read_parquet\('t.parquet'\).to_json\('t.jsonl'"),
+    "no Parquet": ("t.parquet", "PAR1" + 20 * "x", "t.parquet cannot be read as Parquet"),
 }  # fmt: skip
 
 
@@ -106,6 +107,62 @@ BROKEN = {
 def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, text, message):
     with pytest.raises(LoraLabError, match=message):
         read_table(written(tmp_path, name, text))
+
+
+# Parquet ----------------------------------------------------------------------------------------------------------------------
+
+
+def parquet(path, columns, names=None):
+    """As Hugging Face's datasets writes it: the classes' names beside the schema."""
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    features = {"label": {"names": names, "_type": "ClassLabel"}, "text": {"dtype": "string", "_type": "Value"}}
+    rows = arrow.table(columns)
+    if names is not None:
+        rows = rows.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(rows, path, row_group_size=2)
+    return path
+
+
+def test_classes_of_a_parquet_file_are_read_by_their_names_and_secret_labels_as_none(tmp_path):
+    """The names decide, not the order: here 0 is positive."""
+    rows = read_table(parquet(tmp_path / "t.parquet", {"text": ["One", "Zwei\u2028", "3"], "label": [0, 1, -1]}, ["pos", "neg"]))
+    assert list(rows) == [{"text": "One", "label": "pos"}, {"text": "Zwei\u2028", "label": "neg"}, {"text": "3", "label": None}]
+    assert rows.where(2) == f"{tmp_path / 't.parquet'}, row 3"
+    assert read_table(parquet(tmp_path / "n.parquet", {"text": ["One"], "label": [1]}))[0] == {"text": "One", "label": 1}
+
+
+def test_chats_in_a_parquet_file_are_lists_of_turns(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    assert read_table(parquet(tmp_path / "t.parquet", {"messages": [turns]}))[0] == {"messages": turns}
+
+
+def test_a_hub_snapshot_of_parquet_files_has_their_parts(tmp_path):
+    """SST-2's test labels are -1; tatsu-lab's Alpaca has a hash behind the pieces' numbers."""
+    some = {"text": ["a", "b"], "label": [0, 1]}
+    parquet(tmp_path / "data" / "train-00000-of-00002-a09b74b3ef9c3b56.parquet", some, ["neg", "pos"])
+    parquet(tmp_path / "data" / "train-00001-of-00002-0123456789abcdef.parquet", some, ["neg", "pos"])
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", {"text": ["c"], "label": [-1]}, ["neg", "pos"])
+    parts = read_parts(tmp_path)
+    assert {part: [row["label"] for row in rows] for part, rows in parts.items()} == {"train": ["neg", "pos"] * 2, "test": [None]}
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "other"])
+def test_a_damaged_parquet_file_is_refused(tmp_path, damage):
+    path = parquet(tmp_path / "t.parquet", {"text": ["word " * 20] * 50, "label": [0, 1] * 25}, ["neg", "pos"])
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "zeros": whole[:-8] + bytes(8), "other": b"PAR1" + bytes(64) + whole[68:]}[damage])
+    with pytest.raises(LoraLabError, match="t.parquet cannot be read as Parquet: ."):
+        read_table(path)
+
+
+def test_without_pyarrow_the_extra_is_named_and_the_way_around_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(LoraLabError, match=r"pip install 'lora-lab\[parquet\]'.*pandas.read_parquet\('t.parquet'\).to_json\('t.jsonl'"):
+        read_table(written(tmp_path, "t.parquet", "PAR1"))
 
 
 # Folders ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +205,7 @@ def test_labels_may_be_the_endings_of_files_or_the_names_of_folders(tmp_path):
     assert [row["label"] for row in rows] == ["neg", "neg", "pos", "pos"] and rows.where(1).endswith("rt.neg, line 3")
 
 
-def test_a_hub_data_set_is_a_folder_and_one_without_tables_says_how_to_convert(tmp_path, monkeypatch):
+def test_a_hub_data_set_is_a_folder_and_one_without_tables_is_refused(tmp_path, monkeypatch):
     asked = []
 
     def snapshot(name, **options):
@@ -160,7 +217,7 @@ def test_a_hub_data_set_is_a_folder_and_one_without_tables_says_how_to_convert(t
     jsonl(tmp_path / "rows" / "test.jsonl", opinions(2))
     assert {*read_parts("someone/rows")} == {"train", "test"} and asked == [("someone/rows", "dataset")]
     written(tmp_path, "README.md", "x").rename((tmp_path / "columns").mkdir() or tmp_path / "columns" / "README.md")
-    with pytest.raises(LoraLabError, match=r"likely to be in Parquet.*hf://datasets/someone/columns"):
+    with pytest.raises(LoraLabError, match="the hub's 'someone/columns' holds no .csv"):
         read_parts("someone/columns")
 
     def offline(*_, **__):

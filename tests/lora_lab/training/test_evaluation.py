@@ -28,6 +28,7 @@ from lora_lab.training.evaluation import (
     perplexity,
     predict_classes,
     samples,
+    writing,
 )
 from lora_lab.training.loop import evaluate
 
@@ -259,6 +260,23 @@ def test_answers_come_in_the_prompts_order_and_do_not_depend_on_the_batches():
     row = lora_lab.data.prompt_of({"instruction": "Say one."}, tokenizer)
     alone = lora_lab.models.generate(model, [tokenizer.encode(row)], tokenizer, max_new_tokens=6, temperature=1.0, seed=7).texts
     assert alone == texts[0][3:4]
+
+
+def test_a_question_that_comes_again_is_answered_once_unless_it_is_sampled(monkeypatch):
+    """DialogSum asks for three people's summaries of each test dialogue."""
+    model, tokenizer, asked = adapted(max_position_embeddings=128), chat_tokenizer(), []
+
+    def counting(model, prompts, *args, **kwargs):
+        asked.append(len(prompts))
+        return lora_lab.models.generate(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(writing, "generate", counting)
+    prompts = ["ab", "c", "ab", "ab"]
+    texts = answers(model, prompts, tokenizer, **SHORT)
+    assert sum(asked) == 2 and texts == [answers(model, [prompt], tokenizer, **SHORT)[0] for prompt in prompts] and texts[0] != texts[1]
+    asked.clear()
+    drawn = answers(model, prompts, tokenizer, temperature=5.0, **SHORT)
+    assert sum(asked) == 4 and drawn[0] != drawn[2] != drawn[3]
 
 
 def test_samples_are_the_base_and_the_adapter_under_the_same_random_numbers():
