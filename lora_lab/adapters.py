@@ -116,8 +116,11 @@ def activate(model: nn.Module, adapters: tuple[str, ...], trainable: bool) -> No
         for name in layer.lora_variant:
             for container, parameter in layer.lora_parameters(name).items():
                 parameter.requires_grad_(trainable and name in adapters and layer.lora_variant[name].trains(container))
-    for owner, borrowed in borrowed_of(model) if trainable else ():
-        borrowed.mark(owner, adapters)
+    records = borrowed_of(model)
+    for owner, borrowed in records:
+        borrowed.mark(owner, borrowed.in_place, trainable=False)
+    for owner, borrowed in records if trainable else ():
+        borrowed.mark(owner, (name for adapter in adapters for name in borrowed.names.get(adapter, ())), trainable=True)
 
 
 # The selection of a moment ---------------------------------------------------------------------------------------------------

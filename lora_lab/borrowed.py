@@ -58,12 +58,11 @@ class Borrowed:
             parameter.copy_(self.aside.pop((wanted[name], name)))
             self.in_place[name] = wanted[name]
 
-    def mark(self, model: nn.Module, active: Sequence[str]) -> None:
-        """The active adapters' parameters train."""
-        for adapter in active:
-            for name in self.names.get(adapter, ()):
-                if isinstance(parameter := tensor_of(model, name), nn.Parameter):
-                    parameter.requires_grad_(True)
+    def mark(self, model: nn.Module, names: Iterable[str], trainable: bool) -> None:
+        """These parameters train, or do not; a buffer never does."""
+        for name in names:
+            if isinstance(parameter := tensor_of(model, name), nn.Parameter):
+                parameter.requires_grad_(trainable)
 
 
 def injections(model: nn.Module) -> list[tuple[nn.Module, Any]]:

@@ -30,9 +30,10 @@ from .merging import refuse_merged
 from .parameters.layer import part_at
 from .peft_files.attention import attentions_for_file
 from .peft_files.borrowed import OwnTensors, borrowed_for_file
-from .peft_files.config import CONFIG, PREFIX, TENSORS, peft_config, warn_of_another_base
+from .peft_files.config import CONFIG, TENSORS, peft_config, warn_of_another_base
 from .peft_files.contents import Contents
 from .peft_files.fused import parts_for_file
+from .peft_files.names import PREFIX
 from .peft_files.parameters import parameters_for_file, parameters_in_metadata
 from .peft_files.reading import CONTAINERS, read_contents
 from .peft_files.replacing import check_replaceable

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import layers as lora_layer
 from .adapters import activate, weights_of
+from .autocast import outside_autocast
 from .borrowed import refuse_borrowed
 from .checks import check_rank
 from .errors import LoraLabError, did_you_mean
@@ -134,12 +135,13 @@ def _of_parameter(layer: ParameterLoRA, weights: dict[str, float], rank: int | N
 def _truncated(A: Tensor, B: Tensor, rank: int) -> _Part:
     """The best rank-r approximation of B A: QR of both, and the SVD of the small core between them (Eckart and Young 1936)."""
     wide = torch.promote_types(A.dtype, torch.float32)
-    left, upper = torch.linalg.qr(B.flatten(1).to(wide))
-    right, lower = torch.linalg.qr(A.flatten(1).T.to(wide))
-    U, S, Vh = torch.linalg.svd(upper @ lower.T)
-    kept = min(rank, S.numel())
-    root = S[:kept].sqrt()
-    new_A, new_B = (root[:, None] * Vh[:kept]) @ right.T, left @ (U[:, :kept] * root)
+    with outside_autocast(A):
+        left, upper = torch.linalg.qr(B.flatten(1).to(wide))
+        right, lower = torch.linalg.qr(A.flatten(1).T.to(wide))
+        U, S, Vh = torch.linalg.svd(upper @ lower.T)
+        kept = min(rank, S.numel())
+        root = S[:kept].sqrt()
+        new_A, new_B = (root[:, None] * Vh[:kept]) @ right.T, left @ (U[:, :kept] * root)
     lost = float(S[kept:].norm() / S.norm().clamp_min(torch.finfo(wide).tiny))
     new_A, new_B = _padded(new_A, rank, 0).view(rank, *A.shape[1:]), _padded(new_B, rank, 1).view(B.shape[0], rank, *B.shape[2:])
     return _Part(new_A.to(A.dtype), new_B.to(B.dtype), lost)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .autocast import outside_autocast
 from .errors import LoraLabError, did_you_mean
 from .kinds import LinearKind
 from .selection import RowSelection
@@ -78,7 +79,8 @@ class Variant:
     def delta(self, layer: LoRA, adapter: str, rows: slice = slice(None)) -> Tensor:
         """The change of the weight that the update stands for, [out, in], or some of its rows; in float32 or wider, whatever A and B are."""
         A, B = (tensor.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in self.pair(layer, adapter))
-        return layer.lora_scaling[adapter] * B[rows] @ A
+        with outside_autocast(A):
+            return layer.lora_scaling[adapter] * B[rows] @ A
 
     def merged(self, layer: LoRA, adapter: str, rows: slice, weight: Tensor, so_far: Tensor) -> Tensor:
         """Rows of the weight with this adapter. weight: as they are, [rows, in]; so_far: with the adapters before this one."""
@@ -178,7 +180,8 @@ def weight_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     dtype = torch.promote_types(A.dtype, torch.float32)
     A, B = A.flatten(1).to(dtype), scaling * B.flatten(1).to(dtype)
     step = max(1, ROWS_AT_ONCE // weight.shape[1])
-    squares = [_row_squares(weight[row : row + step].to(dtype), A, B[row : row + step]) for row in range(0, weight.shape[0], step)]
+    with outside_autocast(weight):
+        squares = [_row_squares(weight[row : row + step].to(dtype), A, B[row : row + step]) for row in range(0, weight.shape[0], step)]
     return torch.cat(squares).clamp_min(0).sqrt()
 
 

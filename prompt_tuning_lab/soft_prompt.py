@@ -27,6 +27,7 @@ class Prompt(nn.Module):
     """
 
     method: ClassVar[str]
+    began_with: ClassVar[tuple[str, ...]] = ("initial",)  # what a resumed run puts back beside the weights, see lora_lab.training.state
     num_virtual_tokens: int
     placement: str = "front"
     hidden_size: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,7 @@ def _mode(text: str) -> int | str:
 
 
 def run(options: argparse.Namespace) -> None:
-    import torch
-
-    from .. import count_parameters, data, inject, quantization_report, quantize, save
-    from ..data.tasks import task_of
-    from ..files import check_writable
-    from ..training import fit, shard
+    from ..training import fit
     from ..training.distributed import own_device, world
 
     options.device = own_device(options.device)
@@ -75,31 +71,59 @@ def run(options: argparse.Namespace) -> None:
     config = _config(options, precision)
     divided = config.distributed == "fsdp" and everyone.size > 1
     subject = subject_of(options, precision, "cpu" if divided else options.device)
-    model, rows = subject.model, subject.rows
+    _adapt(options, subject, config, everyone, say)
+    examples = _examples(subject, config)
+    say(_prediction(subject.model, config, examples, everyone.size))
+    before = subject.quality(subject.model)
+    result = fit(subject.model, examples, config, tokenizer=subject.tokenizer, eval_data=subject.held_out)
+    if everyone.first or divided:  # the pieces of a divided adapter are gathered by all processes, which write the same
+        _save(options, subject)
+    say(story_of(result))
+    if before is not None:
+        say(_gain(subject, before))
+    say(f"adapter saved to {options.out}" + _go_on(options, subject))
+    everyone.leave()
+
+
+def _adapt(options: argparse.Namespace, subject: Subject, config: Any, everyone: Any, say: Callable[..., None]) -> None:
+    """Quantise and inject, and under FSDP divide the model, saying what is done; and see that the adapter can be written, before it is trained."""
+    import torch
+
+    from .. import count_parameters, inject, quantization_report, quantize
+    from ..files import check_writable
+    from ..training import shard
+
     if subject.told:
         say(subject.told)
     torch.manual_seed(config.seed)  # of the adapter's first values; `fit` starts from the same seed again
     if options.quantize:
-        say(quantization_report(quantize(model, options.quantize)))
-    inject(model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=targets_of(options.target_modules),
+        say(quantization_report(quantize(subject.model, options.quantize)))
+    inject(subject.model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=targets_of(options.target_modules),
            variant=options.variant, init=options.init, rslora=options.rslora, modules_to_save=subject.own_modules)  # fmt: skip
     everyone.first_does(lambda: check_writable(options.out))
-    if divided:
-        shard(model, precision, device=options.device)
-    say(count_parameters(model))
-    examples = data.Rows(task_of(model).encode(rows, subject.tokenizer, config.max_length), rows.source, rows.lines)
-    say(_prediction(model, config, examples, everyone.size))
-    before = subject.quality(model)
-    result = fit(model, examples, config, tokenizer=subject.tokenizer, eval_data=subject.held_out)
-    if everyone.first or divided:  # the pieces of a divided adapter are gathered by all processes, which write the same
-        save(model, options.out)
-        subject.record(options.out)
-    say(story_of(result))
-    if before is not None:
-        probe = " (before: a linear probe, as which the head began)" if subject.own_modules else ""
-        say(f"held-out {subject.reader.quality} {before:.4f} -> {subject.quality(model):.4f}{probe}")
-    say(f"adapter saved to {options.out}" + _go_on(options, subject))
-    everyone.leave()
+    if config.distributed == "fsdp" and everyone.size > 1:
+        shard(subject.model, config.precision, device=options.device)
+    say(count_parameters(subject.model))
+
+
+def _examples(subject: Subject, config: Any) -> Any:
+    from .. import data
+    from ..data.tasks import task_of
+
+    rows = subject.rows
+    return data.Rows(task_of(subject.model).encode(rows, subject.tokenizer, config.max_length), rows.source, rows.lines)
+
+
+def _save(options: argparse.Namespace, subject: Subject) -> None:
+    from .. import save
+
+    save(subject.model, options.out)
+    subject.record(options.out)
+
+
+def _gain(subject: Subject, before: float) -> str:
+    probe = " (before: a linear probe, as which the head began)" if subject.own_modules else ""
+    return f"held-out {subject.reader.quality} {before:.4f} -> {subject.quality(subject.model):.4f}{probe}"
 
 
 def _go_on(options: argparse.Namespace, subject: Subject) -> str:

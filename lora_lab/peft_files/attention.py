@@ -24,7 +24,7 @@ from ..kinds import kind_of
 from ..layers import LoRA
 from ..plans import AdapterConfig, PlannedLayer
 from ..targets import is_attention_output
-from .config import PREFIX
+from .names import PREFIX
 
 OUT_PROJ, IN_FILE = ".out_proj.", ".base_layer.out_proj."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +20,24 @@ from ..borrowed import BIASES, Borrowed, base_in_place, base_values, biases_of, 
 from ..checks import are_finite
 from ..errors import LoraLabError
 from ..plans import AdapterConfig
-from .config import PREFIX
+from .names import PREFIX, meant_by_peft
 from .ties import check_ties, how_to_untie
 
 Tensors = dict[str, Tensor]
+Anything = TypeVar("Anything")
+COPIES = re.compile(r"\.(original_module|modules_to_save)(?=\.)|(?<=\.lora_magnitude_vector)\.weight$")
 OF_THE_ADAPTER = re.compile(r"\.lora_[A-Za-z_]+(\.weight|\.bias)?$")
 
 
 def borrowed_for_file(model: nn.Module, borrowed: Borrowed, adapter: str, modules_to_save: Sequence[str], adapted: Collection[str]) -> Tensors:
     """What an adapter trained of the model itself, as PEFT names it; a tied tensor under each of its names. modules_to_save: as in the file.
 
-    PEFT wants whole modules: what is in one of these and is not the adapter's is the base's own. What is in none it puts in the base's place.
+    PEFT wants all modules whole that it means by these names: what is in one and is not the adapter's is the base's own. What is in none it puts in
+    the base's place.
     """
     own, every = borrowed.names.get(adapter, ()), names_of_each(model)
     first = {id(tensor_of(model, name)): name for name in reversed(own)}
-    named = [(name, id(tensor_of(model, name))) for name in (*own, *saved_names(model, modules_to_save))]
+    named = [(name, id(tensor_of(model, name))) for name in (*own, *saved_names(model, meant_by_peft(model, modules_to_save)))]
     names = dict.fromkeys(other for name, tensor in named for other in (name, *every.get(tensor, ())))
     others = [name for name in names if id(tensor_of(model, name)) not in first]
     of_base = base_values(model, others) if others else {}
@@ -55,11 +59,26 @@ def _in_file(name: str, adapted: Collection[str]) -> str:
     return f"{layer}.base_layer.{last}" if layer in adapted else name
 
 
+def without_copies(tensors: Mapping[str, Anything]) -> dict[str, Anything]:
+    """Without what PEFT's wrappers hold twice: bias="all" and save_embedding_layers write it under the wrapper's names, too.
+
+    >>> [*without_copies({"head.bias": 1, "head.original_module.bias": 2, "head.modules_to_save.bias": 1})]
+    ['head.bias']
+    """
+    return {key: tensor for key, tensor in tensors.items() if not COPIES.search(key) or COPIES.sub("", key) not in tensors}
+
+
 def of_this_model(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """PEFT names "classifier" and "score" for every classifier; those that this model does not have are left out."""
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if path and next(module.parameters(), None) is not None]
-    names = [name for name in config.modules_to_save or () if any(path == name or path.endswith(f".{name}") for path in paths)]
-    return replace(config, modules_to_save=names or None)
+    """With modules_to_save as it is meant here. PEFT compares ends of paths without regard to dots: to it "norm" is "input_layernorm", too.
+
+    And it names "classifier" and "score" for every classifier; those that this model does not have are left out.
+    """
+    names: list[str] = []
+    for name in config.modules_to_save or ():
+        meant = meant_by_peft(model, [name])
+        at_dots = all(path == name or path.endswith(f".{name}") for path in meant)
+        names += [name] if meant and at_dots else meant
+    return replace(config, modules_to_save=list(dict.fromkeys(names)) or None)
 
 
 @dataclass(frozen=True)

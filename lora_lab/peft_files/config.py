@@ -29,7 +29,6 @@ from ..targets import check_config, name_matches
 from .parameters import short_names
 from .ties import keeps_ties, whole_modules
 
-PREFIX = "base_model.model."  # of every tensor's name
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # Initialisations that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ files belong to a changed base (see changed_base.py).

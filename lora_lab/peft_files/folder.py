@@ -21,7 +21,9 @@ import torch
 from ..errors import LoraLabError
 from ..plans import AdapterConfig
 from ..streaming.shards import FLOATS, StoredTensor, read_shard
-from .config import CONFIG, PREFIX, TENSORS, from_peft, read_config, what_is_missing
+from .borrowed import without_copies
+from .config import CONFIG, TENSORS, from_peft, read_config, what_is_missing
+from .names import PREFIX
 from .parameters import described_in, without_wrappers, wrapped_pairs
 from .tokens import check_all_there, rows_from_file, words_in_config
 
@@ -68,7 +70,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     shard = read_shard(folder / TENSORS)
     config = read_config(folder, shard.metadata, stacklevel=4)
     settings = from_peft(config, folder / CONFIG)
-    stored, found = rows_from_file(shard.tensors)
+    stored, found = rows_from_file(without_copies(shard.tensors))
     wrapped, stored = wrapped_pairs(stored, settings.target_parameters, PREFIX)
     rows = {path: _rows(path, tensor, settings, folder) for path, tensor in found.items()}
     parts, replaced = _sort(stored)

@@ -27,11 +27,12 @@ from ..plans import AdapterConfig, PlannedLayer
 from ..streaming.shards import check_shape, opened
 from ..targets import plan_layer, plan_parameter
 from .attention import attentions_from_file, with_its_attention
-from .borrowed import adapted_paths, of_this_model, own_tensors
+from .borrowed import adapted_paths, of_this_model, own_tensors, without_copies
 from .changed_base import FOUND_AGAIN, on_the_base_itself
-from .config import CONFIG, PREFIX, TENSORS, from_peft, initialisation, read_config, what_is_missing
+from .config import CONFIG, TENSORS, from_peft, initialisation, read_config, what_is_missing
 from .contents import Contents, Layers, Named
 from .fused import parts_from_file
+from .names import PREFIX
 from .parameters import check_pair, parameters_from_file
 from .request import check_request
 from .tokens import rows_from_file, rows_planned
@@ -73,7 +74,7 @@ def _read_tensors(folder: Path) -> tuple[Named, dict[str, str]]:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         for key, tensor in tensors.items():
             check_shape(path, key, tensor.shape)
-        return tensors, file.metadata() or {}
+        return without_copies(tensors), file.metadata() or {}
 
 
 def _by_layer(tensors: Named) -> Layers:

@@ -45,8 +45,9 @@ class Request:
     @functools.cached_property
     def expressions(self) -> dict[Names, re.Pattern[str]]:
         """Those of targets and excluded that are expressions, compiled once: they may name every layer."""
-        given = (each for each in (self.targets, self.excluded) if isinstance(each, str) and each.lower() != ALL_LINEAR)
-        return {each: compile_pattern(each, "target_modules or exclude_modules") for each in given}
+        linear = isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR  # a word of target_modules alone
+        given = [self.excluded] if linear else [self.targets, self.excluded]
+        return {each: compile_pattern(each, "target_modules or exclude_modules") for each in given if isinstance(each, str)}
 
     def means(self, model: nn.Module, path: str, module: nn.Module) -> bool | None:
         """Whether a layer has an adapter; None where that depends on PEFT's version."""

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..borrowed import modules_of, names_of_each, of_an_adapter, saved_names, tensor_of
+from ..borrowed import modules_of, names_of_each, saved_names, tensor_of
 from ..errors import LoraLabError
 from ..layers import LoRA
 from ..plans import AdapterConfig
 from ..wrapping import whole
+from .names import exact_names, meant_by_peft
 
 
 def owner_of(name: str) -> str:
@@ -39,26 +40,16 @@ def whole_modules(model: nn.Module, names: Sequence[str] | None, adapted: Collec
     puts it in its place (see `borrowed_for_file`).
     """
     inside = modules_of(model, names)
+    means_others = {name for name in names or () if not {*meant_by_peft(model, [name])} <= {*inside}}
+    exact = [each for name in names or () for each in (exact_names(model, modules_of(model, [name])) if name in means_others else [name])]
     owners = dict.fromkeys(owner_of(name) for group in tied_groups(model, names) for name in group)
     more = [owner for owner in owners if owner and not _below(owner, inside) and not any(_below(path, [owner]) for path in (*inside, *adapted))]
-    return [*(names or ()), *_short_names(model, more)]
+    return list(dict.fromkeys([*exact, *exact_names(model, more)]))
 
 
 def _below(path: str, modules: Collection[str]) -> bool:
     """Whether a path is that of one of these, or of a part of one."""
     return any(path == module or path.startswith(f"{module}.") for module in modules)
-
-
-def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
-    """A name for each that means none but these; PEFT compares the ends of paths, without regard to dots."""
-    present = [path for path, _ in model.named_modules(remove_duplicate=False) if path and not of_an_adapter(path)]
-
-    def shortest(path: str) -> str:
-        parts = path.split(".")
-        ends = [".".join(parts[-n:]) for n in range(1, len(parts))]
-        return next((end for end in ends if all(other in paths for other in present if other.endswith(end))), path)
-
-    return list(dict.fromkeys(map(shortest, paths)))
 
 
 def tied_groups(model: nn.Module, names: Sequence[str] | None) -> list[list[str]]:

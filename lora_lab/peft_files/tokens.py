@@ -22,7 +22,7 @@ from ..layers import LoRA
 from ..plans import AdapterConfig
 from ..token_rows.rows import TiedRows, own_rows, words_of
 from ..token_rows.targets import Planned, input_embedding, plan_paths
-from .config import PREFIX
+from .names import PREFIX
 
 Anything = TypeVar("Anything", bound=Any)
 ROWS = ".token_adapter.trainable_tokens_delta"

@@ -110,7 +110,8 @@ def dora_factor(source: StoredTensor, change: Change, wide: torch.dtype) -> Tens
     blocks = (rows.flatten(1).double().square() for _, rows in updated_blocks(source, change, wide))
     squares = sum(block.sum(0) for block in blocks) if change.transposed else torch.cat([block.sum(1) for block in blocks])
     assert isinstance(squares, Tensor)
-    return (change.pair.magnitude.read().flatten().double() / squares.sqrt()).to(wide)
+    factor = change.pair.magnitude.read().flatten().double() / squares.sqrt()
+    return torch.where(squares > 0, factor, 0.0).to(wide)  # a row of zeros has no direction, and stays what it is
 
 
 def scale(rows: Tensor, factor: Tensor, start: int, transposed: bool) -> Tensor:

@@ -153,6 +153,6 @@ def optimizer_states(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
     states: dict[str, dict[str, Any]] = {}
     for key, value in {**snapshot.tensors, **snapshot.state.get("optimizer", {})}.items():
         if key.startswith("optimizer/"):
-            _, weight, name = key.split("/")
+            weight, _, name = key.removeprefix("optimizer/").rpartition("/")  # torch takes names with a slash
             states.setdefault(weight, {})[name] = value
     return states

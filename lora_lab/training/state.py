@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..borrowed import tensor_of
 from ..errors import LoraLabError
 from ..files import in_use
 from ..targets import lora_layers
@@ -37,6 +38,7 @@ def capture(run: Run, step: int) -> Snapshot:
     tensors: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in run.trained.items()}
     tensors |= {f"best/{name}": joined_like(run.trained[name], values) for name, values in run.best.items()}
     tensors |= {f"buffers/{name}": buffer for name, buffer in statistics(run.model).items()}
+    tensors |= {f"began/{name}": tensor for name, tensor in beginnings(run.model).items()}
     tensors = {name: for_file(tensor, run.world.first) for name, tensor in {**tensors, **optimizer}.items()}
     for rank, states in enumerate(run.world.gather(_random_states(run.device))):
         tensors |= {f"random/{rank}/{name}": values for name, values in states.items()}
@@ -63,6 +65,9 @@ def restore(run: Run, snapshot: Snapshot) -> None:
     run.best = {name: piece(divided_like(run.trained[name], values)).cpu() for name, values in best.items() if values is not None}
     for name, buffer in statistics(run.model).items():
         buffer.copy_(snapshot.tensors[f"buffers/{name}"])
+    for name, tensor in beginnings(run.model).items():
+        if (values := snapshot.tensors.get(f"began/{name}")) is not None:
+            tensor.copy_(divided_like(tensor, values))
     _put_states(run, optimizer_states(snapshot))
     if run.precision.scaled:
         run.scaler.load_state_dict(snapshot.state["scaler"])
@@ -133,6 +138,13 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.{name}": buffer for path, norm in norms.items() for name, buffer in norm.named_buffers()}
 
 
+def beginnings(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that belong to what trains and stay as they began: LoRA-FA's A, PiSSA's start, what a soft prompt was at first. They are drawn or
+    computed anew with the model, so a run brings its own."""
+    names = [f"{path}.{name}".strip(".") for path, module in model.named_modules() for name in getattr(module, "began_with", ())]
+    return {name: tensor_of(model, name) for name in names}
+
+
 def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     return states | ({"device": torch.get_device_module(device).get_rng_state(device)} if device.type != "cpu" else {})
@@ -149,6 +161,7 @@ def _check_whole(run: Run, snapshot: Snapshot) -> None:
     tensors, state = snapshot.tensors, snapshot.state
     shapes = {f"weights/{name}": p.shape for name, p in run.trained.items()}
     shapes |= {f"buffers/{name}": buffer.shape for name, buffer in statistics(run.model).items()}
+    shapes |= {f"began/{name}": tensor.shape for name, tensor in beginnings(run.model).items() if f"began/{name}" in tensors}
     shapes |= {name: run.trained[name.removeprefix("best/")].shape for name in tensors if name.startswith("best/")}
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
@@ -176,16 +189,17 @@ def circumstances(run: Run) -> dict[str, Any]:
     """What the run was started with: the first three have to be the same for it to go on, the last three to go on bit for bit."""
     settings = {name: value for name, value in dataclasses.asdict(run.config).items() if name not in FREE}
     settings["grad_accum_steps * processes"] = settings.pop("grad_accum_steps") * run.world.size  # half as many processes may do twice as much each
-    return {"settings": settings, "data": fingerprint(run.examples), "eval_data": fingerprint(run.held_out), "frozen": _frozen(run),
+    frozen = _frozen(run, beginnings(run.model))
+    return {"settings": settings, "data": fingerprint(run.examples), "eval_data": fingerprint(run.held_out), "frozen": frozen,
             "adapters": _adapters(run.model), "weights": {name: list(p.shape) for name, p in run.trained.items()},
             "processes": run.world.size, "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
 
 
-def _frozen(run: Run) -> str | None:
+def _frozen(run: Run, beginnings: Iterable[str]) -> str | None:
     """SHA-256 over some numbers of every tensor that does not train; None where processes hold pieces of them."""
     if is_sharded(run.model):
         return None
-    digest, changing = hashlib.sha256(), {*run.trained, *statistics(run.model)}
+    digest, changing = hashlib.sha256(), {*run.trained, *statistics(run.model), *beginnings}
     for name, tensor in (*run.model.named_parameters(), *run.model.named_buffers()):
         if name not in changing:
             digest.update(f"{name} {some_numbers(tensor)}".encode())

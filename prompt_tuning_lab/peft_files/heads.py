@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_lab.borrowed import of_an_adapter
 from lora_lab.checks import are_finite
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.wrapping import whole
@@ -29,14 +30,21 @@ def heads_of(base: nn.Module) -> list[str]:
     return [name for name, module in base.named_children() if name in HEADS and next(module.parameters(), None) is not None]
 
 
+def with_heads(base: nn.Module, heads: Iterable[str]) -> list[str]:
+    """Paths of the modules that PEFT takes for heads: all whose names end so. To it DistilBERT's pre_classifier is a classifier, too."""
+    ends = tuple(heads)
+    return [path for path, _ in base.named_modules() if ends and path.endswith(ends) and not of_an_adapter(path)]
+
+
 def head_tensors(base: nn.Module, heads: Iterable[str]) -> dict[str, Tensor]:
     """Name in the file -> values."""
-    return {f"{PREFIX}{head}.{name}": whole(p.detach()) for head in heads for name, p in base.get_submodule(head).named_parameters()}
+    modules = {path: base.get_submodule(path) for path in with_heads(base, heads)}
+    return {f"{PREFIX}{path}.{name}": whole(p.detach()) for path, module in modules.items() for name, p in module.named_parameters()}
 
 
 def warn_of_the_unsaved(base: nn.Module, heads: Iterable[str]) -> None:
     """What trains along in the base and is not in the file: another one's base would not have it. LoRA has files of its own."""
-    inside = tuple(f"{head}." for head in heads)
+    inside = tuple(f"{path}." for path in with_heads(base, heads))
     left = [name for name, p in base.named_parameters() if p.requires_grad and ".lora_" not in f".{name}" and not name.startswith(inside)]
     if left:
         warnings.warn(f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''} of the base train, but are not in the prompt's file: "

@@ -254,3 +254,31 @@ def test_replacing_values_takes_an_adapter_of_the_same_making(tmp_path) -> None:
     other = learn(injected("head"))
     lora_lab.load(other, tmp_path / "head", replace=True)
     assert_close(other(x()), injected("head")(x()), rtol=0, atol=0)
+
+
+# Whose parameters train -------------------------------------------------------------------------------------------------------------
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_an_adapter_that_is_loaded_for_inference_has_no_head_that_trains(tmp_path) -> None:
+    model = learn(lora_lab.inject(build(), 2, modules_to_save=["classifier"]))
+    lora_lab.save(model, tmp_path)
+    assert "classifier.weight" in trainable(model)
+    lora_lab.load(model, tmp_path, replace=True)
+    assert trainable(model) == set()
+    lora_lab.load(model, tmp_path, replace=True, trainable=True)
+    assert {"classifier.weight", "classifier.bias"} < trainable(model)
+
+
+def test_the_head_of_an_adapter_that_is_off_does_not_train() -> None:
+    """It holds the base's own values then, and training them would change the base."""
+    model = build()
+    for name in ("b", "c"):
+        lora_lab.inject(model, 2, adapter=name, init="random")
+    lora_lab.inject(model, 2, adapter="a", bias="lora_only")
+    assert "body.0.bias" in trainable(model)
+    lora_lab.combine(model, {"b": 1.0, "c": 1.0}, into="d")
+    assert trainable(model) == set()

@@ -278,3 +278,28 @@ def test_a_merged_model_has_no_adapters_to_choose_from(verb: Any) -> None:
     model = lora_lab.merge(lora_lab.inject(nn.Sequential(nn.Linear(4, 4)), rank=2, init="random"))
     with pytest.raises(LoraLabError, match="is merged into this model's weights"):
         verb(model)
+
+
+def moved(model: nn.Module, **request: Any) -> nn.Module:
+    torch.manual_seed(3)
+    return randomise(lora_lab.inject(model, rank=4, **request), by=0.2)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_autocast_around_it_changes_no_bit_of_a_merge(variant: str) -> None:
+    """Sums are taken in float32, whatever the forward passes around them are computed in."""
+    model, other = (moved(build("llama").float(), variant=variant) for _ in range(2))
+    lora_lab.merge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        lora_lab.merge(other)
+    layers = {name: weight for name, weight in model.state_dict().items() if "lora_" not in name}
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in layers.items())
+
+
+def test_autocast_around_it_changes_no_bit_of_a_combination() -> None:
+    pair = [moved(moved(build("llama").float(), adapter="a"), adapter="b") for _ in range(2)]
+    lora_lab.combine(pair[0], {"a": 1.0, "b": 0.5}, into="c", method="svd", rank=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        lora_lab.combine(pair[1], {"a": 1.0, "b": 0.5}, into="c", method="svd", rank=3)
+    one, other = (model.state_dict() for model in pair)
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -41,6 +41,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "layers and patterns": ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": [0], "layers_pattern": ["layers", "h"]}),
     "layers and whole paths": ("llama", {"target_modules": ["model.layers.0.mlp.up_proj", "q_proj"], "layers_to_transform": [1]}),
     "without names": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]}),
+    "without a word that is none here": ("llama", {"target_modules": ["q_proj"], "exclude_modules": "all-linear"}),
     "without a pattern": ("llama", {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"}),
     "whole modules inside": ("llama", {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.1.mlp"]}),
     "an embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),

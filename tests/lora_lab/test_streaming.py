@@ -146,6 +146,22 @@ def test_the_merged_folder_computes_what_peft_computes(tmp_path, family, config)
     assert_close(outputs(reload(folder, family), family), expected, rtol=0, atol=1e-11)
 
 
+def test_dora_leaves_rows_of_zeros_what_they_are(tmp_path):
+    """The rows of words that pad a vocabulary: they have no direction, and a magnitude of 0."""
+    base = make("llama")
+    with torch.no_grad():
+        base.lm_head.weight[-3:] = 0
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model = lora_lab.inject(base, 3, target_modules=["lm_head"], variant="dora", init="random")
+    with torch.no_grad():
+        model.lm_head.lora_B["default"][-3:] = 0
+    lora_lab.save(model, tmp_path / "adapter")
+    merge(tmp_path)
+    assert not reload(tmp_path).lm_head.weight[-3:].any()
+    assert_close(outputs(reload(tmp_path), "llama"), outputs(model, "llama"), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit"])
 def test_the_tensors_are_those_of_merge_and_unload(tmp_path, family):
     """Tensor by tensor: a wrong orientation of a square matrix would show here even where the logits hid it."""

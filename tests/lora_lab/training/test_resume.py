@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from tiny_workshop import QUIET, our_llama, same_bits, token_rows, weights
 
 import lora_lab
+import prompt_tuning_lab
 from lora_lab import LoraLabError
 from lora_lab.streaming import shards
 from lora_lab.training import Interrupted, fit, snapshots, state
@@ -431,3 +433,51 @@ def test_early_stopping_ends_the_run_and_keep_best_the_weights_of_the_best_evalu
 def test_what_needs_held_out_data_is_refused_without(name: str, value: Any) -> None:
     with pytest.raises(LoraLabError, match=f"{name}={value} needs eval_data"):
         fit(adapted(), ROWS, {name: value, **QUIET})
+
+
+# What was drawn at random and does not train -------------------------------------------------------------------------------------------
+
+
+def with_frozen_A(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return lora_lab.inject(our_llama(), rank=2, freeze_A=True)
+
+
+def with_prompt(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return prompt_tuning_lab.inject(our_llama(), 3)
+
+
+@pytest.mark.parametrize("make", [with_frozen_A, with_prompt])
+def test_what_stays_as_it_was_drawn_is_part_of_the_run(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA-FA's A, and what a prompt began as: drawn anew for the model that goes on, and put back."""
+    whole = make(1)
+    fit(whole, ROWS, settings(tmp_path / "whole"), eval_data=HELD_OUT)
+    run_until(make(1), 5, tmp_path / "parts", monkeypatch)
+    resumed = make(2)
+    assert not same_bits(state.beginnings(resumed), state.beginnings(whole)) and state.beginnings(whole)
+    fit(resumed, ROWS, settings(tmp_path / "parts", resume=True), eval_data=HELD_OUT)
+    assert same_bits(dict(resumed.named_parameters()), dict(whole.named_parameters()))
+    assert same_bits(dict(resumed.named_buffers()), dict(whole.named_buffers()))
+
+
+def test_another_adapter_is_no_part_of_the_run() -> None:
+    model = with_frozen_A(1)
+    lora_lab.inject(model, rank=2, adapter="second")
+    assert state.beginnings(model) == {}
+
+
+def test_names_may_have_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes them; a snapshot's own names are divided by slashes."""
+
+    def slashed() -> Any:
+        torch.manual_seed(1)
+        model = our_llama()
+        model.model.norm = torch.nn.Sequential(OrderedDict({"a/b": model.model.norm}))
+        return model
+
+    whole, stopped, resumed = slashed(), slashed(), slashed()
+    fit(whole, ROWS, settings(tmp_path / "whole"), eval_data=HELD_OUT)
+    run_until(stopped, 5, tmp_path / "parts", monkeypatch)
+    fit(resumed, ROWS, settings(tmp_path / "parts", resume=True), eval_data=HELD_OUT)
+    assert same_bits(weights(resumed), weights(whole)) and "model.norm.a/b.weight" in weights(whole)
