@@ -34,8 +34,8 @@ def distilbert() -> nn.Module:
 
 def bert() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.BertConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=16, **SMALL)
-    return transformers.BertForSequenceClassification(config).double().eval()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 16}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, **SMALL)).double().eval()
 
 
 class Heads(nn.Module):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
 import peft
 import pytest
 import torch
+import transformers
 from llama_tools import relative_error
 from prompt_file_tools import (
     CONFIG,
@@ -28,6 +30,7 @@ from prompt_file_tools import (
     written,
 )  # fmt: skip
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import lora_lab
@@ -273,6 +276,21 @@ def test_a_class_is_read_off_the_text_and_not_off_a_virtual_token(tmp_path):
     assert_close(answer(model, "classifier"), read_off[TOKENS], **EXACT)
     assert_close(answer(live, "classifier"), read_off[0], **EXACT)
     assert differ(read_off[0], read_off[TOKENS])
+
+
+def test_what_peft_takes_for_a_classifier_is_in_the_file(tmp_path):
+    """It compares ends of names: DistilBERT's pre_classifier is one, too, and PEFT reads no file without it."""
+    config = transformers.DistilBertConfig(vocab_size=60, dim=16, hidden_dim=32, n_heads=2, n_layers=2, max_position_embeddings=32, num_labels=3)
+    torch.manual_seed(0)
+    base = transformers.DistilBertForSequenceClassification(config).double().eval()
+    save(inject(copy.deepcopy(base), 4, seed=0), tmp_path / "ours")
+    assert {"base_model.classifier.weight", "base_model.pre_classifier.weight"} < load_file(tmp_path / "ours" / TENSORS).keys()
+    peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    shape = {"token_dim": 16, "num_attention_heads": 2, "num_layers": 2}  # PEFT does not find DistilBERT's own names for these
+    live = peft.get_peft_model(copy.deepcopy(base), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4, **shape)).double()
+    live.save_pretrained(tmp_path / "theirs")
+    rows = live.prompt_encoder["default"].embedding.weight
+    assert torch.equal(load(copy.deepcopy(base), tmp_path / "theirs").prompt()().double(), rows)
 
 
 def test_a_head_that_is_the_bases_own_needs_nothing(tmp_path):
