@@ -187,7 +187,7 @@ def fms_acceleration() -> list[Row]:
     torch 2.4.1, transformers 4.45.2, PEFT 0.13.2 and bitsandbytes 0.43.3 stand beside it; the 4-bit rows are its accelerated ones, under autocast.
     Mixtral's were the occasion to write down its experts as transformers 4 had them.
     """
-    versions = {"torch": "2.4", "transformers": "4.45", "bitsandbytes": "0.43.3", "peft": "0.13"}
+    versions = {"torch": "2.4", "transformers": "4.45", "bitsandbytes": "0.43.3"}
     same = {"sequence_length": 4096, "gradient_checkpointing": True, "attention": "flash", "versions": versions}
     lora = {**same, "precision": "fp16", "method": "lora", "rank": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     qlora = {**lora, "precision": "fp16-mixed", "method": "qlora", "quantization": "nf4-dq"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 from .errors import MemoryMathError
 
 LEAST, MOST = 1e-100, 1e100  # of an amount: products and quotients of a few stay numbers that a float can hold
@@ -13,9 +15,10 @@ def positive(name: str, value: object) -> float:
     >>> positive("tokens", 2e12)
     2000000000000.0
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not LEAST <= value <= MOST:
+    number = value if isinstance(value, (int, float)) else float(value) if isinstance(value, Real) else None
+    if isinstance(value, bool) or number is None or not LEAST <= number <= MOST:
         raise MemoryMathError(f"{name}={value!r}: expected a number above 0, from {LEAST:g} to {MOST:g}")
-    return value
+    return number
 
 
 def share(name: str, value: object) -> float:

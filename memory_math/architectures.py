@@ -204,9 +204,12 @@ def preset_of(name: str) -> str | None:
 
 def config_file_of(name: str) -> Path | None:
     """The config.json that a path means: the file itself, or the one in this folder; None where there is none."""
-    path = Path(name).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    return path if path.is_file() else None
+    try:
+        path = Path(name).expanduser()
+        path = path / "config.json" if path.is_dir() else path
+        return path if path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # too long for a path, as JSON is; a folder that may not be read; ~nobody
+        return None
 
 
 def _from_name(name: str) -> Architecture:

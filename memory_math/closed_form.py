@@ -64,9 +64,10 @@ class _Differences:
     """Predictions of small relatives of a model, one size changed at a time."""
 
     def __init__(self, architecture: Architecture, request: Mapping[str, Any]) -> None:
-        group = max(architecture.heads // architecture.kv_heads, 1)
-        heads = 4 if group == 1 else 8
-        sizes: dict[str, Any] = {"heads": heads, "kv_heads": 4, "head_dim": 32, "mlp_width": 96, "vocabulary": 64, "layers": 2}
+        group, self.devices = max(architecture.heads // architecture.kv_heads, 1), _devices(architecture, request)
+        heads = (4 if group == 1 else 8) * self.devices  # each device's share is that of a model on one
+        sizes: dict[str, Any] = {"heads": heads, "kv_heads": 4 * self.devices, "head_dim": 32, "mlp_width": 96 * self.devices, "vocabulary": 64,
+                                 "layers": 2}  # fmt: skip
         hidden = 64 if self._free(architecture) else 32 * heads
         self.base = replace(architecture, hidden=hidden, **sizes)
         self.request = {**request, "device": "cpu"}
@@ -90,7 +91,7 @@ class _Differences:
         base, here = self.base, self.per_token()
         found = dict.fromkeys(SYMBOLS, Fraction(0))
         found["a s"] = (self.per_token(128) - here) / (64 * base.heads)
-        found["f"] = (self.per_token(mlp_width=base.mlp_width + 32) - here) / 32
+        found["f"] = (self.per_token(mlp_width=base.mlp_width + 32 * self.devices) - here) / (32 * self.devices)
         found["r"] = self.per_token(rank=9) - self.per_token(rank=8)
         if self._free(base):
             self._widths(found, here)
@@ -123,6 +124,15 @@ class _Differences:
         """What the coefficients found so far make of a shape."""
         sizes = {"h": shape.hidden, "q": shape.query_width, "kv": shape.kv_width, "f": shape.mlp_width, "a": shape.heads, "g": shape.kv_heads}
         return Formula(found)(**sizes, s=64, r=self.rank)
+
+
+def _devices(architecture: Architecture, request: Mapping[str, Any]) -> int:
+    """tensor_parallel, where the model itself can be divided so; of another value `predict` says what is wrong with it."""
+    devices = request.get("tensor_parallel", 1)
+    if type(devices) is not int or devices < 1:
+        return 1
+    architecture.shard(devices)
+    return devices
 
 
 def _number(value: Fraction) -> str:

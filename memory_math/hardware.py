@@ -98,9 +98,10 @@ VENDOR_WORDS = {"nvidia", "tesla", "geforce", "rtx", "sxm", "sxm2", "sxm3", "sxm
 
 
 def gpu_of(name: str | GPU) -> GPU:
-    """The GPU called `name`; capitals, hyphens and the vendor's words do not matter, so torch.cuda.get_device_name() will do.
+    """The GPU called `name`; capitals, hyphens and the vendor's words do not matter, so torch.cuda.get_device_name() of an SXM card will do.
 
-    Raises MemoryMathError for an unknown name, and for one that several share ("A100"), with the choices.
+    Raises MemoryMathError for an unknown name, for one that several share ("A100"), with the choices, and for a PCIe card, which is slower than the
+    SXM card of the same name.
 
     >>> gpu_of("a100-80gb").nominal_bytes
     80000000000
@@ -115,6 +116,9 @@ def gpu_of(name: str | GPU) -> GPU:
         return found[0]
     if found:
         raise MemoryMathError(f"gpu={name!r}: there are several: {' or '.join(gpu.name for gpu in found)}")
+    if "pcie" in asked and (cards := [gpu.name for known, gpu in GPUS.items() if _words(known)[:1] == asked[:1]]):
+        raise MemoryMathError(f"gpu={name!r}: a PCIe card is slower than the SXM card whose speed is known here; its memory is that of "
+                              f"{' or '.join(cards)}: give that name where only memory is asked for")  # fmt: skip
     by_name = {known.lower(): gpu for known, gpu in GPUS.items()}
     near = get_close_matches(str(name).lower(), by_name, n=1)
     hint = f" (did you mean {by_name[near[0]].name!r}?)" if near else ""

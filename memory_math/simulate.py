@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import MemoryMathError
 from .hardware import CUBLAS_BYTES
@@ -138,4 +138,6 @@ def _temporaries(request: Request, tensors: list[Shape]) -> list[int]:
         return []
     kind, shards = request.optimizer_implementation, request.parallel.state_shards
     kind = "for-loop" if request.optimizer_in_backward and kind == "foreach" else kind
+    if request.divided_masters:  # the masters are stepped, in float32
+        tensors = [replace(tensor, itemsize=4) for tensor in tensors]
     return [-(-size // shards) for size in step_sizes(request.optimizer, kind, tensors)]

@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import MemoryMathError
 from .footprint import Footprint, predict
+from .hardware import GPU
 from .limits import limit_of, verdict
 from .optimizers import OPTIMIZERS
 from .precision import PRECISIONS
@@ -147,7 +148,7 @@ class RequestComparison(_Grid):
 
     name: str
     rows: tuple[ComparedRequest, ...]
-    gpu: str | None = None
+    gpu: str | int | None = None
     shared: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -181,7 +182,7 @@ class RequestComparison(_Grid):
         notes, reference = _Footnotes(), self._footprints()[0].total
         divisor = unit_for(max(footprint.total for footprint in self._footprints()))[0]
         parts = [part.replace("_", " ") for part in parts_of(self._footprints()[0])]
-        header = ["", *parts, "total", "ratio", *([f"fits {self.gpu}"] if self.gpu else [])]
+        header = ["", *parts, "total", "ratio", *([f"fits {self.gpu}" if isinstance(self.gpu, str) else f"fits {self.gpu:,} B"] if self.gpu else [])]
         rows = []
         for row in self.rows:
             if row.footprint is None:
@@ -194,7 +195,7 @@ class RequestComparison(_Grid):
 
 
 def compare_requests(
-    model: object, requests: Mapping[str, Mapping[str, Any]] | Sequence[str], *, gpu: str | None = None, **shared: Any
+    model: object, requests: Mapping[str, Mapping[str, Any]] | Sequence[str], *, gpu: str | int | GPU | None = None, **shared: Any
 ) -> RequestComparison:
     """One row per request. requests: name -> keywords of `predict`, or just methods such as ["full", "lora", "qlora"].
 
@@ -206,7 +207,9 @@ def compare_requests(
     named = requests if isinstance(requests, Mapping) else {method: {"method": method} for method in requests}
     if not named:
         raise MemoryMathError("requests: there is none to compare; give methods such as ['full', 'lora'], or names with their keywords")
-    gpu = None if gpu is None else limit_of(gpu)[0]
+    if gpu is not None:
+        name, nbytes = limit_of(gpu)
+        gpu = nbytes if isinstance(gpu, int) else name
     rows, refusals = [], []
     for name, own in named.items():
         try:

@@ -18,6 +18,7 @@ embedding out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from .amounts import positive, share
 from .architectures import architecture_of, count_parameters
@@ -83,7 +84,7 @@ def training_flops(
 
 def parameters_of(params: object) -> int:
     """The number itself, or the exact count of a preset, config, path or model."""
-    if isinstance(params, bool) or not isinstance(params, (int, float)):
+    if isinstance(params, bool) or not isinstance(params, Real):
         return count_parameters(params).total
     if not (count := round(positive("params", params))):
         raise MemoryMathError(f"params={params!r}: expected at least one parameter")

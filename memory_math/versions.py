@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from .errors import MemoryMathError
 
-CURRENT = {"torch": "2.13", "transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.49"}
+CURRENT = {"torch": "2.13", "transformers": "5.23", "bitsandbytes": "0.49"}
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ def versions_of(asked: object) -> Versions:
         raise MemoryMathError(f"versions={asked!r}: expected a dict like {{'transformers': '4.44'}}")
     for library, version in asked.items():
         if library not in CURRENT:
-            raise MemoryMathError(f"versions names {library!r}; those whose memory behaviour is known to change are {', '.join(CURRENT)}")
+            raise MemoryMathError(f"versions names {library!r}; older ones are modelled of {', '.join(CURRENT)}")
         release(version)
     return Versions(dict(asked))
 

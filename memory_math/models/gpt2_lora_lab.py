@@ -46,7 +46,7 @@ class Block:
 
     def attention(self, x: Sized, mask: Sized | None) -> Sized:
         """q, k and v are views of one tensor."""
-        width = x.numel
+        width = x.numel // self.model.arch.hidden * self.model.arch.query_width
         q, k, v = split(self.tape, lora_linear(self.model, x, f"{self.path}.attn.c_attn"), width, width, width)
         k, v = self.past.append(k, v)
         y = attend(self.model, q, k, v, Scores(mask, dropout=self.model.arch.attention_dropout))

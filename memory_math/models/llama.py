@@ -2,7 +2,8 @@
 
 Mistral, Qwen2, Qwen3 and Gemma are the same blocks with a bias, two more norms in the attention, or another norm. Every method mirrors the
 method of the same name there. The attention mask is assumed absent (packed or equal-length rows), as it is for training on full windows;
-then the sdpa path takes PyTorch's fused kernel with k and v unexpanded. Versions before `use_gqa_in_sdpa` repeat k and v to q's width.
+then the sdpa path takes PyTorch's fused kernel with k and v unexpanded. Versions before `use_gqa_in_sdpa` repeat k and v to q's width. A row that is
+as long as a block's sliding window has a mask, of true and false (masking_utils.py, _ignore_causal_mask_sdpa).
 """
 
 from __future__ import annotations
@@ -32,14 +33,21 @@ class TransformersLlama(Model):
         embedded = x = self.embed(ids)  # the name lives as long as the forward does
         rotary = self.rotary(x.itemsize)
         mask = self.tape.new(self.tokens * self.sequence, x.itemsize, "other") if self.habits.masked else None
+        windowed = self.tape.new(self.tokens * self.sequence, 1, "other") if any(map(self.slides, range(self.arch.layers))) else mask
         x = self.needed(x)
         prefix = prefix_of(self)
         for layer in range(self.arch.layers):
-            block = self.block(self, f"model.layers.{layer}", rotary, mask, cache, prefix.layers[layer] if prefix else None)
+            own = windowed if self.slides(layer) else mask
+            block = self.block(self, f"model.layers.{layer}", rotary, own, cache, prefix.layers[layer] if prefix else None)
             x = self.run_block(layer, block.forward, x)
         hidden = self.norm(x, "model.norm")
         del embedded
         return hidden
+
+    def slides(self, layer: int) -> bool:
+        """Whether a block needs a mask of its own, where causality alone does not say who sees whom."""
+        window = self.arch.window(layer)
+        return window is not None and self.sequence >= window and self.request.attention == "sdpa" and not self.habits.masked
 
     @property
     def block(self) -> type[Block]:

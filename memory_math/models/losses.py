@@ -13,6 +13,7 @@ none            no logits: the mean of the hidden states
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from .. import operations as ops
 from ..tape import Sized
@@ -54,10 +55,12 @@ def hf_legacy(model: Model, hidden: Sized, labels: Sized) -> Sized:
 def chunked(model: Model, hidden: Sized, labels: Sized) -> Sized:
     """A chunk keeps its 16-bit logits; float32 ones exist for one chunk at a time, forward and backward, and so do gradients of logits."""
     tape, labels = model.tape, _shifted(model, labels)
-    share = -(-hidden.numel // CHUNKS)
+    width, count = model.arch.hidden, hidden.numel // model.arch.hidden
+    share = -(-count // CHUNKS)
     total: list[Sized] = []
-    for _ in range(CHUNKS):
-        rows = tape.record("chunk", [hidden], lambda: Sized(share, hidden.itemsize, hidden.storage))
+    for first in range(0, count, share):
+        size = min(share, count - first) * width
+        rows = tape.record("chunk", [hidden], partial(Sized, size, hidden.itemsize, hidden.storage))
         logits = _logits(model, rows)
         model.hold(logits)
         busy = 2 * 4 * logits.numel  # float32 logits and their log-softmax

@@ -47,7 +47,7 @@ class Block:
 
     def attention(self, x: Sized, mask: Sized | None) -> Sized:
         """q and k are turned into new tensors and v is copied, so that the fused one goes."""
-        width = x.numel
+        width = x.numel // self.model.arch.hidden * self.model.arch.query_width
         q, k, v = split(self.tape, lora_linear(self.model, x, f"{self.path}.attention.query_key_value"), width, width, width)
         angles = ops.cast(self.tape, self.rotary, q.itemsize)
         q, k, v = rotate(self.tape, q, angles), rotate(self.tape, k, angles), ops.copy(self.tape, "value", v)

@@ -34,8 +34,8 @@ class TransformersT5(Model):
         self.caches = not request.trains or request.gradient_checkpointing in (False, "attention")
 
     def _weight(self, name: str, rows: int, columns: int, quantized: bool) -> Weight:
-        """_keep_in_fp32_modules: from_pretrained leaves `wo` in float32 when the rest is float16."""
-        weight = super()._weight(name, rows, columns, quantized)
+        """_keep_in_fp32_modules: from_pretrained leaves `wo` in float32 when the rest is float16, and quantises it in no case."""
+        weight = super()._weight(name, rows, columns, quantized and not name.endswith(".wo.weight"))
         if not name.endswith(".wo.weight") or not self.half_precision or weight.itemsize != 2:
             return weight
         return Weight(self.ledger, name, rows, columns, 4, weight.leaf, self.request.parallel.weight_shards)

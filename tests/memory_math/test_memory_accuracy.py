@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from memory_math import MemoryMathError, activation_formula, predict
+from memory_math.architectures import architecture_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -60,3 +62,25 @@ def test_a_formula_is_not_for_one_batch_and_not_for_two_kinds_of_blocks() -> Non
         activation_formula("llama-2-7b", batch_size=2)
     with pytest.raises(MemoryMathError, match="encoder and decoder blocks"):
         activation_formula("t5-small")
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "llama-2-7b", "gpt2"])
+@pytest.mark.parametrize("devices", [2, 4])
+def test_the_formula_is_what_a_divided_model_keeps(model: str, devices: int) -> None:
+    """Where key/value heads are fewer than in the stand-in's share, the coefficients have to be the model's all the same."""
+    shape = {"precision": "bf16", "tensor_parallel": devices}
+    arch = architecture_of(model)
+    if arch.heads % devices or arch.kv_heads % devices:
+        with pytest.raises(MemoryMathError, match=f"the {arch.heads} heads"):
+            activation_formula(model, **shape)
+        return
+    sizes = {"h": arch.hidden, "q": arch.query_width, "kv": arch.kv_width, "f": arch.mlp_width, "a": arch.heads, "g": arch.kv_heads, "s": 64, "r": 8}
+    kept = [predict(replace(arch, layers=layers), batch_size=rows, sequence_length=64, device="cpu", **shape).saved_bytes
+            for layers in (2, 3) for rows in (1, 2)]  # fmt: skip
+    assert activation_formula(model, **shape)(**sizes) == pytest.approx((kept[3] - kept[1] - kept[2] + kept[0]) / 64, rel=1e-6)
+
+
+def test_a_division_that_the_model_does_not_have_is_refused_by_its_own_heads() -> None:
+    with pytest.raises(MemoryMathError, match="the 32 heads of llama-2-7b do not divide into 5"):
+        activation_formula("llama-2-7b", precision="bf16", tensor_parallel=5)
+    assert activation_formula("llama-2-7b", precision="bf16", tensor_parallel=8).coefficients["h"] > 0

@@ -54,7 +54,8 @@ def test_names_as_drivers_and_people_write_them(written: str, name: str) -> None
 
 @pytest.mark.parametrize(("written", "words"), [
     ("A100", "A100-40GB or A100-80GB"), ("V100", "V100-16GB or V100-32GB"), ("H1000", "did you mean 'H100-80GB'"), ("A10", "expected one of"),
-    ("L40", "expected one of"), ("NVIDIA", "expected one of"), ("", "expected one of"), ("H100 PCIe", "expected one of"),
+    ("L40", "expected one of"), ("NVIDIA", "expected one of"), ("", "expected one of"), ("H100 PCIe", "PCIe card is slower .* H100-80GB"),
+    ("NVIDIA A100 80GB PCIe", "A100-40GB or A100-80GB: give that name where only memory"),
 ])  # fmt: skip
 def test_ambiguous_and_unknown_names_are_refused_with_the_choices(written: str, words: str) -> None:
     """Guessing would be worse: an A100 has 40 or 80 GB, an H100 PCIe is not an SXM one, an A10 is not an A10G."""

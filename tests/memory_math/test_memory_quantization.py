@@ -61,3 +61,10 @@ def test_qlora_is_lora_over_nf4_and_one_matrix_at_a_time_is_unpacked() -> None:
 def test_weights_that_are_codes_do_not_train() -> None:
     with pytest.raises(MemoryMathError, match="integer codes have no gradient"):
         predict("llama-2-7b", quantization="int8")
+
+
+@pytest.mark.parametrize(("quantization", "gigabytes"), [("nf4", 9.54), ("int8", 13.4)])
+def test_t5s_wo_is_never_quantised(quantization: str, gigabytes: float) -> None:
+    """Its _keep_in_fp32_modules are modules_to_not_convert of bitsandbytes, whatever the dtype; 2.0 of flan-t5-xxl's 11.1 billion weights."""
+    shape = {"precision": "bf16", "sequence_length": 16, "method": "inference"}
+    assert predict("flan-t5-xxl", quantization=quantization, **shape).weights / 1e9 == pytest.approx(gigabytes, rel=0.01)

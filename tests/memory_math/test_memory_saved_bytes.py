@@ -139,3 +139,18 @@ def test_the_loss_chunk_is_the_labs_own() -> None:
 
     assert CHUNK_BYTES == losses.CHUNK_BYTES and ROWS_AT_ONCE == lora_lab.variants.ROWS_AT_ONCE
     assert chunk_rows(500, 49152) == [losses._chunk_rows(49152)] * 2 + [500 - 2 * losses._chunk_rows(49152)]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("window", "masked"), [(48, True), (16, True), (49, False)])
+def test_a_sliding_window_that_a_row_fills_has_a_mask(method: str, window: int, masked: bool) -> None:
+    """transformers writes one of true and false then, and repeats keys and values. A row has 48 tokens."""
+    config = {**SHAPE, "model_type": "mistral", "sliding_window": window}
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**fields, attn_implementation="sdpa"))
+    if method == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", lora_dropout=0.0))
+    footprint = predicted(config, method=method, precision="fp32")
+    assert measured(model.train(), "fp32", use_cache=False) == pytest.approx(footprint.saved_bytes, rel=0.02)
+    plain = predicted({**config, "sliding_window": None}, method=method, precision="fp32")
+    assert (footprint.saved_bytes > 1.05 * plain.saved_bytes) == masked

@@ -116,3 +116,10 @@ def test_a_comparison_of_nothing_is_refused() -> None:
         compare_requests(SMALL, "lora")
     with pytest.raises(MemoryMathError, match="loraa"):
         compare_requests(SMALL, ["loraa"])
+
+
+def test_a_limit_may_be_a_number_of_bytes() -> None:
+    compared = compare_requests("smollm2-135m", ["full", "lora"], gpu=4_000_000_000, precision="bf16", sequence_length=128)
+    assert "fits 4,000,000,000 B" in str(compared) and compared.gpu == 4_000_000_000 and compared.svg().startswith("<svg")
+    with pytest.raises(MemoryMathError, match="gpu='A1000'"):
+        compare_requests("smollm2-135m", ["full"], gpu="A1000")

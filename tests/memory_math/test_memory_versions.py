@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from memory_math import activation_formula, predict
+from memory_math import MemoryMathError, activation_formula, predict
 from memory_math.versions import versions_of
 
 MODEL = "llama-3-8b"
@@ -101,3 +101,9 @@ def test_a_bitsandbytes_of_two_digits_is_newer_than_one_of_one() -> None:
         for version in ("0.41.1", "0.43.1", "0.43.2", "0.100")
     }
     assert saved["0.41.1"] == saved["0.43.1"] > saved["0.43.2"] == saved["0.100"]
+
+
+def test_a_library_whose_older_versions_are_not_modelled_is_refused() -> None:
+    """Accepted and without effect would be a promise that nobody keeps."""
+    with pytest.raises(MemoryMathError, match="versions names 'peft'; older ones are modelled of torch, transformers, bitsandbytes"):
+        predict("llama-2-7b", method="lora", precision="bf16", versions={"peft": "0.10"})
