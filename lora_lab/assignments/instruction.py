@@ -57,6 +57,8 @@ def chat(cell: Any) -> Row:
     try:
         turns = json.loads(cell) if isinstance(cell, str) else cell
         messages = [{"role": SPEAKERS[turn.get("role", turn.get("from"))], "content": turn.get("content", turn.get("value"))} for turn in turns]
+        while messages and messages[0]["role"] == "assistant":  # ShareGPT's talks may begin in the middle
+            messages = messages[1:]
         check_row({"messages": messages}, "the chat")
     except (ValueError, TypeError, AttributeError, KeyError):  # LoraLabError is a ValueError
         raise Unusable("no chat of user and assistant") from None

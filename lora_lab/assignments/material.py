@@ -13,6 +13,7 @@ from torch import nn
 from ..data.formats import Row
 from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts
 from ..data.tables.folders import ALL, TEST, TRAIN, VALIDATION
+from ..data.tables.labels import without_secret
 from ..data.tables.parts import PARTS, Dropped
 from ..errors import LoraLabError, did_you_mean
 from ..models.base import longest_row
@@ -75,13 +76,14 @@ class Material:
     def within(self, reader: Reader, model: nn.Module, max_length: int | None = None) -> Material:
         """Without the rows that are longer than the model's context, or than max_length: the model cannot read them."""
         limit = longest_row(model, max_length)
-        tokens = {part: [_tokens(example) for example in reader.examples(rows)] if rows else [] for part, rows in self.parts.items()}
-        fits = {part: [index for index, each in enumerate(counts) if limit is None or max(each) <= limit] for part, counts in tokens.items()}
         dropped = self.dropped.copy()
-        for part, rows in self.parts.items():
-            if len(fits[part]) < len(rows):
-                dropped[f"longer than {limit} tokens ({part})"] += len(rows) - len(fits[part])
-        lengths = {part: [sum(each) for each in counts] for part, counts in tokens.items()}
+        tokens = {part: _counted(reader, rows, dropped) for part, rows in self.parts.items()}
+        fits = {part: [place for place, each in enumerate(counts) if each and (limit is None or max(each) <= limit)]
+                for part, counts in tokens.items()}  # fmt: skip
+        for part, counts in tokens.items():
+            if long := sum(each is not None for each in counts) - len(fits[part]):
+                dropped[f"longer than {limit} tokens ({part})"] += long
+        lengths = {part: [sum(each or ()) for each in counts] for part, counts in tokens.items()}
         return replace(self, dropped=dropped, lengths=lengths)._only(fits)
 
     def _only(self, places: Mapping[str, Sequence[int]]) -> Material:
@@ -107,7 +109,7 @@ def gather(task: str, source: str | Path, columns: Mapping[str, str] | None = No
     tables = {part: assignment.table(table, columns or {}) for part, table in tables.items()}
     found = _columns(assignment, tables, columns or {})
     if assignment.labelled and classes is None:
-        classes = classes_of((row.get(found["label"]) for table in tables.values() for row in table), labels)
+        classes = classes_of(without_secret([row.get(found["label"]) for row in table] for table in tables.values()), labels)
     dropped: Dropped = Counter()
     rows = {part: _usable(table, assignment, found, classes, dropped) for part, table in tables.items()}
     if not any(map(len, rows.values())):
@@ -177,6 +179,29 @@ def _usable(table: Table, assignment: Assignment, columns: Columns, classes: Cla
         except Unusable as reason:
             dropped[str(reason)] += 1
     return Table(rows, [table.places[index] for index in kept])
+
+
+def _counted(reader: Reader, rows: Table, dropped: Dropped) -> list[tuple[int, int] | None]:
+    """The tokens of each row; None of one that cannot be put to the model, such as a talk that its template refuses, which is counted in `dropped`.
+
+    Raises LoraLabError where that is so of all.
+    """
+    if not rows:
+        return []
+    try:
+        return [_tokens(example) for example in reader.examples(rows)]
+    except LoraLabError as error:
+        counts, reasons = list[tuple[int, int] | None](), Dropped()
+        for index in range(len(rows)):
+            try:
+                counts.append(_tokens(reader.examples(rows.only([index]))[0]))
+            except LoraLabError as refusal:
+                counts.append(None)
+                reasons[str(refusal).removeprefix(f"{rows.where(index)}: ")] += 1
+        if not any(counts):
+            raise error from None
+        dropped.update(reasons)
+        return counts
 
 
 def _tokens(example: Mapping[str, Any]) -> tuple[int, int]:

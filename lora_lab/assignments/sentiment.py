@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..data import Rows, filled, prompt_of, verbalize
 from ..data.classification import encode_labelled
 from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape
-from ..data.tables.labels import Classes, written
+from ..data.tables.labels import Classes, spoken, written
 from ..data.templates import has_chat_template
 from ..errors import LoraLabError
 from ..models.embedding import embed, pooling_of
@@ -178,18 +178,38 @@ class Head(Named):
 
 
 class OwnHead(Head):
-    """One that the model came with."""
+    """One that the model came with. outputs: of each class."""
 
     def __init__(self, model: Any, tokenizer: Any, reading: Reading, classes: Classes) -> None:
         super().__init__(tokenizer, reading, classes)
         if model.config.num_labels != len(classes):
             raise LoraLabError(f"the model's head has {model.config.num_labels} outputs, the data {len(classes)} classes: {', '.join(classes.names)}")
+        self.outputs = outputs_of(classes, model.config.to_dict().get("id2label") or {})
+
+    def examples(self, rows: Sequence[Row]) -> Any:
+        return Rows([{**example, "label": self.outputs[example["label"]]} for example in super().examples(rows)])
+
+    def answered(self, model: nn.Module, rows: Sequence[Row], way: Way | None) -> Tensor:
+        return super().answered(model, rows, way)[:, self.outputs]
 
     def ways(self) -> list[Way]:
         return [self.way]
 
     def few(self, rows: Sequence[Row], count: int, seed: int) -> Way:
         raise LoraLabError("a classifier with a head of its own is not shown examples")
+
+
+def outputs_of(classes: Classes, names: Mapping[Any, str]) -> list[int]:
+    """For each class the output that the model's config (id2label) calls so; the outputs as they stand, where it calls them otherwise.
+
+    >>> from lora_lab.data.tables.labels import classes_of
+    >>> outputs_of(classes_of(["neg", "pos"]), {"0": "POSITIVE", "1": "NEGATIVE"})
+    [1, 0]
+    >>> outputs_of(classes_of(["anger", "joy"]), {"0": "LABEL_0", "1": "LABEL_1"})
+    [0, 1]
+    """
+    outputs, wanted = {spoken(name): int(output) for output, name in names.items()}, [spoken(name) for name in classes.names]
+    return [outputs[name] for name in wanted] if {*outputs} == {*wanted} else [*range(len(classes))]
 
 
 class NewHead(Head):

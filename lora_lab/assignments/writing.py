@@ -97,10 +97,21 @@ class Writer(Reader):
 
     def _encoded(self, rows: Sequence[Row], way: Way) -> Rows:
         def encode(row: Row, where: str) -> Example:
-            encoded = (encode_answers if self.encodes else encode_rows)([self.asked(row, way)], self.tokenizer)[0]
+            encoded = (encode_answers if self.encodes else encode_rows)(_Found(self.asked(row, way), where), self.tokenizer)[0]
             return last_answer(encoded) if way.shots and not self.encodes else encoded
 
         return Rows(each_encoded(rows, encode))
+
+
+class _Found(Rows):
+    """A row by itself that is called by where it was found."""
+
+    def __init__(self, row: Row, place: str) -> None:
+        super().__init__([row])
+        self.place = place
+
+    def where(self, index: int) -> str:
+        return self.place
 
 
 def last_answer(example: Example) -> Example:

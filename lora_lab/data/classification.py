@@ -76,7 +76,7 @@ def _encode(row: Row, tokenizer: Any, where: str, max_length: int | None) -> dic
     if "input_ids" in row:
         return _encoded_already(row, where)
     check_labelled(row, where)
-    texts = [row[name] for name in ("text", "text_pair") if row.get(name) is not None]
+    texts = [row["text"], *([row["text_pair"]] if row.get("text_pair") else [])]  # an empty second text is none
     check_size(texts, max_length, where)
     need_tokenizer(tokenizer, where)
     encoded = tokenizer(*texts)

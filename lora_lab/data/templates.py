@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import LoraLabError
+from .continuation import continuing_ids
 from .formats import Row, check_row, each_encoded
 
 LONGEST_TOKEN = 256  # characters: those of vocabularies are far shorter, but for runs of spaces
@@ -116,8 +117,9 @@ def _chat_pieces(row: Row, tokenizer: Any, where: str) -> Iterator[tuple[list[in
         whole = _rendered(tokenizer, messages[: turn + 1], where)
         if not (prompt.startswith(done) and whole.startswith(prompt)):
             raise LoraLabError(f"{where}: the chat template rewrites earlier turns, so the answers cannot be told from the prompt")
-        yield tokenizer.encode(prompt[len(done) :], add_special_tokens=False), False
-        answer = tokenizer.encode(whole[len(prompt) :], add_special_tokens=False)
+        asked = prompt[len(done) :]
+        yield continuing_ids(tokenizer, asked, done) if done else tokenizer.encode(asked, add_special_tokens=False), False
+        answer = continuing_ids(tokenizer, whole[len(prompt) :], prompt)
         end = max((i + 1 for i, token in enumerate(answer) if token in ends), default=len(answer))
         yield answer[:end], True
         yield answer[end:], False  # ChatML's line break: generation has stopped before it
@@ -138,8 +140,9 @@ def _end_ids(tokenizer: Any) -> set[int | None]:
 
 def _alpaca_pieces(row: Row, tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
     eos = getattr(tokenizer, "eos_token_id", None)
-    yield tokenizer.encode(prompt_of(row, tokenizer), add_special_tokens=False), False
-    yield [*tokenizer.encode(row["output"], add_special_tokens=False), *([eos] if eos is not None else [])], True
+    prompt = prompt_of(row, tokenizer)
+    yield tokenizer.encode(prompt, add_special_tokens=False), False
+    yield [*continuing_ids(tokenizer, row["output"], prompt), *([eos] if eos is not None else [])], True
 
 
 def _checked(example: Example, max_length: int | None, where: str) -> Example:

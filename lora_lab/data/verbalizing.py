@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import LoraLabError
+from .continuation import continuing_ids
 from .formats import Row, Rows, check_labelled, each_encoded
 from .templates import IGNORE, Example, need_tokenizer
 
@@ -32,16 +33,16 @@ def filled(template: str, row: Row) -> str:
 def verbalize(rows: Sequence[Row], tokenizer: Any, template: str, answers: Sequence[str], *, end: bool = True, encodes: bool = False) -> Rows:
     """Each text/label row as {"input_ids", "labels"}: the filled template, and behind it the answer, which alone has labels.
 
-    answers: of each label, in their order; a text is tokenised apart from the template, so it begins with its blank where the tokenizer wants
-    one: " positive".  end: the stop token is learned, too, so that generation ends behind the answer.  encodes: for an encoder-decoder, whose
-    labels are the answer itself.
+    answers: of each label, in their order, as they stand behind the template, the blank included: " positive".  end: the stop token is learned,
+    too, so that generation ends behind the answer.  encodes: for an encoder-decoder, whose labels are the answer itself.
     Raises LoraLabError, naming the row, for one without text or label, and for a label that has no answer.
     """
 
     def encode(row: Row, where: str) -> Example:
         check_labelled(row, where)
         need_tokenizer(tokenizer, where)
-        answer = tokenizer.encode(answers[place_of(row.get("label"), answers, where)], add_special_tokens=False)
+        text = answers[place_of(row.get("label"), answers, where)]
+        answer = tokenizer.encode(text, add_special_tokens=False) if encodes else continuing_ids(tokenizer, text)
         stop = [tokenizer.eos_token_id] if (end or encodes) and getattr(tokenizer, "eos_token_id", None) is not None else []
         read = list(tokenizer.encode(filled(template, row), add_special_tokens=encodes))
         if encodes:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -120,9 +121,20 @@ def _load_gguf(path: Path, dtype: Any, device: Any, head: Head) -> tuple[Pretrai
 
     file = GGUFFile(path)
     check_against(config := file.config(), [[int(size) for size in tensor.shape] for tensor in file.reader.tensors])
+    tokenizer = _gguf_tokenizer(file, path)
     model = build(config, file.tensors(), dtype, device, head)
     model.name_or_path, model.source_folder = str(path), path.resolve()
-    return model, file.tokenizer()
+    return model, tokenizer
+
+
+def _gguf_tokenizer(file: Any, path: Path) -> Tokenizer | None:
+    """The file's own; where that cannot be rebuilt, the tokenizer.json beside it."""
+    try:
+        return cast("Tokenizer | None", file.tokenizer())
+    except LoraLabError:
+        if (beside := Tokenizer.from_folder(path.parent)) is None:
+            raise
+        return beside
 
 
 def _from_hub(name: str) -> Path:
@@ -168,6 +180,9 @@ def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | No
             continue
         place(model, name, tensor, dtype, torch.get_default_device() if device is None else device)
         missing.discard(name)
+    for name in [name for name in repeated if model.tied[name] in missing]:  # of two names that are one tensor a file may have kept either
+        place(model, model.tied[name], repeated.pop(name), dtype, torch.get_default_device() if device is None else device)
+        missing.discard(model.tied[name])
     missing = model.without(missing)
     for name, tensor in begin_head(model, missing if architecture != saved_as else ()).items():
         place(model, name, tensor, dtype or model.get_input_embeddings().weight.dtype, torch.get_default_device() if device is None else device)
@@ -175,8 +190,26 @@ def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | No
     if missing:
         raise LoraLabError(f"the weights lack {len(missing)} tensors of a {architecture}, {min(missing)!r} among them")
     check_tied(repeated, model)
+    if dtype is None:
+        _in_one_dtype(model, config)
     model.tie_weights()
     return model.eval()
+
+
+def _in_one_dtype(model: PretrainedModel, config: dict[str, Any]) -> None:
+    """A file of several (an embedding that was trained in float32, say) in the one that its config names, else that of most numbers, as products of
+    two are none. But T5's `wo`, which is to be wider."""
+    owners = [module for module in model.modules() if not getattr(module, "float32_instead_of_float16", False)]
+    own = [(owner, name, p) for owner in owners for name, p in owner._parameters.items() if p is not None and not p.is_meta]
+    sizes = Counter[torch.dtype]()
+    for *_, parameter in own:
+        sizes[parameter.dtype] += parameter.numel()
+    if len(sizes) < 2:
+        return
+    told = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."), None)
+    dtype = told if told in sizes else max(sizes, key=lambda each: sizes[each])
+    for owner, name, parameter in own:
+        owner._parameters[name] = nn.Parameter(parameter.to(dtype))
 
 
 def check_tied(repeated: dict[str, Tensor], model: PretrainedModel) -> None:

@@ -274,6 +274,11 @@ class T5EncoderModel(PretrainedModel):
         """input_ids: [B, T] or inputs_embeds: [B, T, d_model].  attention_mask: [B, T], 1 for text."""
         return EncoderOutput(self.encoder(embedded(self.shared, input_ids, inputs_embeds), attention_mask))
 
+    @classmethod
+    def rename(cls, name: str) -> str | None:
+        """None for what a whole T5 has beside its encoder."""
+        return None if name.startswith(("decoder.", "lm_head.")) else name
+
     @property
     def tied(self) -> dict[str, str]:
         return {"encoder.embed_tokens.weight": "shared.weight"}

@@ -18,16 +18,22 @@ from .chat_sandbox import render
 
 Message = dict[str, str]
 GENERATION = "generation_config.json"
+CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"),
+            (" 're", "'re"))  # fmt: skip
 
 
 @dataclass
 class Tokenizer:
-    """backend: the `tokenizers.Tokenizer`.  special: names to tokens ("eos_token": "</s>").  stop_ids: what ends a generation."""
+    """backend: the `tokenizers.Tokenizer`.  special: names to tokens ("eos_token": "</s>").  stop_ids: what ends a generation.
+
+    cleans_up: decoding takes the blank before a punctuation mark away (transformers' clean_up_tokenization_spaces, never where the model is BPE).
+    """
 
     backend: tokenizers.Tokenizer
     special: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = None
     stop_ids: frozenset[int] = frozenset()
+    cleans_up: bool = False
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer | None:
@@ -48,14 +54,15 @@ class Tokenizer:
         if odd := [key for key, token in special.items() if not token.isascii() and token != token.encode("utf-8", "replace").decode()]:
             raise LoraLabError(f"{folder}: {odd[0]}={special[odd[0]]!a} holds half of a character")
         stop = _json(folder / GENERATION).get("eos_token_id", _json(folder / "config.json").get("eos_token_id"))
-        return cls(backend, special, _template(folder, config.get("chat_template")), stop_ids_of(stop))
+        cleans_up = config.get("clean_up_tokenization_spaces") is True and type(backend.model).__name__ != "BPE"
+        return cls(backend, special, _template(folder, config.get("chat_template")), stop_ids_of(stop), cleans_up)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and generation_config.json, which transformers reads too."""
         folder = Path(folder)
         text = self.backend.to_str(pretty=True)  # the library's own `save` reports a full disk as an Exception of no class
         write_file(folder / "tokenizer.json", lambda path: _write(path, text))
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": self.cleans_up, **self.special}
         if "cls_token" in self.special and any(self("a", "a")["token_type_ids"]):
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # BERT's; transformers would leave the types out
         write_json(folder / "tokenizer_config.json", {**config, **({"chat_template": self.chat_template} if self.chat_template else {})})
@@ -81,7 +88,10 @@ class Tokenizer:
         return {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids, "attention_mask": encoding.attention_mask}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        text = self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        for spaced, plain in CLEAN_UP if self.cleans_up else ():
+            text = text.replace(spaced, plain)
+        return text
 
     def apply_chat_template(self, messages: Sequence[Message], tokenize: bool = False, add_generation_prompt: bool = False) -> Any:
         """Render messages ({"role", "content"} each) as the model was trained to see them: text, or ids with tokenize=True.

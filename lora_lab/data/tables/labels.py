@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ SPOKEN = {**dict.fromkeys(("neg", "negative", "bad"), "negative"), **dict.fromke
           **dict.fromkeys(("pos", "positive", "good"), "positive")}  # fmt: skip
 OF_NUMBERS = {2: ("negative", "positive"), 3: POLARITY}  # how many there are: what they mean, the lowest first, as in SST-2
 MOST = 50
-NO_LABEL = "-1"  # of test sets whose labels are kept secret, where the others are 0 and above
+NO_LABEL = "-1"  # the only one in test sets whose labels are kept secret
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,26 @@ def written(cell: Any) -> str:
     return str(int(float(text))) if is_number(text) and float(text).is_integer() else text
 
 
+def spoken(name: Any) -> str:
+    """A class as one of a few words, whoever writes it.
+
+    >>> spoken("POS"), spoken("Joy")
+    ('positive', 'joy')
+    """
+    return SPOKEN.get(written(name), written(name))
+
+
+def without_secret(parts: Iterable[Sequence[Any]]) -> Iterator[Any]:
+    """The labels of all parts, but for those of a part in which all are -1.
+
+    >>> list(without_secret([[0, 1], [-1, -1]])), list(without_secret([[0, 1, -1]]))
+    ([0, 1], [0, 1, -1])
+    """
+    for cells in parts:
+        if {written(cell) for cell in cells} != {NO_LABEL}:
+            yield from cells
+
+
 def classes_of(cells: Iterable[Any], names: Sequence[str] | None = None) -> Classes:
     """The classes that these labels stand for; cells without a label do not count.
 
@@ -58,8 +78,6 @@ def classes_of(cells: Iterable[Any], names: Sequence[str] | None = None) -> Clas
     counts = Counter(map(written, cells))
     counts.pop("", None)
     labels = sorted(counts, key=lambda label: (0, float(label), "") if is_number(label) else (1, 0.0, label))
-    if NO_LABEL in labels and len(labels) > 2:
-        labels.remove(NO_LABEL)
     if not 1 < len(labels) <= MOST:
         raise LoraLabError(f"the labels have {len(labels)} different values{_some(labels)}: expected 2 to {MOST} classes (is this the column of the "
                            "labels? --label-column names another)")  # fmt: skip

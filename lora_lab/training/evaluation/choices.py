@@ -9,13 +9,15 @@ in a causal model and over what the encoder has read in an encoder-decoder. No p
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...data.batching import length_buckets
+from ...data.continuation import continuing_ids
 from ...errors import LoraLabError, did_you_mean
 from ...models.base import context_of, is_encoder_decoder, pad_id_of
 from ...models.cache import KVCache
@@ -34,8 +36,7 @@ def score_choices(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, c
 
     model: a causal language model or an encoder-decoder, ours or transformers'.
     prompts: texts as `models.generate` takes them, token ids, or rows, whose answer is left out.  choices: the same for all prompts, or a
-        list for each (shorter lists are filled up with -inf). A text is tokenised apart from the prompt, so it begins with its blank
-        where the tokenizer wants one: " positive".
+        list for each (shorter lists are filled up with -inf). A text is as it stands behind the prompt, the blank included: " positive".
     normalise: divide by the choice's "tokens", or by its "characters" (without blanks around it), so that long answers stand a chance.
     end: the stop token after it counts, too, so that "yes" is not always likelier than "yes, but".
     batch_size: prompts, and then prompts with a choice, in one pass.  use_cache=False reads the prompt again with every choice of several
@@ -48,7 +49,8 @@ def score_choices(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, c
     answers = is_encoder_decoder(model)
     rows = prompt_ids(prompts, tokenizer, answers)
     given = _for_each(choices, len(rows))
-    wanted = [[_ids(choice, index, tokenizer, end) for choice in each] for index, each in enumerate(given)]
+    encoded = functools.cache(functools.partial(_encoded, tokenizer, answers))
+    wanted = [[_ids(choice, index, tokenizer, end, encoded) for choice in each] for index, each in enumerate(given)]
     _check_context(model, [[0]] * len(rows) if answers else rows, wanted)
     scores = torch.full((len(rows), max(map(len, wanted))), -torch.inf, dtype=torch.float64)
     pad = pad_id_of(tokenizer)
@@ -91,10 +93,15 @@ def _is_list_of_choices(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0 and not isinstance(value[0], int)
 
 
-def _ids(choice: Choice, prompt: int, tokenizer: Any, end: bool) -> Ids:
+def _encoded(tokenizer: Any, answers: bool, text: str) -> list[int]:
+    """answers: an encoder-decoder's text begins with it."""
+    return list(tokenizer.encode(text, add_special_tokens=False)) if answers else continuing_ids(tokenizer, text)
+
+
+def _ids(choice: Choice, prompt: int, tokenizer: Any, end: bool, encoded: Callable[[str], list[int]]) -> Ids:
     if isinstance(choice, str) and tokenizer is None:
         raise LoraLabError(f"choice {choice!r} is text, so a tokenizer is needed")
-    ids = tokenizer.encode(choice, add_special_tokens=False) if isinstance(choice, str) else choice
+    ids = encoded(choice) if isinstance(choice, str) else choice
     if not isinstance(ids, Sequence) or not len(ids):
         raise LoraLabError(f"choice {choice!r} of prompt {prompt} is empty: expected a text or ids of at least one token")
     if not end:

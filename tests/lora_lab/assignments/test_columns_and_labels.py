@@ -106,7 +106,7 @@ LABELS = {
     "in a CSV": (["1", "0", " 1.0"], {"0": 0, "1": 1}, ("negative", "positive")),
     "below zero": ([-1, 1], {"-1": 0, "1": 1}, ("negative", "positive")),
     "Sentiment140": ([4, 0], {"0": 0, "4": 1}, ("negative", "positive")),
-    "a secret test": ([0, 1, -1], {"0": 0, "1": 1}, ("negative", "positive")),
+    "around zero": ([0, 1, -1], {"-1": 0, "0": 1, "1": 2}, ("negative", "neutral", "positive")),
     "three": ([2, 0, 1], {"0": 0, "1": 1, "2": 2}, ("negative", "neutral", "positive")),
     "words": (["pos", "Neg", "POS"], {"neg": 0, "pos": 1}, ("negative", "positive")),
     "neutral ones": (["positive", "neutral", "negative"], {"negative": 0, "neutral": 1, "positive": 2}, ("negative", "neutral", "positive")),

@@ -215,3 +215,35 @@ def test_the_first_row_is_shown_as_this_model_reads_it(tmp_path, task, rows, mod
     model, tokenizer = model()
     material = gather(task, jsonl(tmp_path / "a.jsonl", rows()), wanted=())
     assert rendered in preview(material, material.reader(model, tokenizer))
+
+
+def test_minus_one_is_a_class_where_other_labels_stand_beside_it(tmp_path):
+    """Opinions of -1, 0 and 1; a part of nothing but -1 is a secret test."""
+    rows = [{"text": f"text {number}", "label": number % 3 - 1} for number in range(60)]
+    material = gather("sentiment", jsonl(tmp_path / "rows.jsonl", rows))
+    assert material.classes.names == ("negative", "neutral", "positive") and not material.dropped
+    assert {row["label"] for row in material.train} == {0, 1, 2}
+
+
+def test_talks_that_begin_with_an_answer_begin_with_the_question(tmp_path):
+    """ShareGPT's do."""
+    talks = [{"conversations": [{"from": "gpt", "value": "Hi."}, {"from": "human", "value": f"Question {i}?"}, {"from": "gpt", "value": "Yes."}]}
+             for i in range(4)]  # fmt: skip
+    rows = gather("instruction", jsonl(tmp_path / "rows.jsonl", talks), wanted=()).part("all")
+    assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant"] and len(rows) == 4
+
+
+def test_a_talk_that_the_template_refuses_is_dropped_and_counted(tmp_path):
+    """One of many must not end the run; where all are refused, the first says why, and where it stands."""
+    model, tokenizer = decoder()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == 'odd' %}{{ raise_exception('no odd talks') }}{% endif %}{{ m.role }}: {{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    talks = [{"messages": [{"role": "user", "content": "odd" if i in (3, 5) else f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(8)]
+    material = gather("instruction", jsonl(tmp_path / "rows.jsonl", talks), wanted=())
+    fitting = material.within(material.reader(model, tokenizer), model)
+    assert len(fitting.part("all")) == 6 and fitting.dropped["the chat template refused: no odd talks"] == 2
+    odd = gather("instruction", jsonl(tmp_path / "odd.jsonl", [talks[3]]), wanted=())
+    with pytest.raises(LoraLabError, match="odd.jsonl, line 1: .*no odd talks"):
+        odd.within(odd.reader(model, tokenizer), model)

