@@ -126,6 +126,17 @@ def test_a_tokenizer_that_cannot_be_rebuilt_is_an_error_that_names_the_field(wri
         build_tokenizer(fields)
 
 
+def test_a_tokenizer_json_beside_the_file_stands_in_for_one_that_cannot_be_rebuilt(tmp_path):
+    own = byte_level()
+    model = theirs(vocab_size=own.vocab_size)
+    path = gguf_tools.write(tmp_path / "m.gguf", model, tokenizer=lambda writer: gguf_tools.add_byte_level_tokenizer(writer, own, pre="tekken"))
+    with pytest.raises(LoraLabError, match="pre='tekken': .*put a tokenizer.json beside the file"):
+        models.load(path)
+    own.save(tmp_path)
+    found = models.load(path)[1]
+    assert [found.encode(text) for text in TEXTS] == [own.encode(text) for text in TEXTS]
+
+
 # SentencePiece --------------------------------------------------------------------------------------------------------------
 
 

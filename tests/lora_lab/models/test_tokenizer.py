@@ -7,6 +7,7 @@ import shutil
 from datetime import datetime
 
 import pytest
+import tokenizers
 import transformers
 from llama_tools import CHATML, TRICKY, tokenizer
 
@@ -239,3 +240,23 @@ def test_a_tokenizer_json_is_enough(tmp_path):
     words = Tokenizer.from_folder(tmp_path / "alone")
     assert words.encode("the dog") == tokenizer().encode("the dog")
     assert (words.special, words.chat_template, words.end_ids) == ({}, None, frozenset())
+
+
+@pytest.mark.parametrize("model", ["Unigram", "BPE"])
+def test_blanks_before_punctuation_are_cleaned_up_where_the_config_says_so_and_never_of_bpe(tmp_path, model):
+    """transformers wrote clean_up_tokenization_spaces=true into many configurations; T5's summaries are full of " ."."""
+    words = ["<unk>", "▁It", "▁is", "▁good", "▁.", "▁do", "▁n't", "▁,", "▁we", "▁'ve"]
+    made = {"Unigram": lambda: tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=0),
+            "BPE": lambda: tokenizers.models.BPE({word: place for place, word in enumerate(words)}, [], unk_token="<unk>")}  # fmt: skip
+    backend = tokenizers.Tokenizer(made[model]())
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for cleans in (True, False):
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": cleans}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert ours.decode(range(1, 10)) == theirs.decode(list(range(1, 10)))
+        assert (" ." in ours.decode([3, 4])) == (model == "BPE" or not cleans)
+        (tmp_path / "again").mkdir(exist_ok=True)
+        ours.save(tmp_path / "again")
+        assert Tokenizer.from_folder(tmp_path / "again").decode([3, 4]) == ours.decode([3, 4])

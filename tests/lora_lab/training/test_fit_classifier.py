@@ -147,6 +147,7 @@ def test_rows_are_texts_pairs_or_ids():
     assert examples[2] == examples[3] == {"input_ids": [2, 7, 3], "label": 1}
     assert examples[4]["token_type_ids"] == [0, 0, 0, 1]
     assert examples[5] == {"input_ids": [2, words["so"], 3], "label": 0}
+    assert encode_labelled([{"text": "so", "text_pair": "", "label": 0}], word_pieces(), 16, 2) == [examples[5]]  # as transformers takes it
     batch = collate_classes(examples, 0)
     assert batch["token_type_ids"][0].tolist() == [0] * 7
     assert batch["attention_mask"].sum(1).tolist() == [5, 7, 3, 3, 4, 3]
