@@ -34,7 +34,8 @@ INPUT = Role("input", (("input",), ("context",)), needed=False)
 OUTPUT = Role("output", (("output",), ("response", "answer", "completion")))
 MESSAGES = Role("messages", (("messages",), ("conversations", "conversation")))
 INSTRUCTIONS = Shape("instruction, input and output (Alpaca, Dolly)", (INSTRUCTION, INPUT, OUTPUT))
-CHATS = Shape("messages (chat)", (MESSAGES,))
+SYSTEM = Role("system", (("system", "system_prompt"),), needed=False)
+CHATS = Shape("messages (chat)", (MESSAGES, SYSTEM))
 
 
 class Unusable(LoraLabError):

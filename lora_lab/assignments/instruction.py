@@ -22,7 +22,7 @@ class Instruction(Assignment):
     shapes = (INSTRUCTIONS, CHATS)
 
     def row(self, cells: Cells, classes: Classes | None) -> Row:
-        return chat(cells["messages"]) if "messages" in cells else instructed(cells)
+        return chat(cells["messages"], cells.get("system")) if "messages" in cells else instructed(cells)
 
     def key(self, row: Row) -> str:
         """What is asked; of a chat the first question, for a system message may be that of every row."""
@@ -52,13 +52,18 @@ def instructed(cells: Cells) -> Row:
     return {"instruction": text_in(cells, "instruction"), "input": (given or "").strip(), "output": text_in(cells, "output")}
 
 
-def chat(cell: Any) -> Row:
-    """The row of a chat: role and content, or ShareGPT's from and value; in a table as JSON. Raises Unusable for what is none."""
+def chat(cell: Any, system: Any = None) -> Row:
+    """The row of a chat: role and content, or ShareGPT's from and value; in a table as JSON. Raises Unusable for what is none.
+
+    system: a column of its own for the message that goes first.
+    """
     try:
         turns = json.loads(cell) if isinstance(cell, str) else cell
         messages = [{"role": SPEAKERS[turn.get("role", turn.get("from"))], "content": turn.get("content", turn.get("value"))} for turn in turns]
         while messages and messages[0]["role"] == "assistant":  # ShareGPT's talks may begin in the middle
             messages = messages[1:]
+        if system and messages and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
         check_row({"messages": messages}, "the chat")
     except (ValueError, TypeError, AttributeError, KeyError):  # LoraLabError is a ValueError
         raise Unusable("no chat of user and assistant") from None

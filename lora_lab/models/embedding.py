@@ -84,8 +84,8 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: in
     """One vector a text: [n, H], float32, on the model's device, without gradients.
 
     model: an encoder (its output has .last_hidden_state), e.g. `models.load("all-minilm-l6-v2")[0]`.
-    texts: each is cut to the pooling's max_length and the model's context, as sentence-transformers does. Texts of like length are computed
-        together, so that little of the work is padding.
+    texts: each is taken without the blanks around it and cut to the pooling's max_length and the model's context, as sentence-transformers
+        does. Texts of like length are computed together, so that little of the work is padding.
     pooling: None is what the model's folder says (modules.json), else the mean over the text, normalised.
     Raises LoraLabError for a single text, a model without .last_hidden_state, no tokenizer, and a layout that is not modelled here.
     """
@@ -98,7 +98,7 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: in
     pooling = pooling or pooling_of(model)
     longest = longest_row(model, pooling.max_length)
     cut = {} if longest is None else {"truncation": True, "max_length": longest}
-    rows = [[int(i) for i in tokenizer(text, **cut)["input_ids"]] for text in texts]
+    rows = [[int(i) for i in tokenizer(text.strip(), **cut)["input_ids"]] for text in texts]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)  # if memory is short, it shows at once
     pad, batches = pad_id_of(tokenizer), [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     with in_mode(model, training=False), torch.no_grad():

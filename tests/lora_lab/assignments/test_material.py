@@ -247,3 +247,13 @@ def test_a_talk_that_the_template_refuses_is_dropped_and_counted(tmp_path):
     odd = gather("instruction", jsonl(tmp_path / "odd.jsonl", [talks[3]]), wanted=())
     with pytest.raises(LoraLabError, match="odd.jsonl, line 1: .*no odd talks"):
         odd.within(odd.reader(model, tokenizer), model)
+
+
+def test_a_system_message_may_have_a_column_of_its_own(tmp_path):
+    """LLaMA-Factory's ShareGPT files."""
+    talk = [{"from": "human", "value": "Question?"}, {"from": "gpt", "value": "Yes."}]
+    rows = [{"conversations": talk, "system": "Be brief."}, {"conversations": [{"from": "system", "value": "Be long."}, *talk], "system": "No."},
+            {"conversations": talk, "system": None}]  # fmt: skip
+    found = gather("instruction", jsonl(tmp_path / "rows.jsonl", rows), wanted=()).part("all")
+    assert [row["messages"][0] for row in found] == [{"role": "system", "content": "Be brief."}, {"role": "system", "content": "Be long."},
+                                                     {"role": "user", "content": "Question?"}]  # fmt: skip

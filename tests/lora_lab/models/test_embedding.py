@@ -253,3 +253,19 @@ def test_minilm_is_the_hubs_file_with_its_licence(minilm):
     assert minilm[0].base_sha256 == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     assert json.loads((minilm[0].source_folder / "lora_lab.json").read_text())["licence"] == "Apache-2.0"
     assert sum(p.numel() for p in minilm[0].parameters()) == 22_713_216
+
+
+def test_blanks_around_a_text_are_no_part_of_it():
+    """As sentence-transformers reads them; a byte-level tokenizer would make tokens of them."""
+    model, pieces = pair("BertModel")[0], word_pieces()
+    asked = []
+
+    class Asked:
+        pad_token_id = 0
+
+        def __call__(self, text, **cut):
+            asked.append(text)
+            return pieces(text, **cut)
+
+    embed(model, Asked(), ["  a cat\n", "the dog"])
+    assert asked == ["a cat", "the dog"]
