@@ -150,8 +150,6 @@ PRESETS: dict[str, Preset] = {
     "smollm2-1.7b": Preset(_llama(49152, 2048, 24, 32, 32, 8192, tied=True), "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384),
     # Built like Llama
     "mistral-7b-v0.1": Preset(_llama(32000, 4096, 32, 32, 8, 14336, model_type="mistral"), "mistralai/Mistral-7B-v0.1", 7_241_732_096),
-    "mistral-7b-instruct-v0.2": Preset(_llama(32000, 4096, 32, 32, 8, 14336, model_type="mistral", sliding_window=None),
-                                       "mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
     "mistral-7b-v0.3": Preset(_llama(32768, 4096, 32, 32, 8, 14336, model_type="mistral", sliding_window=None), "mistralai/Mistral-7B-v0.3",
                               7_248_023_552),
     "mixtral-8x7b": Preset(_mixtral(4096, 32, 32, 14336), "mistralai/Mixtral-8x7B-v0.1", 46_702_792_704),
@@ -250,7 +248,7 @@ SAME_SHAPE = {
     "smollm2-135m": ("smollm2-135m-instruct", "smollm2-135m-instruct-q4", "smollm-135m"),
     "smollm2-360m": ("smollm2-360m-instruct", "smollm-360m"),
     "smollm2-1.7b": ("smollm2-1.7b-instruct", "smollm-1.7b"),
-    "mistral-7b-v0.1": ("mistral-7b", "mistral-7b-instruct-v0.1"),
+    "mistral-7b-v0.1": ("mistral-7b", "mistral-7b-instruct-v0.1", "mistral-7b-instruct-v0.2"),
     "mistral-7b-v0.3": ("mistral-7b-instruct-v0.3",),
     "mixtral-8x7b": ("mixtral-8x7b-v0.1", "mixtral-8x7b-instruct-v0.1"),
     "gemma-2b": ("gemma-2b-it",),
