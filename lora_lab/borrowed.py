@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import LoraLabError, did_you_mean
 
 BIASES = ("none", "all", "lora_only")
+PREFIX = "base_model.model."  # of every path in PEFT's files; before a name in modules_to_save: the module of this path alone
 Owner = str | None  # an adapter; None is the base
 
 
@@ -186,15 +187,23 @@ def of_an_adapter(name: str) -> bool:
 
 
 def modules_of(model: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """Paths of the modules that `modules_to_save` names, at dots from the right."""
+    """Paths of the modules that `modules_to_save` names, at dots from the right; one behind `PREFIX` is a whole path."""
     check_modules_to_save(names)
     modules = model.named_modules(remove_duplicate=False)
     paths = [path for path, module in modules if path and not of_an_adapter(path) and next(module.parameters(), None) is not None]
     for name in names or ():
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
+        if not any(named_at_dots(path, name) for path in paths):
             near = did_you_mean(name, {path.rpartition(".")[2] for path in paths})
             raise LoraLabError(f"modules_to_save={list(names or ())!r}: {name!r} matches no module with parameters{near}")
-    return [path for path in paths if any(path == name or path.endswith(f".{name}") for name in names or ())]
+    return [path for path in paths if any(named_at_dots(path, name) for name in names or ())]
+
+
+def named_at_dots(path: str, name: str) -> bool:
+    """
+    >>> named_at_dots("model.norm", "norm"), named_at_dots("model.norm", "base_model.model.norm"), named_at_dots("x.pre_norm", "norm")
+    (True, False, False)
+    """
+    return PREFIX + path == name if name.startswith(PREFIX) else path == name or path.endswith(f".{name}")
 
 
 def check_modules_to_save(names: Any) -> None:

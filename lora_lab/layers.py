@@ -198,13 +198,6 @@ class LoRA:
         """The adapter's tensors by container: lora_A, lora_B, and what its variant has."""
         return {name: container[adapter] for name, container in containers_of(cast(nn.Module, self)).items() if adapter in container}
 
-    @property
-    def began_with(self) -> list[str]:
-        """Names of the tensors that stay as they began, of adapters that train: LoRA-FA's A, PiSSA's start. A resumed run puts them back."""
-        own = {adapter: self.lora_parameters(adapter) for adapter in self.lora_variant}
-        training = {adapter: parts for adapter, parts in own.items() if any(part.requires_grad for part in parts.values())}
-        return [f"{name}.{adapter}" for adapter, parts in training.items() for name, part in parts.items() if not part.requires_grad]
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy: the class is made on the fly, so it travels as its base class."""
         base = type(self).lora_base_class

@@ -10,12 +10,15 @@ LEAST, MOST = 1e-100, 1e100  # of an amount: products and quotients of a few sta
 
 
 def positive(name: str, value: object) -> float:
-    """`value` as it is, where it is a number above 0; an int of any size is compared without becoming a float.
+    """`value`, where it is a number above 0, as an int or a float; an int of any size is compared without becoming a float.
 
     >>> positive("tokens", 2e12)
     2000000000000.0
     """
-    number = value if isinstance(value, (int, float)) else float(value) if isinstance(value, Real) else None
+    try:
+        number = value if isinstance(value, (int, float)) else float(value) if isinstance(value, Real) else None
+    except OverflowError:
+        number = None
     if isinstance(value, bool) or number is None or not LEAST <= number <= MOST:
         raise MemoryMathError(f"{name}={value!r}: expected a number above 0, from {LEAST:g} to {MOST:g}")
     return number

@@ -97,11 +97,14 @@ GPUS = {
 VENDOR_WORDS = {"nvidia", "tesla", "geforce", "rtx", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "hbm2", "hbm2e", "hbm3", "hbm3e"}
 
 
-def gpu_of(name: str | GPU) -> GPU:
-    """The GPU called `name`; capitals, hyphens and the vendor's words do not matter, so torch.cuda.get_device_name() of an SXM card will do.
+SXM = {"v100", "a100", "h100", "h200", "b200"}  # of which there are PCIe cards, too
 
-    Raises MemoryMathError for an unknown name, for one that several share ("A100"), with the choices, and for a PCIe card, which is slower than the
-    SXM card of the same name.
+
+def gpu_of(name: str | GPU) -> GPU:
+    """The GPU called `name`; capitals, hyphens and the vendor's words do not matter, so torch.cuda.get_device_name() will do.
+
+    Raises MemoryMathError for an unknown name, for one that several share ("A100"), with the choices, and for the PCIe card of a name whose SXM card,
+    which is faster, is known here.
 
     >>> gpu_of("a100-80gb").nominal_bytes
     80000000000
@@ -116,7 +119,7 @@ def gpu_of(name: str | GPU) -> GPU:
         return found[0]
     if found:
         raise MemoryMathError(f"gpu={name!r}: there are several: {' or '.join(gpu.name for gpu in found)}")
-    if "pcie" in asked and (cards := [gpu.name for known, gpu in GPUS.items() if _words(known)[:1] == asked[:1]]):
+    if "pcie" in asked and (cards := [gpu.name for known, gpu in GPUS.items() if _words(known)[:1] == asked[:1] and asked[0] in SXM]):
         raise MemoryMathError(f"gpu={name!r}: a PCIe card is slower than the SXM card whose speed is known here; its memory is that of "
                               f"{' or '.join(cards)}: give that name where only memory is asked for")  # fmt: skip
     by_name = {known.lower(): gpu for known, gpu in GPUS.items()}

@@ -148,7 +148,7 @@ class RequestComparison(_Grid):
 
     name: str
     rows: tuple[ComparedRequest, ...]
-    gpu: str | int | None = None
+    gpu: str | int | GPU | None = None
     shared: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -158,7 +158,7 @@ class RequestComparison(_Grid):
         """Plain data: every row's keywords, with its footprint (see `Footprint.as_dict`) or the reason why there is none."""
         rows = [{"name": row.name, "request": row.request, "footprint": row.footprint and row.footprint.as_dict(), "refusal": row.refusal}
                 for row in self.rows]  # fmt: skip
-        return {"name": self.name, "gpu": self.gpu, "shared": self.shared, "rows": rows}
+        return {"name": self.name, "gpu": self.gpu.name if isinstance(self.gpu, GPU) else self.gpu, "shared": self.shared, "rows": rows}
 
     def svg(self) -> str:
         """One stacked bar per request that can be had, and the usable bytes of the GPU as a mark."""
@@ -171,6 +171,9 @@ class RequestComparison(_Grid):
     def _repr_html_(self) -> str:
         return super()._repr_html_() + self.svg()
 
+    def _limit(self) -> str:
+        return f"{self.gpu:,} B" if isinstance(self.gpu, int) else self.gpu.name if isinstance(self.gpu, GPU) else str(self.gpu)
+
     def _footprints(self) -> list[Footprint]:
         return [row.footprint for row in self.rows if row.footprint is not None]
 
@@ -182,7 +185,7 @@ class RequestComparison(_Grid):
         notes, reference = _Footnotes(), self._footprints()[0].total
         divisor = unit_for(max(footprint.total for footprint in self._footprints()))[0]
         parts = [part.replace("_", " ") for part in parts_of(self._footprints()[0])]
-        header = ["", *parts, "total", "ratio", *([f"fits {self.gpu}" if isinstance(self.gpu, str) else f"fits {self.gpu:,} B"] if self.gpu else [])]
+        header = ["", *parts, "total", "ratio", *([f"fits {self._limit()}"] if self.gpu else [])]
         rows = []
         for row in self.rows:
             if row.footprint is None:
@@ -208,8 +211,8 @@ def compare_requests(
     if not named:
         raise MemoryMathError("requests: there is none to compare; give methods such as ['full', 'lora'], or names with their keywords")
     if gpu is not None:
-        name, nbytes = limit_of(gpu)
-        gpu = nbytes if isinstance(gpu, int) else name
+        name, _ = limit_of(gpu)
+        gpu = name if isinstance(gpu, str) else gpu
     rows, refusals = [], []
     for name, own in named.items():
         try:

@@ -53,7 +53,7 @@ def versions_of(asked: object) -> Versions:
         raise MemoryMathError(f"versions={asked!r}: expected a dict like {{'transformers': '4.44'}}")
     for library, version in asked.items():
         if library not in CURRENT:
-            raise MemoryMathError(f"versions names {library!r}; older ones are modelled of {', '.join(CURRENT)}")
+            raise MemoryMathError(f"versions names {library!r}, expected {', '.join(CURRENT)}: of no other library are older versions modelled")
         release(version)
     return Versions(dict(asked))
 

@@ -27,11 +27,16 @@ class Prompt(nn.Module):
     """
 
     method: ClassVar[str]
-    began_with: ClassVar[tuple[str, ...]] = ("initial",)  # what a resumed run puts back beside the weights, see lora_lab.training.state
     num_virtual_tokens: int
     placement: str = "front"
     hidden_size: int | None = None
     initialization: Any = None
+
+    @property
+    def began_with(self) -> list[str]:
+        """Names of what a resumed run puts back beside the weights of a prompt that trains: see lora_lab.training.state."""
+        trains = any(parameter.requires_grad for parameter in self.parameters())
+        return ["initial"] if trains and isinstance(getattr(self, "initial", None), Tensor) else []
 
     def forward(self) -> Tensor:
         """What is inserted: [P, H] rows before the text, or of a prefix [L, 2, P, N, D] keys and values."""

@@ -57,13 +57,18 @@ def chat(cell: Any, system: Any = None) -> Row:
 
     system: a column of its own for the message that goes first.
     """
+    if system is not None and not isinstance(system, str):
+        raise Unusable(f"the system message is no text but a {type(system).__name__}")
     try:
         turns = json.loads(cell) if isinstance(cell, str) else cell
         messages = [{"role": SPEAKERS[turn.get("role", turn.get("from"))], "content": turn.get("content", turn.get("value"))} for turn in turns]
-        while messages and messages[0]["role"] == "assistant":  # ShareGPT's talks may begin in the middle
-            messages = messages[1:]
-        if system and messages and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
+        first = messages[:1] if messages and messages[0]["role"] == "system" else []
+        talk = messages[len(first) :]
+        while talk and talk[0]["role"] == "assistant":  # ShareGPT's talks may begin in the middle
+            talk = talk[1:]
+        if not first and isinstance(system, str) and system.strip():
+            first = [{"role": "system", "content": system}]
+        messages = [*first, *talk]
         check_row({"messages": messages}, "the chat")
     except (ValueError, TypeError, AttributeError, KeyError):  # LoraLabError is a ValueError
         raise Unusable("no chat of user and assistant") from None

@@ -76,14 +76,16 @@ class Material:
     def within(self, reader: Reader, model: nn.Module, max_length: int | None = None) -> Material:
         """Without the rows that are longer than the model's context, or than max_length: the model cannot read them."""
         limit = longest_row(model, max_length)
-        dropped = self.dropped.copy()
-        tokens = {part: _counted(reader, rows, dropped) for part, rows in self.parts.items()}
+        dropped, refused = self.dropped.copy(), list[LoraLabError]()
+        tokens = {part: _counted(reader, rows, dropped, refused) for part, rows in self.parts.items()}
         fits = {part: [place for place, each in enumerate(counts) if each and (limit is None or max(each) <= limit)]
                 for part, counts in tokens.items()}  # fmt: skip
         for part, counts in tokens.items():
             if long := sum(each is not None for each in counts) - len(fits[part]):
                 dropped[f"longer than {limit} tokens ({part})"] += long
         lengths = {part: [sum(each or ()) for each in counts] for part, counts in tokens.items()}
+        if refused and not any(map(any, tokens.values())):
+            raise refused[0]
         return replace(self, dropped=dropped, lengths=lengths)._only(fits)
 
     def _only(self, places: Mapping[str, Sequence[int]]) -> Material:
@@ -181,26 +183,22 @@ def _usable(table: Table, assignment: Assignment, columns: Columns, classes: Cla
     return Table(rows, [table.places[index] for index in kept])
 
 
-def _counted(reader: Reader, rows: Table, dropped: Dropped) -> list[tuple[int, int] | None]:
-    """The tokens of each row; None of one that cannot be put to the model, such as a talk that its template refuses, which is counted in `dropped`.
-
-    Raises LoraLabError where that is so of all.
-    """
+def _counted(reader: Reader, rows: Table, dropped: Dropped, refused: list[LoraLabError]) -> list[tuple[int, int] | None]:
+    """The tokens of each row; None of one that cannot be put to the model, such as a talk that its template refuses: counted in `dropped`, and why
+    added to `refused`."""
     if not rows:
         return []
     try:
         return [_tokens(example) for example in reader.examples(rows)]
-    except LoraLabError as error:
-        counts, reasons = list[tuple[int, int] | None](), Dropped()
+    except LoraLabError:
+        counts = list[tuple[int, int] | None]()
         for index in range(len(rows)):
             try:
                 counts.append(_tokens(reader.examples(rows.only([index]))[0]))
             except LoraLabError as refusal:
                 counts.append(None)
-                reasons[str(refusal).removeprefix(f"{rows.where(index)}: ")] += 1
-        if not any(counts):
-            raise error from None
-        dropped.update(reasons)
+                refused.append(refusal)
+                dropped[str(refusal).removeprefix(f"{rows.where(index)}: ")] += 1
         return counts
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..data import Rows, filled, prompt_of, verbalize
 from ..data.classification import encode_labelled
+from ..data.continuation import continuing_ids
 from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape
 from ..data.tables.labels import Classes, spoken, written
@@ -142,7 +143,7 @@ class Words(Named):
         return [[*self.tokenizer.encode(self.asked(row, way or self.way), add_special_tokens=self.encodes)] for row in rows]
 
     def longest(self, rows: Sequence[Row], way: Way | None = None) -> int:
-        answer = 0 if self.encodes else max(len(self.tokenizer.encode(answer, add_special_tokens=False)) for answer in self.answers)
+        answer = 0 if self.encodes else max(len(continuing_ids(self.tokenizer, answer)) for answer in self.answers)
         return max(map(len, self.questions(rows, way))) + answer
 
     def answered(self, model: nn.Module, rows: Sequence[Row], way: Way | None) -> Tensor:
@@ -209,7 +210,8 @@ def outputs_of(classes: Classes, names: Mapping[Any, str]) -> list[int]:
     [0, 1]
     """
     outputs, wanted = {spoken(name): int(output) for output, name in names.items()}, [spoken(name) for name in classes.names]
-    return [outputs[name] for name in wanted] if {*outputs} == {*wanted} else [*range(len(classes))]
+    told = {*outputs} == {*wanted} and sorted(outputs.values()) == [*range(len(wanted))]
+    return [outputs[name] for name in wanted] if told else [*range(len(classes))]
 
 
 class NewHead(Head):

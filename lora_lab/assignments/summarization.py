@@ -31,10 +31,10 @@ class Summarization(Assignment):
     def table(self, table: Table, columns: Mapping[str, str]) -> Table:
         """DialogSum's test dialogues have summaries by three people, "summary1" to "summary3" (Chen et al. 2021, arXiv:2105.06762): a row for each.
 
-        So the hub's copy has them, too, and a score is the mean over the people.
+        The hub's copy is in the same form. A score is then the mean over the people; its spread takes their rows for independent ones.
         """
         numbered = [name for name in table.columns if NUMBERED.fullmatch(name)]
-        if "summary" in (*table.columns, *columns) or not numbered:
+        if "summary" in table.columns or "summary" in columns or not numbered:
             return table
         return Table.joined(_each_summary(table, index, numbered) for index in range(len(table)))
 
@@ -59,7 +59,7 @@ class Summarization(Assignment):
 
 def _each_summary(table: Table, index: int, names: Sequence[str]) -> Table:
     rest = {name: cell for name, cell in table[index].items() if name not in names}
-    rows = [{**rest, "summary": table[index][name]} for name in names if table[index].get(name)]
+    rows = [{**rest, "summary": table[index][name]} for name in names if table[index].get(name)] or [rest]  # which is counted as without one
     return Table(rows, [table.places[index]] * len(rows))
 
 

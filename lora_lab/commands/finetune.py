@@ -62,7 +62,9 @@ def _mode(text: str) -> int | str:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..training import fit
+    from .. import count_parameters
+    from ..files import check_writable
+    from ..training import fit, shard
     from ..training.distributed import own_device, world
 
     options.device = own_device(options.device)
@@ -71,7 +73,13 @@ def run(options: argparse.Namespace) -> None:
     config = _config(options, precision)
     divided = config.distributed == "fsdp" and everyone.size > 1
     subject = subject_of(options, precision, "cpu" if divided else options.device)
-    _adapt(options, subject, config, everyone, say)
+    if subject.told:
+        say(subject.told)
+    _adapt(options, subject, config, say)
+    everyone.first_does(lambda: check_writable(options.out))
+    if divided:
+        shard(subject.model, precision, device=options.device)
+    say(count_parameters(subject.model))
     examples = _examples(subject, config)
     say(_prediction(subject.model, config, examples, everyone.size))
     before = subject.quality(subject.model)
@@ -85,25 +93,17 @@ def run(options: argparse.Namespace) -> None:
     everyone.leave()
 
 
-def _adapt(options: argparse.Namespace, subject: Subject, config: Any, everyone: Any, say: Callable[..., None]) -> None:
-    """Quantise and inject, and under FSDP divide the model, saying what is done; and see that the adapter can be written, before it is trained."""
+def _adapt(options: argparse.Namespace, subject: Subject, config: Any, say: Callable[..., None]) -> None:
+    """Quantise and inject."""
     import torch
 
-    from .. import count_parameters, inject, quantization_report, quantize
-    from ..files import check_writable
-    from ..training import shard
+    from .. import inject, quantization_report, quantize
 
-    if subject.told:
-        say(subject.told)
     torch.manual_seed(config.seed)  # of the adapter's first values; `fit` starts from the same seed again
     if options.quantize:
         say(quantization_report(quantize(subject.model, options.quantize)))
     inject(subject.model, options.rank, alpha=options.alpha, dropout=options.dropout, target_modules=targets_of(options.target_modules),
            variant=options.variant, init=options.init, rslora=options.rslora, modules_to_save=subject.own_modules)  # fmt: skip
-    everyone.first_does(lambda: check_writable(options.out))
-    if config.distributed == "fsdp" and everyone.size > 1:
-        shard(subject.model, config.precision, device=options.device)
-    say(count_parameters(subject.model))
 
 
 def _examples(subject: Subject, config: Any) -> Any:

@@ -11,8 +11,9 @@ from .shared import load_model
 
 # role: what it is
 ROLES = {"text": "a text, dialogue or review", "label": "its class", "summary": "a dialogue's summary", "instruction": "what is to be done",
-         "input": "what it is to be done with", "output": "the answer", "messages": "whole chats", "product": "what a review is of"}  # fmt: skip
-DATA = ("with --task also a .csv, .tsv, .json, .jsonl or .txt file with any columns, a folder of such files, or a hub data set 'owner/name'")
+         "input": "what it is to be done with", "output": "the answer", "messages": "whole chats", "system": "the message that goes before a chat",
+         "product": "what a review is of"}  # fmt: skip
+DATA = "with --task also a .csv, .tsv, .json, .jsonl, .txt or .parquet file with any columns, a folder of such files, or a hub data set 'owner/name'"
 
 
 def task_options(command: argparse.ArgumentParser) -> None:

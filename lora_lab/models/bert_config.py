@@ -131,3 +131,5 @@ def _check_modelled(source: dict[str, Any]) -> None:
             raise LoraLabError(f"{name}={source[name]!r} in config.json: expected {' or '.join(map(repr, choices))}")
     if source.get("id2label") is not None and not isinstance(source["id2label"], dict):
         raise LoraLabError(f"id2label={source['id2label']!r} in config.json: expected an object, number to name")
+    if {*map(str, names := source.get("id2label") or {})} != {*map(str, range(len(names)))}:
+        raise LoraLabError(f"id2label={names!r:.200} in config.json: expected a name for each output, from 0 on")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -128,13 +129,16 @@ def _load_gguf(path: Path, dtype: Any, device: Any, head: Head) -> tuple[Pretrai
 
 
 def _gguf_tokenizer(file: Any, path: Path) -> Tokenizer | None:
-    """The file's own; where that cannot be rebuilt, the tokenizer.json beside it."""
+    """The file's own; where it has none, or none that can be rebuilt, the tokenizer.json beside it."""
     try:
-        return cast("Tokenizer | None", file.tokenizer())
-    except LoraLabError:
+        if (own := cast("Tokenizer | None", file.tokenizer())) is not None:
+            return own
+    except LoraLabError as error:
         if (beside := Tokenizer.from_folder(path.parent)) is None:
             raise
+        warnings.warn(f"{error}: {path.parent / 'tokenizer.json'} is taken in its place", stacklevel=4)
         return beside
+    return Tokenizer.from_folder(path.parent)
 
 
 def _from_hub(name: str) -> Path:
@@ -180,9 +184,10 @@ def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | No
             continue
         place(model, name, tensor, dtype, torch.get_default_device() if device is None else device)
         missing.discard(name)
-    for name in [name for name in repeated if model.tied[name] in missing]:  # of two names that are one tensor a file may have kept either
-        place(model, model.tied[name], repeated.pop(name), dtype, torch.get_default_device() if device is None else device)
-        missing.discard(model.tied[name])
+    for name in [*repeated]:
+        if (first := model.tied[name]) in missing:  # of the names of one tensor a file may have kept any
+            place(model, first, repeated.pop(name), dtype, torch.get_default_device() if device is None else device)
+            missing.discard(first)
     missing = model.without(missing)
     for name, tensor in begin_head(model, missing if architecture != saved_as else ()).items():
         place(model, name, tensor, dtype or model.get_input_embeddings().weight.dtype, torch.get_default_device() if device is None else device)
@@ -197,8 +202,8 @@ def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | No
 
 
 def _in_one_dtype(model: PretrainedModel, config: dict[str, Any]) -> None:
-    """A file of several (an embedding that was trained in float32, say) in the one that its config names, else that of most numbers, as products of
-    two are none. But T5's `wo`, which is to be wider."""
+    """A file of several (an embedding that was trained in float32, say) in the one that its config names, else that of most numbers: matrices of two
+    dtypes cannot be multiplied. T5's `wo` is left out, for it is to be wider."""
     owners = [module for module in model.modules() if not getattr(module, "float32_instead_of_float16", False)]
     own = [(owner, name, p) for owner in owners for name, p in owner._parameters.items() if p is not None and not p.is_meta]
     sizes = Counter[torch.dtype]()

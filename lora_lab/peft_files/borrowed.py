@@ -16,7 +16,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..borrowed import BIASES, Borrowed, base_in_place, base_values, biases_of, borrowed_names, names_of_each, of_an_adapter, saved_names, tensor_of
+from ..borrowed import (
+    BIASES,
+    Borrowed,
+    base_in_place,
+    base_values,
+    biases_of,
+    borrowed_names,
+    named_at_dots,
+    names_of_each,
+    of_an_adapter,
+    saved_names,
+    tensor_of,
+)
 from ..checks import are_finite
 from ..errors import LoraLabError
 from ..plans import AdapterConfig
@@ -37,7 +49,8 @@ def borrowed_for_file(model: nn.Module, borrowed: Borrowed, adapter: str, module
     """
     own, every = borrowed.names.get(adapter, ()), names_of_each(model)
     first = {id(tensor_of(model, name)): name for name in reversed(own)}
-    named = [(name, id(tensor_of(model, name))) for name in (*own, *saved_names(model, meant_by_peft(model, modules_to_save)))]
+    whole = saved_names(model, [PREFIX + path for path in meant_by_peft(model, modules_to_save)])
+    named = [(name, id(tensor_of(model, name))) for name in (*own, *whole)]
     names = dict.fromkeys(other for name, tensor in named for other in (name, *every.get(tensor, ())))
     others = [name for name in names if id(tensor_of(model, name)) not in first]
     of_base = base_values(model, others) if others else {}
@@ -76,8 +89,7 @@ def of_this_model(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     names: list[str] = []
     for name in config.modules_to_save or ():
         meant = meant_by_peft(model, [name])
-        at_dots = all(path == name or path.endswith(f".{name}") for path in meant)
-        names += [name] if meant and at_dots else meant
+        names += [name] if meant and all(named_at_dots(path, name) for path in meant) else [PREFIX + path for path in meant]
     return replace(config, modules_to_save=list(dict.fromkeys(names)) or None)
 
 

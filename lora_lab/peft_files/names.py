@@ -1,6 +1,4 @@
-"""What the names in `modules_to_save` mean to PEFT: every module whose whole path ends so, without regard to dots. "norm" is "input_layernorm",
-too.
-"""
+"""What the names in `modules_to_save` mean to PEFT: every module whose path ends so, without regard to dots. "norm" is "input_layernorm", too."""
 
 from __future__ import annotations
 
@@ -8,26 +6,26 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..borrowed import PREFIX as OF_A_WHOLE_PATH
 from ..borrowed import of_an_adapter
 
-PREFIX = "base_model.model."  # of every tensor's name in a file, and of every module where PEFT looks
+PREFIX = OF_A_WHOLE_PATH  # of every tensor's name in a file, too
 
 
 def meant_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Paths of the modules with parameters that `modules_to_save` means in a file: PEFT compares ends of paths, without regard to dots."""
+    """Paths of the modules with parameters that `modules_to_save` means in a file."""
     modules = model.named_modules(remove_duplicate=False)
     paths = [path for path, module in modules if path and not of_an_adapter(path) and next(module.parameters(), None) is not None]
-    return [path for path in paths if (PREFIX + path).endswith(tuple(names))]
+    return [path for path in paths if path.endswith(tuple(names))]
 
 
 def exact_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """The shortest name for each that means none but these to PEFT, which sees each path behind `PREFIX`."""
-    present = [PREFIX + path for path, _ in model.named_modules(remove_duplicate=False) if path and not of_an_adapter(path)]
-    these = [PREFIX + path for path in paths]
+    """The shortest name for each that means none but these to PEFT; the path itself where there is none ("head" beside "aux_head")."""
+    present = [path for path, _ in model.named_modules(remove_duplicate=False) if path and not of_an_adapter(path)]
 
     def shortest(path: str) -> str:
         parts = path.split(".")
-        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        return next(end for end in ends if all(other in these for other in present if other.endswith(end)))
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts))]
+        return next((end for end in ends if all(other in paths for other in present if other.endswith(end))), path)
 
-    return list(dict.fromkeys(map(shortest, these)))
+    return list(dict.fromkeys(map(shortest, paths)))

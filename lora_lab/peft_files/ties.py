@@ -11,6 +11,7 @@ each a bare nn.Linear without a bias, which no second embedding is (T5 has three
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ..errors import LoraLabError
 from ..layers import LoRA
 from ..plans import AdapterConfig
 from ..wrapping import whole
-from .names import exact_names, meant_by_peft
+from .names import PREFIX, exact_names, meant_by_peft
 
 
 def owner_of(name: str) -> str:
@@ -40,11 +41,13 @@ def whole_modules(model: nn.Module, names: Sequence[str] | None, adapted: Collec
     puts it in its place (see `borrowed_for_file`).
     """
     inside = modules_of(model, names)
-    means_others = {name for name in names or () if not {*meant_by_peft(model, [name])} <= {*inside}}
-    exact = [each for name in names or () for each in (exact_names(model, modules_of(model, [name])) if name in means_others else [name])]
+    said = {name: [name] for name in names or ()}
+    for name in said:
+        if name.startswith(PREFIX) or not {*meant_by_peft(model, [name])} <= {*inside}:
+            said[name] = exact_names(model, modules_of(model, [name]))
     owners = dict.fromkeys(owner_of(name) for group in tied_groups(model, names) for name in group)
     more = [owner for owner in owners if owner and not _below(owner, inside) and not any(_below(path, [owner]) for path in (*inside, *adapted))]
-    return list(dict.fromkeys([*exact, *exact_names(model, more)]))
+    return list(dict.fromkeys([*itertools.chain(*said.values()), *exact_names(model, more)]))
 
 
 def _below(path: str, modules: Collection[str]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..borrowed import tensor_of
 from ..errors import LoraLabError
 from ..files import in_use
+from ..layers import LoRA
 from ..targets import lora_layers
 from . import snapshots
 from .distributed import World
@@ -66,8 +67,7 @@ def restore(run: Run, snapshot: Snapshot) -> None:
     for name, buffer in statistics(run.model).items():
         buffer.copy_(snapshot.tensors[f"buffers/{name}"])
     for name, tensor in beginnings(run.model).items():
-        if (values := snapshot.tensors.get(f"began/{name}")) is not None:
-            tensor.copy_(divided_like(tensor, values))
+        tensor.copy_(divided_like(tensor, snapshot.tensors[f"began/{name}"]))
     _put_states(run, optimizer_states(snapshot))
     if run.precision.scaled:
         run.scaler.load_state_dict(snapshot.state["scaler"])
@@ -142,7 +142,15 @@ def beginnings(model: nn.Module) -> dict[str, Tensor]:
     """Tensors that belong to what trains and stay as they began: LoRA-FA's A, PiSSA's start, what a soft prompt was at first. They are drawn or
     computed anew with the model, so a run brings its own."""
     names = [f"{path}.{name}".strip(".") for path, module in model.named_modules() for name in getattr(module, "began_with", ())]
+    names += [f"{path}.{name}".strip(".") for path, layer in lora_layers(model).items() for name in _still(layer)]
     return {name: tensor_of(model, name) for name in names}
+
+
+def _still(layer: LoRA) -> list[str]:
+    """What does not train, of a layer's adapters of which something does."""
+    own = {adapter: layer.lora_parameters(adapter) for adapter in layer.lora_variant}
+    training = {adapter: parts for adapter, parts in own.items() if any(part.requires_grad for part in parts.values())}
+    return [f"{name}.{adapter}" for adapter, parts in training.items() for name, part in parts.items() if not part.requires_grad]
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
@@ -161,7 +169,7 @@ def _check_whole(run: Run, snapshot: Snapshot) -> None:
     tensors, state = snapshot.tensors, snapshot.state
     shapes = {f"weights/{name}": p.shape for name, p in run.trained.items()}
     shapes |= {f"buffers/{name}": buffer.shape for name, buffer in statistics(run.model).items()}
-    shapes |= {f"began/{name}": tensor.shape for name, tensor in beginnings(run.model).items() if f"began/{name}" in tensors}
+    shapes |= {f"began/{name}": tensor.shape for name, tensor in beginnings(run.model).items()}
     shapes |= {name: run.trained[name.removeprefix("best/")].shape for name in tensors if name.startswith("best/")}
     for name, shape in shapes.items():
         if tensors[name].shape != shape:

@@ -55,6 +55,31 @@ def heads() -> nn.Module:
     return Heads().double().eval()
 
 
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class Norms(nn.Module):
+    """A norm in the model itself, and one of the same name in a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.part, self.norm = nn.Linear(6, 6), Inner(), nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.part(self.body(x)) + x)
+
+
+def norms() -> nn.Module:
+    torch.manual_seed(0)
+    return Norms().double().eval()
+
+
 @torch.no_grad()
 def classes(model: nn.Module) -> Tensor:
     return model(input_ids=IDS).logits
@@ -99,7 +124,7 @@ def test_what_peft_means_by_a_name_is_read(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_we_mean_by_a_name_is_what_peft_reads(case: str, tmp_path: Path) -> None:
-    """Here names are compared at dots, so the file says them in a way that means the same to both."""
+    """Here names are compared at dots, so the file says them in a way that means the same to both, or brings what else PEFT means by them."""
     make, outputs, request = copy.deepcopy(CASES[case])  # PEFT extends the list of names
     ours = lora_lab.inject(make(), rank=2, **request)
     torch.manual_seed(1)
@@ -110,14 +135,29 @@ def test_what_we_mean_by_a_name_is_what_peft_reads(case: str, tmp_path: Path) ->
     lora_lab.save(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path).double().eval()
     assert_close(outputs(theirs), outputs(ours), rtol=0, atol=1e-6)
+    assert any("modules_to_save" in name for name, _ in theirs.named_modules()), "PEFT found none of them"
     trained = {key for key in load_file(tmp_path / TENSORS) if "lora_" not in key}
-    assert len(trained) == {"norm": 1, "a classifier": 2, "a head beside another": 2}[case]
+    assert len(trained) == {"norm": 1, "a classifier": 4, "a head beside another": 4}[case]
     assert_close(outputs(lora_lab.load(make(), tmp_path)), outputs(ours), rtol=0, atol=1e-6)
 
 
+def test_one_module_of_a_name_that_means_several_to_peft(tmp_path: Path) -> None:
+    """PEFT has no name for the model's own norm alone, so the file brings what else it means by that, as the base has it."""
+    ours = lora_lab.inject(norms(), 2, target_modules=["body"], modules_to_save=["base_model.model.norm"])
+    assert {name for name, parameter in ours.named_parameters() if parameter.requires_grad and "lora_" not in name} == {"norm.weight", "norm.bias"}
+    with torch.no_grad():
+        ours.norm.weight.add_(0.5)
+    lora_lab.save(ours, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == ["norm"]
+    assert torch.equal(load_file(tmp_path / TENSORS)["base_model.model.part.norm.weight"], torch.ones(6, dtype=torch.float64))
+    again = peft.PeftModel.from_pretrained(norms(), tmp_path).double().eval()
+    assert_close(both(again), both(ours), rtol=0, atol=1e-6)
+    assert_close(both(lora_lab.load(norms(), tmp_path)), both(ours), rtol=0, atol=1e-9)
+
+
 def test_names_are_the_shortest_that_mean_none_but_these() -> None:
-    assert meant_by_peft(heads(), ["head"]) == ["head", "aux_head"] and meant_by_peft(heads(), ["model.head"]) == ["head"]
-    assert exact_names(heads(), ["head", "body"]) == ["model.head", "body"]
+    assert meant_by_peft(heads(), ["head"]) == ["head", "aux_head"]
+    assert exact_names(heads(), ["head", "body"]) == ["head", "body"]  # the first cannot be said
     assert exact_names(build("llama"), ["model.norm"]) == ["model.norm"]
 
 
@@ -161,8 +201,3 @@ def test_a_copy_alone_is_still_unexpected(tmp_path: Path) -> None:
     save_file({**load_file(tmp_path / TENSORS), "base_model.model.head.original_module.weight": torch.ones(3, 6)}, tmp_path / TENSORS)
     with pytest.raises(lora_lab.LoraLabError, match="unexpected tensor 'head.original_module.weight'"):
         lora_lab.load(heads(), tmp_path)
-
-
-def test_the_configuration_names_what_it_means(tmp_path: Path) -> None:
-    lora_lab.save(lora_lab.inject(heads(), rank=2, target_modules=["body"], modules_to_save=["head"]), tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == ["model.head"]

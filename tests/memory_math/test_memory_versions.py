@@ -105,5 +105,5 @@ def test_a_bitsandbytes_of_two_digits_is_newer_than_one_of_one() -> None:
 
 def test_a_library_whose_older_versions_are_not_modelled_is_refused() -> None:
     """Accepted and without effect would be a promise that nobody keeps."""
-    with pytest.raises(MemoryMathError, match="versions names 'peft'; older ones are modelled of torch, transformers, bitsandbytes"):
+    with pytest.raises(MemoryMathError, match="versions names 'peft', expected torch, transformers, bitsandbytes"):
         predict("llama-2-7b", method="lora", precision="bf16", versions={"peft": "0.10"})

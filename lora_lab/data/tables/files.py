@@ -41,7 +41,7 @@ class Table(Rows):
 
     def where(self, index: int) -> str:
         file, number = self.places[index]
-        return f"{file}, {'row' if file.endswith(ENDING) else 'line'} {number}"
+        return f"{file}, {'row' if file.lower().endswith(ENDING) else 'line'} {number}"
 
     def only(self, indices: Iterable[int]) -> Table:
         """These rows, in this order."""

@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import LoraLabError, did_you_mean
 from ..formats import BUNDLED, read
 from .files import SUFFIXES, Table, read_lines, read_table
-from .parquet import ENDING
+from .parquet import ENDING, check_installed
 
 Parts = dict[str, Table]  # by TRAIN, VALIDATION, TEST; or ALL alone
 TRAIN, VALIDATION, TEST, ALL = "train", "validation", "test", "all"
@@ -75,7 +75,7 @@ def _folder(folder: Path) -> Parts:
         return _by_label(folder, {path: path.suffix[1:] for path in labelled}, read_lines)
     if labelled := [path for path in files if path.suffix == ".txt" and path.parent.name in LABELS]:
         return _by_label(folder, {path: path.parent.name for path in labelled}, _one_text)
-    if tables := [path for path in files if path.suffix == ENDING]:
+    if tables := [path for path in files if path.suffix.lower() == ENDING]:
         return _by_part(tables, folder)
     raise LoraLabError(f"{folder} holds no {', '.join((*ROWS, ENDING))}; {_names(files, folder)}: give one of its files, if that is a text with tabs")
 
@@ -117,14 +117,26 @@ def _names(paths: list[Path], folder: Path) -> str:
 
 
 def _from_hub(name: str) -> Path:
-    """Those files of a data set that are read here; a README tells that it exists."""
+    """Those files of a data set that are read here, Parquet where there is nothing else: it may be a copy of the others."""
+    folder = _fetched(name, [suffix for suffix in SUFFIXES if suffix != ENDING])
+    if not _holds_rows(folder):
+        check_installed(name)
+        folder = _fetched(name, [ENDING])
+    if not _holds_rows(folder):
+        raise LoraLabError(f"the hub's {name!r} holds no {', '.join(SUFFIXES)}: fetch its rows in another way, and give the file")
+    return folder
+
+
+def _holds_rows(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES and not ABOUT.fullmatch(path.name) for path in folder.rglob("*"))
+
+
+def _fetched(name: str, suffixes: list[str]) -> Path:
+    """A README tells that the data set exists."""
     import huggingface_hub
 
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=[*(f"*{suffix}" for suffix in SUFFIXES), "*.md"]))
+        return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=[*(f"*{suffix}" for suffix in suffixes), "*.md"]))
     except Exception as error:  # offline, gated, misspelt: many classes of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoraLabError(f"{name!r} is no file and no folder here, and could not be got from the hub: {reason}") from None
-    if not any(path.suffix in SUFFIXES for path in folder.rglob("*")):
-        raise LoraLabError(f"the hub's {name!r} holds no {', '.join(SUFFIXES)}: fetch its rows in another way, and give the file")
-    return folder

@@ -16,13 +16,13 @@ from ...errors import LoraLabError
 from ..formats import Row
 
 ENDING = ".parquet"
-HELP = ("reading Parquet needs the pyarrow package: pip install 'lora-lab[parquet]', or convert the file where pandas is, python -c \"import pandas; "
-        "pandas.read_parquet('{0}').to_json('{1}', orient='records', lines=True)\"")  # fmt: skip
+HELP = ("{0} is Parquet, and reading it needs the pyarrow package: pip install 'lora-lab[parquet]', or convert the file where pandas is, python -c "
+        "\"import pandas; pandas.read_parquet('{0}').to_json('{0}.jsonl', orient='records', lines=True)\"")  # fmt: skip
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Each row of a file with its number, the first being 1. Raises LoraLabError for a damaged file, and where there is no pyarrow."""
-    arrow = _import_pyarrow(path)
+    arrow = _import_pyarrow(path.name)
     try:
         with arrow.parquet.ParquetFile(path) as file:
             names = class_names(file.schema_arrow.metadata or {})
@@ -54,9 +54,14 @@ def _named(cell: Any, names: list[str] | None) -> Any:
     return names[cell] if 0 <= cell < len(names) else None
 
 
-def _import_pyarrow(path: Path) -> Any:
+def check_installed(name: str) -> None:
+    """Raise LoraLabError where there is no pyarrow, before anything large is fetched."""
+    _import_pyarrow(name)
+
+
+def _import_pyarrow(name: str) -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise LoraLabError(f"{path}: {HELP.format(path.name, path.stem + '.jsonl')}") from None
+        raise LoraLabError(HELP.format(name)) from None
     return pyarrow

@@ -8,6 +8,7 @@ from lora_lab import LoraLabError
 from lora_lab.assignments.base import CHATS, INSTRUCTIONS
 from lora_lab.assignments.material import ASSIGNMENTS
 from lora_lab.data.tables import Table, classes_of, columns_of
+from lora_lab.data.tables.labels import without_secret
 
 SHAPES = {name: assignment.shapes for name, assignment in ASSIGNMENTS.items()}
 
@@ -135,3 +136,9 @@ def test_names_go_to_numbers_in_the_numbers_order_and_to_words_by_name():
 def test_labels_that_say_too_little_are_refused(cells, names, message):
     with pytest.raises(LoraLabError, match=message):
         classes_of(cells, names)
+
+
+def test_minus_one_beside_three_classes_is_no_class():
+    """SNLI: people did not agree. And blank cells among the -1 of a secret test change nothing."""
+    assert classes_of([0, 1, 2, -1], ["entailment", "neutral", "contradiction"]).of == {"0": 0, "1": 1, "2": 2}
+    assert [*without_secret([[0, 1], [-1, "", -1]])] == [0, 1]

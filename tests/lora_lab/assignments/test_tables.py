@@ -161,7 +161,7 @@ def test_a_damaged_parquet_file_is_refused(tmp_path, damage):
 def test_without_pyarrow_the_extra_is_named_and_the_way_around_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(LoraLabError, match=r"pip install 'lora-lab\[parquet\]'.*pandas.read_parquet\('t.parquet'\).to_json\('t.jsonl'"):
+    with pytest.raises(LoraLabError, match=r"pip install 'lora-lab\[parquet\]'.*pandas.read_parquet\('t.parquet'\).to_json\('t.parquet.jsonl'"):
         read_table(written(tmp_path, "t.parquet", "PAR1"))
 
 

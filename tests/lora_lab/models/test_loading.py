@@ -371,3 +371,21 @@ def test_a_file_of_several_dtypes_is_loaded_in_one(tmp_path, told):
     model, _ = models.load(tmp_path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32 if told == "float32" else torch.bfloat16}
     model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_names_of_one_tensor_that_differ_are_refused_whichever_stands_first(tmp_path):
+    """A T5 without `shared`, and with two embeddings that are not the same."""
+    t5_tools.theirs().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    shared = tensors.pop("shared.weight")
+    stacks = {"encoder.embed_tokens.weight": shared.clone(), "decoder.embed_tokens.weight": shared + 1}
+    save_file({**tensors, **stacks}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoraLabError, match=r"embed_tokens.weight differs from shared.weight"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("names", [{"3": "neg", "7": "pos"}, {"a": "neg", "b": "pos"}])
+def test_outputs_whose_names_have_other_numbers_are_refused(names):
+    fields = {"architectures": ["BertForSequenceClassification"], "vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with pytest.raises(LoraLabError, match="id2label=.*expected a name for each output, from 0 on"):
+        models.BertConfig.from_dict({**fields, "intermediate_size": 8, "id2label": names})
