@@ -21,7 +21,7 @@ def continuing_ids(tokenizer: Any, text: str, behind: str = SEAM) -> list[int]:
         return ids
     for other in (behind, SEAM):
         before, whole = (list(tokenizer.encode(each, add_special_tokens=False)) for each in (other, other + text))
-        if whole[: len(before)] == before:  # else the two are joined in a token
+        if whole[: len(before)] == before and len(whole) > len(before):  # else the two are joined in a token
             return whole[len(before) :]
     return ids
 

@@ -231,7 +231,7 @@ def test_the_table_names_every_part_and_what_was_checked() -> None:
     ({"tensor_parallel": 3}, r"tensor_parallel=3: the 8 heads of config do not divide"),
     ({"compile": "yes"}, r"compile='yes': expected True or False"),
     ({"versions": "4.45"}, r"versions='4.45': expected a dict"),
-    ({"versions": {"tranformers": "4.45"}}, r"versions names 'tranformers'; those whose memory behaviour is known to change are torch, transformers"),
+    ({"versions": {"tranformers": "4.45"}}, r"versions names 'tranformers', expected torch, transformers, bitsandbytes"),
     ({"versions": {"transformers": "new"}}, r"version 'new': expected something like '4.44'"),
     ({"optimizer_in_backward": True, "grad_accum_steps": 2}, r"optimizer_in_backward=True with grad_accum_steps > 1"),
     ({"method": "inference", "optimizer_in_backward": True}, r"optimizer_in_backward=True does nothing with method='inference'"),

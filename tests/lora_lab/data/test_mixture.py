@@ -130,9 +130,12 @@ def test_a_row_that_repeats_is_encoded_once_and_shared():
             Counting.calls += 1
             return list(text.encode())
 
-    mixed = mixture({"a": [{"instruction": "i", "output": "o"}], "b": [{"instruction": "j", "output": "p"}]}, "equal", size=10)
+    rows = [{"instruction": "i", "output": "o"}, {"instruction": "j", "output": "p"}]
+    data.encode_rows(rows, Counting())
+    of_two, Counting.calls = Counting.calls, 0
+    mixed = mixture({"a": rows[:1], "b": rows[1:]}, "equal", size=10)
     examples = data.encode_rows(mixed, Counting())
-    assert Counting.calls == 2 * 2 and len(examples) == 10  # prompt and answer of two rows
+    assert Counting.calls == of_two and len(examples) == 10
     assert len({id(example) for example in examples}) == 2
     assert examples == data.encode_rows(list(mixed), Counting())
 
