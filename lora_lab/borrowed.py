@@ -189,13 +189,18 @@ def of_an_adapter(name: str) -> bool:
 def modules_of(model: nn.Module, names: Sequence[str] | None) -> list[str]:
     """Paths of the modules that `modules_to_save` names, at dots from the right; one behind `PREFIX` is a whole path."""
     check_modules_to_save(names)
-    modules = model.named_modules(remove_duplicate=False)
-    paths = [path for path, module in modules if path and not of_an_adapter(path) and next(module.parameters(), None) is not None]
+    paths = paths_with_parameters(model)
     for name in names or ():
         if not any(named_at_dots(path, name) for path in paths):
             near = did_you_mean(name, {path.rpartition(".")[2] for path in paths})
             raise LoraLabError(f"modules_to_save={list(names or ())!r}: {name!r} matches no module with parameters{near}")
     return [path for path in paths if any(named_at_dots(path, name) for name in names or ())]
+
+
+def paths_with_parameters(model: nn.Module) -> list[str]:
+    """Of the modules of the model itself, a tied one by each of its paths."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [path for path, module in modules if path and not of_an_adapter(path) and next(module.parameters(), None) is not None]
 
 
 def named_at_dots(path: str, name: str) -> bool:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import activate
-from .borrowed import borrowed_of, tensor_of
+from .borrowed import PREFIX, borrowed_of, tensor_of
 from .errors import LoraLabError
 from .files import alone_in, saving, write_file, write_json
 from .injection import apply_plan, injection_of
@@ -33,7 +33,6 @@ from .peft_files.borrowed import OwnTensors, borrowed_for_file
 from .peft_files.config import CONFIG, TENSORS, peft_config, warn_of_another_base
 from .peft_files.contents import Contents
 from .peft_files.fused import parts_for_file
-from .peft_files.names import PREFIX
 from .peft_files.parameters import parameters_for_file, parameters_in_metadata
 from .peft_files.reading import CONTAINERS, read_contents
 from .peft_files.replacing import check_replaceable

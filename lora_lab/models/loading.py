@@ -171,7 +171,7 @@ def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | No
     architecture = class_of(config)
     if architecture not in FAMILIES:
         raise LoraLabError(f"architecture {architecture!r} is not one of ours ({', '.join(FAMILIES)}){did_you_mean(architecture, FAMILIES)}")
-    family = FAMILIES[architecture]
+    family, device = FAMILIES[architecture], torch.get_default_device() if device is None else device
     with torch.device("meta"):
         model = family(family.config_class.from_dict(config))
     missing = {name for name, _ in model.named_parameters()}
@@ -182,15 +182,15 @@ def build(config: dict[str, Any], weights: NamedTensors, dtype: torch.dtype | No
         if name in model.tied:
             repeated[name] = tensor
             continue
-        place(model, name, tensor, dtype, torch.get_default_device() if device is None else device)
+        place(model, name, tensor, dtype, device)
         missing.discard(name)
     for name in [*repeated]:
         if (first := model.tied[name]) in missing:  # of the names of one tensor a file may have kept any
-            place(model, first, repeated.pop(name), dtype, torch.get_default_device() if device is None else device)
+            place(model, first, repeated.pop(name), dtype, device)
             missing.discard(first)
     missing = model.without(missing)
     for name, tensor in begin_head(model, missing if architecture != saved_as else ()).items():
-        place(model, name, tensor, dtype or model.get_input_embeddings().weight.dtype, torch.get_default_device() if device is None else device)
+        place(model, name, tensor, dtype or model.get_input_embeddings().weight.dtype, device)
         missing.discard(name)
     if missing:
         raise LoraLabError(f"the weights lack {len(missing)} tensors of a {architecture}, {min(missing)!r} among them")

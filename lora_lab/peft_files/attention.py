@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..borrowed import PREFIX
 from ..errors import LoraLabError
 from ..kinds import kind_of
 from ..layers import LoRA
 from ..plans import AdapterConfig, PlannedLayer
 from ..targets import is_attention_output
-from .names import PREFIX
 
 OUT_PROJ, IN_FILE = ".out_proj.", ".base_layer.out_proj."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"

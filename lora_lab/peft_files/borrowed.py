@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..borrowed import (
     BIASES,
+    PREFIX,
     Borrowed,
     base_in_place,
     base_values,
@@ -32,7 +33,7 @@ from ..borrowed import (
 from ..checks import are_finite
 from ..errors import LoraLabError
 from ..plans import AdapterConfig
-from .names import PREFIX, meant_by_peft
+from .names import meant_by_peft
 from .ties import check_ties, how_to_untie
 
 Tensors = dict[str, Tensor]

@@ -6,17 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..borrowed import PREFIX as OF_A_WHOLE_PATH
-from ..borrowed import of_an_adapter
-
-PREFIX = OF_A_WHOLE_PATH  # of every tensor's name in a file, too
+from ..borrowed import of_an_adapter, paths_with_parameters
 
 
 def meant_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Paths of the modules with parameters that `modules_to_save` means in a file."""
-    modules = model.named_modules(remove_duplicate=False)
-    paths = [path for path, module in modules if path and not of_an_adapter(path) and next(module.parameters(), None) is not None]
-    return [path for path in paths if path.endswith(tuple(names))]
+    return [path for path in paths_with_parameters(model) if path.endswith(tuple(names))]
 
 
 def exact_names(model: nn.Module, paths: Sequence[str]) -> list[str]:

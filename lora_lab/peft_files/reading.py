@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..borrowed import PREFIX
 from ..checks import are_finite
 from ..errors import LoraLabError, did_you_mean
 from ..kinds import kind_of
@@ -32,7 +33,6 @@ from .changed_base import FOUND_AGAIN, on_the_base_itself
 from .config import CONFIG, TENSORS, from_peft, initialisation, read_config, what_is_missing
 from .contents import Contents, Layers, Named
 from .fused import parts_from_file
-from .names import PREFIX
 from .parameters import check_pair, parameters_from_file
 from .request import check_request
 from .tokens import rows_from_file, rows_planned

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..borrowed import modules_of, names_of_each, saved_names, tensor_of
+from ..borrowed import PREFIX, modules_of, names_of_each, saved_names, tensor_of
 from ..errors import LoraLabError
 from ..layers import LoRA
 from ..plans import AdapterConfig
 from ..wrapping import whole
-from .names import PREFIX, exact_names, meant_by_peft
+from .names import exact_names, meant_by_peft
 
 
 def owner_of(name: str) -> str:

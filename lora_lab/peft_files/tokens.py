@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..borrowed import PREFIX
 from ..checks import are_finite
 from ..errors import LoraLabError, did_you_mean
 from ..layers import LoRA
 from ..plans import AdapterConfig
 from ..token_rows.rows import TiedRows, own_rows, words_of
 from ..token_rows.targets import Planned, input_embedding, plan_paths
-from .names import PREFIX
 
 Anything = TypeVar("Anything", bound=Any)
 ROWS = ".token_adapter.trainable_tokens_delta"

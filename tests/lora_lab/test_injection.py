@@ -213,7 +213,7 @@ def test_a_second_inject_is_the_only_active_and_trainable_one_and_the_first_keep
     lora_lab.inject(model, rank=3, init="random", adapter="b")
     assert torch.equal(a, values) and not a.requires_grad and model.layers[0].up_proj.lora_A["b"].requires_grad
     assert model.layers[0].up_proj.lora_active == ("b",)
-    assert_close(lora_lab.use(model, "a")(IDS), y_a, rtol=0, atol=1e-10)  # what trains may be computed in another order
+    assert_close(lora_lab.use(model, "a")(IDS), y_a, rtol=0, atol=1e-13 * float(y_a.abs().max()))  # not every processor gives the same last bit
 
 
 def test_active_adapters_are_summed_and_none_switches_all_off():

@@ -128,7 +128,9 @@ def _from_hub(name: str) -> Path:
 
 
 def _holds_rows(folder: Path) -> bool:
-    return any(path.suffix.lower() in SUFFIXES and not ABOUT.fullmatch(path.name) for path in folder.rglob("*"))
+    """As `_folder` sees it: a text alone, a licence say, is no row."""
+    tables = (path for path in folder.rglob("*") if path.suffix.lower() in (*ROWS, ENDING) or path.parent.name in LABELS)
+    return any(not ABOUT.fullmatch(path.name) for path in tables)
 
 
 def _fetched(name: str, suffixes: list[str]) -> Path:

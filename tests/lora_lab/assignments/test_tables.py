@@ -220,6 +220,11 @@ def test_a_hub_data_set_is_a_folder_and_one_without_tables_is_refused(tmp_path, 
     with pytest.raises(LoraLabError, match="the hub's 'someone/columns' holds no .csv"):
         read_parts("someone/columns")
 
+    parquet(tmp_path / "typed" / "data" / "train-00000-of-00001.parquet", {"text": ["a"], "label": [1]})
+    written(tmp_path / "typed", "LICENSE.txt", "A text, and no row.")
+    asked.clear()
+    assert [*read_parts("someone/typed")["all"]] == [{"text": "a", "label": 1}] and len(asked) == 1
+
     def offline(*_, **__):
         raise OSError("no network")
 
