@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import pyarrow.parquet
 import pytest
 from task_tools import jsonl, opinions, table
 
@@ -114,11 +115,8 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, text,
 
 def parquet(path, columns, names=None):
     """As Hugging Face's datasets writes it: the classes' names beside the schema."""
-    arrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     features = {"label": {"names": names, "_type": "ClassLabel"}, "text": {"dtype": "string", "_type": "Value"}}
-    rows = arrow.table(columns)
+    rows = pyarrow.table(columns)
     if names is not None:
         rows = rows.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     path.parent.mkdir(parents=True, exist_ok=True)
