@@ -34,10 +34,10 @@ from tasks_readers import ASKED
 from tasks_table import NAMES, Group, groups, told
 
 from lora_lab import models
-from lora_lab.assignments import Reading
 from lora_lab.comparison import Results, Study, Workbench
 from lora_lab.comparison.methods import LoRAMethod, Method, ZeroShot
 from lora_lab.comparison.results import Record, Setting
+from lora_lab.tasks import Reading
 from lora_lab.training import fastest_precision
 from lora_lab.training.evaluation import Samples
 from lora_lab.training.precision import storage_dtype

@@ -1,4 +1,4 @@
-"""How answers to the lectures' tasks are judged: as lora_lab's assignments do, and row by row, so that a table can say how sure it is.
+"""How answers to the lectures' tasks are judged: as lora_lab's tasks do, and row by row, so that a table can say how sure it is.
 
     Summaries   ROUGE-L against a person's summary; numbers and names that nobody said
     Answers     the loss of a person's answer
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 import lora_lab
-from lora_lab.assignments import Material, Reading
-from lora_lab.assignments.base import spread
-from lora_lab.assignments.sentiment import NewHead
-from lora_lab.assignments.summarization import Summarizer, wrong_facts
-from lora_lab.assignments.writing import Writer
 from lora_lab.data import Rows
 from lora_lab.data.tables import Classes, Table
+from lora_lab.tasks import Material, Reading
+from lora_lab.tasks.base import spread
+from lora_lab.tasks.sentiment import NewHead
+from lora_lab.tasks.summarization import Summarizer, wrong_facts
+from lora_lab.tasks.writing import Writer
 from lora_lab.training import best_choices, fit, rouge
 from lora_lab.training.precision import storage_dtype
 
@@ -41,7 +41,7 @@ class Writes(Writer):
     title: str  # of the answers that are people's own
 
     def __init__(self, plain: Writer, material: Material) -> None:
-        super().__init__(plain.assignment, plain.tokenizer, plain.reading, plain.encodes, plain.ways())
+        super().__init__(plain.task, plain.tokenizer, plain.reading, plain.encodes, plain.ways())
         self.material = material
 
     def scores(self, model: Any, rows: Table, way: Any = None) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Writes(Writer):
 
     def own(self, row: dict[str, Any]) -> str:
         """What a person wrote."""
-        return str(self.assignment.request(row, self.way.words)["output"])
+        return str(self.task.request(row, self.way.words)["output"])
 
 
 def words(texts: Sequence[str]) -> list[int]:

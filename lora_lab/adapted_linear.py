@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from . import few_rows
 from .autocast import autocast_dtype, is_eager, outside_autocast
 from .functions import applied
-from .remade import recipe_of, rows
+from .rematerialize import recipe_of, rows
 
 PLAIN = (nn.Parameter, Tensor, FakeTensor)  # no other subclass: it may have rules of its own
 

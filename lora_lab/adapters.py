@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .borrowed import borrowed_of, borrowers, refuse_borrowed, restore_borrowed, swap_borrowed
+from .base_parameters import base_parameters_of, owners_in_place, refuse_base_parameters, restore_owners, swap_base_parameters
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA
 from .merging import refuse_merged
@@ -44,7 +44,7 @@ def use(model: Model, adapters: str | Sequence[str] | None) -> Model:
             raise LoraLabError(f"use({adapters!r}): {name!r} is named twice; its update can be added once")
     if len(names) > 1:
         refuse_overlap(model, names)
-    swap_borrowed(model, names)
+    swap_base_parameters(model, names)
     for layer in lora_layers(model).values():
         layer.lora_active = tuple(name for name in names if name in layer.lora_variant)
     return model
@@ -61,13 +61,13 @@ def check_names(model: nn.Module, names: Sequence[str], where: str) -> None:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes what it did before `inject`. Call backward() inside, too, under checkpointing."""
-    before, owners = selection(model), borrowers(model)
+    before, owners = selection(model), owners_in_place(model)
     try:
         use(model, None)
         yield
     finally:
         restore_selection(before)
-        restore_borrowed(owners)
+        restore_owners(owners)
 
 
 @on_base
@@ -85,17 +85,17 @@ def per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[Non
         raise LoraLabError(f"per_sample({adapters!r}): expected a list with a name (or None) for each row of the batch")
     check_names(model, [name for name in adapters if name is not None], f"per_sample({list(adapters)!r})")
     refuse_rows(lora_layers(model), adapters)
-    refuse_borrowed(model, [name for name in adapters if name is not None], "which all rows of per_sample share")
-    before, owners = selection(model), borrowers(model)
+    refuse_base_parameters(model, [name for name in adapters if name is not None], "which all rows of per_sample share")
+    before, owners = selection(model), owners_in_place(model)
     try:
-        swap_borrowed(model, ())
+        swap_base_parameters(model, ())
         for path, layer in lora_layers(model).items():
             rows = [name if name is not None and name in layer.lora_variant else None for name in adapters]
             layer.lora_active = RowSelection(rows, row_dimension(model, path))
         yield
     finally:
         restore_selection(before)
-        restore_borrowed(owners)
+        restore_owners(owners)
 
 
 def row_dimension(model: nn.Module, path: str) -> int:
@@ -116,11 +116,11 @@ def activate(model: nn.Module, adapters: tuple[str, ...], trainable: bool) -> No
         for name in layer.lora_variant:
             for container, parameter in layer.lora_parameters(name).items():
                 parameter.requires_grad_(trainable and name in adapters and layer.lora_variant[name].trains(container))
-    records = borrowed_of(model)
-    for owner, borrowed in records:
-        borrowed.mark(owner, borrowed.in_place, trainable=False)
-    for owner, borrowed in records if trainable else ():
-        borrowed.mark(owner, (name for adapter in adapters for name in borrowed.names.get(adapter, ())), trainable=True)
+    records = base_parameters_of(model)
+    for owner, base_parameters in records:
+        base_parameters.mark(owner, base_parameters.in_place, trainable=False)
+    for owner, base_parameters in records if trainable else ():
+        base_parameters.mark(owner, (name for adapter in adapters for name in base_parameters.names.get(adapter, ())), trainable=True)
 
 
 # The selection of a moment ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import activate
-from .borrowed import PREFIX, borrowed_of, tensor_of
+from .base_parameters import PREFIX, base_parameters_of, tensor_of
 from .errors import LoraLabError
 from .files import alone_in, saving, write_file, write_json
 from .injection import apply_plan, injection_of
@@ -29,7 +29,7 @@ from .layers import LoRA
 from .merging import refuse_merged
 from .parameters.layer import part_at
 from .peft_files.attention import attentions_for_file
-from .peft_files.borrowed import OwnTensors, borrowed_for_file
+from .peft_files.base_parameters import OwnTensors, base_parameters_for_file
 from .peft_files.config import CONFIG, TENSORS, peft_config, warn_of_another_base
 from .peft_files.contents import Contents
 from .peft_files.fused import parts_for_file
@@ -83,7 +83,7 @@ def _for_file(model: nn.Module, adapter: str, dtype: torch.dtype | None) -> tupl
     config = peft_config(model, adapter, layers, ranks) | rows_for_config(model, adapter, layers)
     injection = injection_of(model)
     if injection is not None and adapter in injection.adapters:
-        own = borrowed_for_file(model, injection.borrowed, adapter, config["modules_to_save"] or (), layers)
+        own = base_parameters_for_file(model, injection.base_parameters, adapter, config["modules_to_save"] or (), layers)
         tensors |= {key: _ready(key, tensor, dtype) for key, tensor in own.items()}
     _warn_of_the_unsaved(model)
     metadata = {"format": "pt", "lora_lab_config": json.dumps(config, sort_keys=True), **parts_for_file(layers, adapter),
@@ -107,7 +107,7 @@ def tensors_of(layer: LoRA, adapter: str) -> dict[str, Tensor]:
 
 def _warn_of_the_unsaved(model: nn.Module) -> None:
     """What the caller unfroze by hand would be random, or the base's own, when the adapter is loaded."""
-    own = {id(tensor_of(owner, name)) for owner, borrowed in borrowed_of(model) for names in borrowed.names.values() for name in names}
+    own = {id(tensor_of(owner, name)) for owner, record in base_parameters_of(model) for names in record.names.values() for name in names}
     left = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in f".{name}" and id(p) not in own]
     if left:
         warnings.warn(f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''} train, but are of no adapter and not in the file: with "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import layers as lora_layer
 from .adapters import activate, weights_of
 from .autocast import outside_autocast
-from .borrowed import refuse_borrowed
+from .base_parameters import refuse_base_parameters
 from .checks import check_rank
 from .errors import LoraLabError, did_you_mean
 from .injection import injection_of, new_injection
@@ -69,7 +69,7 @@ def combine(model: Model, adapters: Mapping[str, float], into: str, *, method: s
         raise LoraLabError(f"rank={rank!r} with method={method!r}: 'svd' needs the rank of the result, 'cat' has the sum of the ranks")
     if rank is not None:
         check_rank(rank)
-    refuse_borrowed(model, weights, "which a sum of adapters cannot hold")
+    refuse_base_parameters(model, weights, "which a sum of adapters cannot hold")
     for name in weights:
         if rows := own_rows(model, name):
             raise LoraLabError(f"{name!r} has token rows in {next(iter(rows))!r}, which stand in the place of its own: a weighted sum of such "

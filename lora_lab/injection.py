@@ -17,7 +17,7 @@ from torch import nn
 
 from . import layers as lora_layer
 from .adapters import activate, use
-from .borrowed import Borrowed, base_values, injections
+from .base_parameters import BaseParameters, base_values, injections
 from .checks import check_dtype
 from .errors import LoraLabError
 from .fused.parts import variant_for
@@ -37,7 +37,7 @@ class Injection:
 
     requires_grad: dict[str, bool]
     adapters: dict[str, AdapterConfig] = field(default_factory=dict)
-    borrowed: Borrowed = field(default_factory=Borrowed)
+    base_parameters: BaseParameters = field(default_factory=BaseParameters)
     lost: dict[str, float] = field(default_factory=dict)  # of adapters made by combine: what their rank could not hold
     places: dict[str, tuple[str, ...]] = field(default_factory=dict)  # adapter -> paths of its layers
 
@@ -80,7 +80,7 @@ def inject(model: Model, rank: int = 8, *, alpha: float | None = None, target_mo
     init: "kaiming" | "gaussian" | "orthogonal" | "pissa" (all start from a zero update; see initialization.py, variants.py) | "random"
         (does not; for tests).
     bias: "none" | "lora_only" (those of the adapted layers) | "all": biases that train along.  modules_to_save: names of modules that are trained
-        whole, such as a new head; the adapter has values of its own for both, and the base's come back when it is off (borrowed.py).
+        whole, such as a new head; the adapter has values of its own for both, and the base's come back when it is off (base_parameters.py).
     trainable_token_indices: ids of words whose rows of the input embedding train, or {name of an embedding: ids}; a list of target_modules may be
         empty then. An output layer that the configuration ties to the embedding takes the same rows (token_rows/).
     target_parameters: names of parameters, such as stacks of experts, that are adapted themselves; a list of target_modules may be empty then.
@@ -130,7 +130,7 @@ def _end_merge(owner: Any) -> None:
     else:
         delattr(owner, RECORD)
         for _, injection in injections(owner):
-            injection.borrowed = Borrowed()
+            injection.base_parameters = BaseParameters()
 
 
 def apply_plan(model: nn.Module, plan: Plan, adapter: str, dtype: torch.dtype | None = None, trainable: bool = True) -> None:
@@ -159,7 +159,7 @@ def apply_plan(model: nn.Module, plan: Plan, adapter: str, dtype: torch.dtype | 
         attach_rows(model, adapter, tokens, own_rows)
     injection.adapters[adapter] = config
     injection.places[adapter] = tuple(path for path, layer in lora_layers(model).items() if adapter in layer.lora_variant)
-    injection.borrowed.add(adapter, starts)
+    injection.base_parameters.add(adapter, starts)
     activate(model, (adapter,), trainable=trainable)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .autocast import autocast_dtype
 from .dropout import dropped_update
 from .errors import LoraLabError
-from .remade import product
+from .rematerialize import linear_rematerialized
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -69,7 +69,7 @@ class LinearKind:
 
     def update(self, module: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
         """``scaling * B A x``; dropout, in training, on x."""
-        return dropped_update(x, A, B, scaling, dropout) if dropout else F.linear(scaling * product(x, A), B)
+        return dropped_update(x, A, B, scaling, dropout) if dropout else F.linear(scaling * linear_rematerialized(x, A), B)
 
     def spread(self, module: Any, vector: Tensor) -> Tensor:
         """A number per output, in the shape in which it multiplies the layer's output."""

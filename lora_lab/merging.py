@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .borrowed import Moment, borrowers, restore_borrowed, swap_borrowed
+from .base_parameters import Owners, owners_in_place, restore_owners, swap_base_parameters
 from .errors import LoraLabError, did_you_mean
 from .layers import LoRA, detach_adapters, reattach_adapters
 from .selection import RowSelection
@@ -52,7 +52,7 @@ class MergeReport:
     relative_rounding: float
     restorable: bool
     _state: list[_Merged] = field(default_factory=list, repr=False)
-    _borrowers: Moment = field(default_factory=list, repr=False)
+    _owners: Owners = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         lost = f"rounded by at most {self.rounding:.3g} ({self.relative_rounding:.2g} of a layer's largest weight)"
@@ -82,9 +82,9 @@ def merge(model: Model, adapter: str | None = None, *, restorable: bool = True, 
         _check(path, layer, names, shared, untie)
     errors = [_survey(path, layer, names) for path, layer in layers.items()]
     report = MergeReport(names, len(layers), max(error for error, _ in errors), max(share for _, share in errors), restorable)
-    report._borrowers = borrowers(model)
+    report._owners = owners_in_place(model)
     try:
-        swap_borrowed(model, names)
+        swap_base_parameters(model, names)
         report._state = [_prepare(layer, names if path in layers else (), shared, restorable) for path, layer in lora_layers(model).items()]
         for merged in report._state:
             _merge_layer(merged, names)
@@ -264,4 +264,4 @@ def _undo(report: MergeReport) -> None:
                 getattr(_holder(merged.layer), name).copy_(merged.bits[name])
         if merged.adapters is not None:
             reattach_adapters(merged.layer, merged.adapters)
-    restore_borrowed(report._borrowers)
+    restore_owners(report._owners)

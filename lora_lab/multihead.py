@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import LoraLabError
 from .layers import LoRA
-from .parameters.standing_in import replaceable, standing_in
+from .parameters.weight_override import replaceable, standing_in
 from .selection import RowSelection, remember_selection
 
 

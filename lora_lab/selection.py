@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .autocast import saved_tensor_hooks
 from .errors import LoraLabError
-from .remade import can_be_remade, recipe_of
+from .rematerialize import recipe_of, rematerializable
 
 
 class RowSelection(tuple[str, ...]):
@@ -67,7 +67,7 @@ def remember_selection(x: Tensor, active: tuple[str, ...]) -> Tensor:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.requires_grad or saved_tensor_hooks() is None:
         return x
     checked = _SelectionCheck.apply(x, torch.tensor(stamp(active)), active)
-    return checked if (recipe := recipe_of(x)) is None else can_be_remade(checked, recipe.make, *recipe.sources)
+    return checked if (recipe := recipe_of(x)) is None else rematerializable(checked, recipe.make, *recipe.sources)
 
 
 def stamp(active: tuple[str, ...]) -> int:

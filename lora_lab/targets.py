@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .borrowed import borrowed_names, modules_of, tensor_of
+from .base_parameters import base_parameter_names, modules_of, tensor_of
 from .checks import check_alpha, check_numbers, check_rank
 from .errors import LoraLabError, did_you_mean
 from .fused.layouts import check_parts, parts_of, split_part
@@ -65,7 +65,7 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
                            "leave no layer to adapt")  # fmt: skip
     for name in ("rank_pattern", "alpha_pattern"):
         check_patterns(name, getattr(config, name), targets)
-    along = borrowed_names(model, targets, config.bias, config.modules_to_save)
+    along = base_parameter_names(model, targets, config.bias, config.modules_to_save)
     numel = sum(p.numel() for p in {id(p): p for p in (tensor_of(model, name) for name in along)}.values() if isinstance(p, nn.Parameter))
     tokens = plan_rows(model, config.trainable_token_indices, targets, saved, config.variant)
     check_apart(model, targets, [rows.path for rows in tokens], parameters)

@@ -15,7 +15,7 @@ from lora_lab.errors import LoraLabError
 from lora_lab.models import generate as our_generate
 from lora_lab.models.base import PretrainedModel
 
-from .bases import cache_length, check_text, context_length
+from .base_model import cache_length, check_text, context_length
 from .heads import inserted_before
 
 if TYPE_CHECKING:

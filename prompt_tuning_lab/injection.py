@@ -17,7 +17,7 @@ from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.targets import ADAPTER_NAME
 from lora_lab.wrapping import refuse_sharded, refuse_wrapped
 
-from .bases import context_length, kind_of, refuse_words_in_layers
+from .base_model import base_kind, context_length, refuse_words_in_layers
 from .embeddings import embedding_rms, rms
 from .initialization import Initialization, Start, check_count, check_seed, first_rows, first_words, rows_there
 from .layout import check_placement
@@ -113,7 +113,7 @@ def _rows_of(init: Any, tasks: Any) -> Any:
 def _check(base: nn.Module, num_virtual_tokens: int, method: str, placement: str, hidden_size: int | None, projected: bool) -> None:
     check_count(num_virtual_tokens)
     check_placement(placement)
-    kind = kind_of(base)
+    kind = base_kind(base)
     if base.get_input_embeddings().weight.is_meta:  # type: ignore[operator]
         raise LoraLabError("the model is on the meta device, which holds shapes and no numbers: load the weights first")
     if method not in METHODS:

@@ -23,7 +23,7 @@ from lora_lab.errors import LoraLabError
 from lora_lab.models.base import check_ids, is_encoder_decoder
 from lora_lab.models.blocks import IGNORE
 
-from .bases import Kind, cache_length, check_text, flat_mask, kind_of, rows_of
+from .base_model import Kind, base_kind, cache_length, check_text, flat_mask, rows_of
 from .layout import Block, Layout, block_of, layout_of, lead_of, source_of
 
 MOVED = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")  # those that give each position something
@@ -67,7 +67,7 @@ def insert_prompts(base: nn.Module, prompts: Sequence[Tensor], which: Sequence[i
     Raises LoraLabError for a prompt of another width, an unknown placement, a number of rows that is not the batch's, a mask or labels of
     another shape than the text.
     """
-    kind = kind_of(base) if kind is None else kind
+    kind = base_kind(base) if kind is None else kind
     placements = [placement] * len(prompts) if isinstance(placement, str) else list(placement)
     block = block_of(base, prompts, list(which), placements)
     if block.longest == 0:

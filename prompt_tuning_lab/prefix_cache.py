@@ -23,7 +23,7 @@ from lora_lab.models.causal import CausalLM
 from lora_lab.models.seq2seq import EncoderOutput, Seq2SeqLM, embedded
 from lora_lab.models.t5 import relative_position_bucket
 
-from .bases import cache_length
+from .base_model import cache_length
 
 Pairs = list[tuple[Tensor, Tensor]]  # of each layer keys and values, [B, N, S, D] each
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}

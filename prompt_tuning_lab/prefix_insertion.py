@@ -24,7 +24,7 @@ from lora_lab.errors import LoraLabError
 from lora_lab.models.base import is_encoder_decoder
 from lora_lab.models.blocks import compute_dtype
 
-from .bases import cache_length, first_position, flat_mask
+from .base_model import cache_length, first_position, flat_mask
 from .prefix_cache import (
     Pairs,
     encode,

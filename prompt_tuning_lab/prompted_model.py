@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError, did_you_mean
 
-from .bases import cache_length, check_text, context_length, kind_of, rows_of
+from .base_model import base_kind, cache_length, check_text, context_length, rows_of
 from .frozen_base import learning_through
 from .generating import generate
 from .heads import inserted_before, pooled
@@ -48,11 +48,11 @@ class PromptedModel(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.kind = kind_of(base)
+        self.kind = base_kind(base)
         self.base, self.tasks = base, Tasks()
         self.active: str | None = None
         self.rows: tuple[str | None, ...] | None = None
-        self.inner_kind = kind_of(self.backbone) if self.kind.backbone else self.kind
+        self.inner_kind = base_kind(self.backbone) if self.kind.backbone else self.kind
         base.requires_grad_(False)
         self.train(base.training)
 

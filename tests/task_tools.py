@@ -9,11 +9,11 @@ from bert_tools import SMALL, WORDS, word_pieces
 from t5_tools import PLAIN
 from tiny_workshop import chat_tokenizer, livelier, our_llama, plain_tokenizer
 
-from lora_lab.assignments import Reading, gather
 from lora_lab.comparison import Workbench
 from lora_lab.models import BertConfig, BertModel, T5ForConditionalGeneration
 from lora_lab.models.loading import save
 from lora_lab.models.t5_config import T5Config
+from lora_lab.tasks import Reading, gather
 
 GOOD = ("good", "very good", "so good", "a good cat", "the good dog", "good film")
 BAD = ("bad", "very bad", "so bad", "a bad cat", "the bad dog", "bad film")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lora_lab", "memory_math", "prompt_tuning_lab")
 # Every other file of lora_lab is LoRA itself: torch and safetensors only
-WORKSHOP = ("models", "data", "training", "assignments", "comparison", "commands", "__main__", "demo")
+WORKSHOP = ("models", "data", "training", "tasks", "comparison", "commands", "__main__", "demo")
 LAZILY = {"merge": "tqdm"}  # a progress bar, imported when it is shown
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WORKSHOP = ("models", "data", "training", "commands", "assignments", "comparison", "__main__.py", "demo.py", "version.py")
+WORKSHOP = ("models", "data", "training", "commands", "tasks", "comparison", "__main__.py", "demo.py", "version.py")
 
 FEATURES = {  # line of the table -> the tests that hold what it says of ours
     "which models": ["lora_lab/test_peft_families.py::test_peft_computes_what_we_save"],
@@ -35,8 +35,8 @@ FEATURES = {  # line of the table -> the tests that hold what it says of ours
     "LoRA+": ["lora_lab/test_learning_rates.py::test_every_B_has_the_higher_rate_and_every_trained_tensor_is_in_one_group"],
     "LoRA-FA": ["lora_lab/test_kinds.py::test_with_freeze_A_only_B_trains"],
     "`lora_bias`": ["lora_lab/test_kinds.py::test_peft_reads_what_we_write"],
-    "biases that train along": ["lora_lab/test_borrowed.py::test_with_the_adapter_off_the_model_is_the_base_again"],
-    "whole modules that train along": ["lora_lab/test_borrowed.py::test_files_both_ways_with_peft"],
+    "biases that train along": ["lora_lab/test_base_parameters.py::test_with_the_adapter_off_the_model_is_the_base_again"],
+    "whole modules that train along": ["lora_lab/test_base_parameters.py::test_files_both_ways_with_peft"],
     "several adapters at once": ["lora_lab/test_injection.py::test_active_adapters_are_summed_and_none_switches_all_off"],
     "one for each row of a batch": ["lora_lab/test_adapters.py::test_a_batch_with_an_adapter_per_row_equals_the_rows_run_alone"],
     "and in training": ["lora_lab/test_adapters.py::test_each_adapter_learns_from_its_own_rows_in_training"],

@@ -74,9 +74,9 @@ def _names(text: str, methods: Mapping[str, Any]) -> list[str]:
 
 def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
     from .. import models
-    from ..assignments import Reading, preview
     from ..comparison import Results, Study, Workbench
-    from ..comparison.elsewhere import elsewhere_of
+    from ..comparison.forgetting import forgetting_probe
+    from ..tasks import Reading, preview
     from ..training import TrainConfig
 
     _check(options)
@@ -92,7 +92,7 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
     material = material.within(reader, model, options.max_length)
     material = material.first(train=options.rows, validation=options.held_out_rows, test=options.held_out_rows)
     print(preview(material, reader), end="\n\n", flush=True)
-    elsewhere = None if options.no_forgetting else elsewhere_of(model, tokenizer, reader, options.task, options.forgetting_data)
+    elsewhere = None if options.no_forgetting else forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data)
     bench = Workbench(lambda dtype: models.load(options.model, dtype=dtype, device=options.device, **task)[0], material, reader, training,
                       options.rank or 8, targets_of(options.target_modules or ["all-linear"]), options.num_virtual_tokens or 20,
                       tuple(options.shots or (1, 2, 4)), elsewhere)  # fmt: skip

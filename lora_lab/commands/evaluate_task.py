@@ -16,7 +16,7 @@ ELSEWHERE = ("metric", "choices", "normalise", "stemmer")  # options of evaluati
 
 def run(options: argparse.Namespace) -> tuple[str, Columns]:
     """(what was evaluated, the scores of each column)."""
-    from ..assignments import Reading, preview
+    from ..tasks import Reading, preview
 
     _check(options)
     whole = {"wanted": ()} if options.split == "all" else {}

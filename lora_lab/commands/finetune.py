@@ -108,10 +108,10 @@ def _adapt(options: argparse.Namespace, subject: Subject, config: Any, say: Call
 
 def _examples(subject: Subject, config: Any) -> Any:
     from .. import data
-    from ..data.tasks import task_of
+    from ..data.objectives import objective_of
 
     rows = subject.rows
-    return data.Rows(task_of(subject.model).encode(rows, subject.tokenizer, config.max_length), rows.source, rows.lines)
+    return data.Rows(objective_of(subject.model).encode(rows, subject.tokenizer, config.max_length), rows.source, rows.lines)
 
 
 def _save(options: argparse.Namespace, subject: Subject) -> None:

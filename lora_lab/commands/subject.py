@@ -27,7 +27,7 @@ class Subject:
 
     def record(self, folder: Path) -> None:
         """Write beside the adapter what it was taught."""
-        from ..assignments.record import write_record
+        from ..tasks.record import write_record
 
         if self.material is not None:
             write_record(folder, self.material, self.reader)
@@ -56,8 +56,8 @@ def subject_of(options: argparse.Namespace, precision: str, device: str | None) 
 
 
 def _of_task(options: argparse.Namespace, precision: str, device: str | None) -> Subject:
-    from ..assignments import Reading, preview
     from ..data.tables.folders import TRAIN, VALIDATION
+    from ..tasks import Reading, preview
 
     settings: dict[str, Any] = {"parts": {VALIDATION: options.eval_data}, "wanted": (TRAIN, VALIDATION)} if options.eval_data else {}
     material, words = gathered(options, **settings)

@@ -51,8 +51,8 @@ def load_for_task(options: argparse.Namespace, precision: str, device: str | Non
 
 def gathered(options: argparse.Namespace, folder: Path | None = None, **settings: Any) -> tuple[Any, str | None]:
     """(the material of --task, the words that the model is asked in or None). folder: of an adapter, which remembers both classes and words."""
-    from ..assignments import gather
-    from ..assignments.record import read_record
+    from ..tasks import gather
+    from ..tasks.record import read_record
 
     record = None if folder is None else read_record(folder, options.task)
     if record is not None and options.labels is None:

@@ -8,11 +8,11 @@
 A method is whatever makes a model that can answer (methods.py); those of another lab are handed in, as `python -m lora_lab compare` does.
 """
 
-from .elsewhere import Elsewhere
+from .forgetting import ForgettingProbe
 from .methods import METHODS, Method, Taught
 from .results import Results
 from .study import Study
 from .table import table
 from .workbench import Workbench
 
-__all__ = ["METHODS", "Elsewhere", "Method", "Results", "Study", "Taught", "Workbench", "table"]
+__all__ = ["METHODS", "ForgettingProbe", "Method", "Results", "Study", "Taught", "Workbench", "table"]

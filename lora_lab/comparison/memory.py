@@ -10,9 +10,9 @@ import torch
 
 import memory_math
 
-from ..assignments import kind_of
 from ..models.base import is_encoder_decoder
 from ..models.generation import decoder_start, left_pad, right_pad
+from ..tasks import model_kind
 from ..training import TrainConfig, fit
 from ..training.evaluation.passes import evaluating
 
@@ -69,7 +69,7 @@ def measured_step(model: Any, rows: Sequence[Example], config: TrainConfig) -> i
 
 def measured_reading(model: Any, questions: Sequence[Sequence[int]], pad: int, precision: str) -> int | None:
     """The same of reading a batch, keys and values kept, for the next token or the class."""
-    device, kind = next(model.parameters()).device, kind_of(model)
+    device, kind = next(model.parameters()).device, model_kind(model)
     ids, mask = (left_pad if kind == "causal" else right_pad)([list(row) for row in questions], pad, device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if kind == "causal":

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from .. import checkpoint, models
-from ..assignments import Way, kind_of
 from ..data.formats import Row
 from ..injection import inject
 from ..models.base import pad_id_of
+from ..tasks import Way, model_kind
 from ..training import TrainConfig, fit
 from ..training.batches import count_steps
 from .memory import Memory, longest, measured_reading, measured_step, predicted, shape_of
@@ -94,7 +94,7 @@ def asked(bench: Workbench, way: Way, rows: Sequence[Row], measure: bool) -> Tau
     if not measure:
         return Taught(model, way, file_bytes=size)
     batch = sorted(bench.reader.questions(rows, way), key=len)[-reading.batch_size :]
-    shape = {"batch_size": len(batch), "sequence_length": len(batch[-1]), **({"target_length": 1} if kind_of(model) == "encoder-decoder" else {})}
+    shape = {"batch_size": len(batch), "sequence_length": len(batch[-1]), **({"target_length": 1} if model_kind(model) == "encoder-decoder" else {})}
     foreseen = predicted(model, method="inference", precision=reading.precision, **shape)
     found = measured_reading(model, batch, pad_id_of(bench.reader.tokenizer), reading.precision)
     return Taught(model, way, file_bytes=size, memory=Memory(foreseen, found))

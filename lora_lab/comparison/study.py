@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..assignments.base import spread
 from ..data.formats import Rows
 from ..data.tables import Table
 from ..errors import LoraLabError
 from ..models.base import context_of
+from ..tasks.base import spread
 from ..training import Sweep, Trial
 from ..training.guards import Diverged
-from .elsewhere import Elsewhere
+from .forgetting import ForgettingProbe
 from .methods import METHODS, Choice, Method, Taught
 from .results import Record, Results, Setting
 from .workbench import Workbench
@@ -115,7 +115,7 @@ class Study:
                 "elsewhere_of": None if elsewhere is None else elsewhere.name,
                 "elsewhere": None if elsewhere is None else self._forgot(taught, elsewhere)}  # fmt: skip
 
-    def _forgot(self, taught: Taught, elsewhere: Elsewhere) -> list[float]:
+    def _forgot(self, taught: Taught, elsewhere: ForgettingProbe) -> list[float]:
         """Before and after. A model that was only asked is what it was."""
         return [self.before(), self.before() if taught.way is not None else elsewhere.measure(taught.model)]
 

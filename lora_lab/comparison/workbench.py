@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..assignments import Material, Reader
-from ..assignments.base import digest
+from ..tasks import Material, Reader
+from ..tasks.base import digest
 from ..training.precision import storage_dtype
-from .elsewhere import Elsewhere
+from .forgetting import ForgettingProbe
 
 Source = Callable[[torch.dtype], Any]  # a dtype -> a model with weights in it, as it was published
 
@@ -34,7 +34,7 @@ class Workbench:
     target_modules: str | list[str] = "all-linear"
     num_virtual_tokens: int = 20
     shots: tuple[int, ...] = (1, 2, 4)
-    elsewhere: Elsewhere | None = None
+    elsewhere: ForgettingProbe | None = None
 
     @property
     def precision(self) -> str:
@@ -52,7 +52,7 @@ class Workbench:
         rows = {part: len(table) for part, table in material.parts.items()}
         texts = [json.dumps(row, sort_keys=True) for table in material.parts.values() for row in table]
         classes = None if material.classes is None else list(material.classes.names)
-        return {"task": material.assignment.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16], "classes": classes,
+        return {"task": material.task.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16], "classes": classes,
                 "words": self.reader.way.words, "training": {**self.training}, "precision": self.precision, "generation": {**reading.generation},
                 "rank": self.rank, "target_modules": self.target_modules, "num_virtual_tokens": self.num_virtual_tokens}  # fmt: skip
 

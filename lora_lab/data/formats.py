@@ -5,7 +5,7 @@ Two formats for language models, one for classifiers and one for summaries, the 
     {"instruction": "...", "input": "...", "output": "..."}                                     Alpaca's; input may be missing
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}  chat; any number of turns
     {"text": "...", "label": 0}                                                                  see classification.py; text_pair may come, too
-    {"dialogue": "...", "summary": "..."}                                                        DialogSum's and SAMSum's; see assignments/
+    {"dialogue": "...", "summary": "..."}                                                        DialogSum's and SAMSum's; see tasks/
 
 Files with columns of other names, and CSV, are read by tables/.
 """
@@ -87,7 +87,7 @@ def load(name_or_path: str | Path) -> tuple[Rows, Rows | None]:
         raise LoraLabError(f"no data at {str(path)!r}: expected a .json or .jsonl file, or one of {list(BUNDLED)}{did_you_mean(path, BUNDLED)}")
     if path.suffix.lower() in TABLES:
         raise LoraLabError(f"{path} is a table: its columns are found for a task, --task sentiment, summarization, instruction or reviews "
-                           "(lora_lab.assignments.gather)")  # fmt: skip
+                           "(lora_lab.tasks.gather)")  # fmt: skip
     return read(path), None
 
 

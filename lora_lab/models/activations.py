@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LoraLabError, did_you_mean
-from ..remade import can_be_remade
+from ..rematerialize import rematerializable
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -33,7 +33,7 @@ KEEP_THEIR_INPUT = (F.gelu, _tanh_gelu, F.silu, F.mish)  # for backward; the oth
 
 def activated(activation: Activation, x: Tensor) -> Tensor:
     """``activation(x)``, which need not be kept as the input of what comes next where x is kept in any case."""
-    return can_be_remade(activation(x), activation, x) if activation in KEEP_THEIR_INPUT else activation(x)
+    return rematerializable(activation(x), activation, x) if activation in KEEP_THEIR_INPUT else activation(x)
 
 
 def check_activation(name: Any, field: str) -> str:

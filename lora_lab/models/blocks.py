@@ -16,7 +16,7 @@ from .. import few_rows
 from ..autocast import autocast_dtype
 from ..functions import applied
 from ..layers import LoRALinear
-from ..remade import can_be_remade
+from ..rematerialize import rematerializable
 from ..together import is_called_plainly, together
 
 IGNORE = -100  # the label of a position that is not learned
@@ -129,7 +129,7 @@ class _GateFunction(torch.autograd.Function):
 
 def gated(function: type[_GateFunction], gate: Tensor, up: Tensor) -> Tensor:
     """``function`` of gate and up, which need not be kept as the input of what comes next: the two are kept already."""
-    return can_be_remade(applied(function, gate, up), function.forward, gate, up)
+    return rematerializable(applied(function, gate, up), function.forward, gate, up)
 
 
 class SwiGLUFunction(_GateFunction):

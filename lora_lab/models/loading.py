@@ -30,10 +30,10 @@ from .config import check_against
 from .embedding import LAYOUT, copy_layout
 from .falcon import FalconForCausalLM
 from .gpt2 import GPT2LMHeadModel
+from .heads import Head, begin_head, class_of
 from .llama import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from .neox import GPTNeoXForCausalLM
 from .t5 import MT5ForConditionalGeneration, T5EncoderModel, T5ForConditionalGeneration
-from .tasks import Head, begin_head, class_of
 from .tokenizer import GENERATION, Tokenizer
 
 FAMILIES: dict[str, type[PretrainedModel]] = {

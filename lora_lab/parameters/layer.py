@@ -26,7 +26,7 @@ from ..kinds import LinearKind
 from ..layers import AdapterParameters, LoRA
 from ..selection import remember_selection
 from ..variants import Variant
-from .standing_in import replaceable, standing_in
+from .weight_override import replaceable, standing_in
 from .weight_sums import WeightSum, add_product, forgotten, read_one_by_one
 
 PART = "lora_of_"  # before a parameter's name: the module with its adapters

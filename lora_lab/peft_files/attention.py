@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..borrowed import PREFIX
+from ..base_parameters import PREFIX
 from ..errors import LoraLabError
 from ..kinds import kind_of
 from ..layers import LoRA

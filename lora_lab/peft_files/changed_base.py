@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..borrowed import base_in_place, names_of_each
+from ..base_parameters import base_in_place, names_of_each
 from ..errors import LoraLabError
 from ..kinds import dense, is_conv1d, is_linear
 from ..plans import AdapterConfig, PlannedLayer

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..borrowed import check_modules_to_save, injections
+from ..base_parameters import check_modules_to_save, injections
 from ..errors import LoraLabError
 from ..files import json_object
 from ..injection import injection_of

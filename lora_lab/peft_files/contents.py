@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..plans import AdapterConfig, Plan, PlannedLayer
 from ..token_rows.targets import PlannedRows
-from .borrowed import OwnTensors
+from .base_parameters import OwnTensors
 
 Named = dict[str, Tensor]  # name in a file -> tensor
 Layers = dict[str, Named]  # path -> the tensors of the layer

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from ..borrowed import PREFIX
+from ..base_parameters import PREFIX
 from ..errors import LoraLabError
 from ..plans import AdapterConfig
 from ..streaming.shards import FLOATS, StoredTensor, read_shard
-from .borrowed import without_copies
+from .base_parameters import without_copies
 from .config import CONFIG, TENSORS, from_peft, read_config, what_is_missing
 from .parameters import described_in, without_wrappers, wrapped_pairs
 from .tokens import check_all_there, rows_from_file, words_in_config

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..borrowed import of_an_adapter, paths_with_parameters
+from ..base_parameters import of_an_adapter, paths_with_parameters
 
 
 def meant_by_peft(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..borrowed import PREFIX
+from ..base_parameters import PREFIX
 from ..checks import are_finite
 from ..errors import LoraLabError, did_you_mean
 from ..kinds import kind_of
@@ -28,7 +28,7 @@ from ..plans import AdapterConfig, PlannedLayer
 from ..streaming.shards import check_shape, opened
 from ..targets import plan_layer, plan_parameter
 from .attention import attentions_from_file, with_its_attention
-from .borrowed import adapted_paths, of_this_model, own_tensors, without_copies
+from .base_parameters import adapted_paths, of_this_model, own_tensors, without_copies
 from .changed_base import FOUND_AGAIN, on_the_base_itself
 from .config import CONFIG, TENSORS, from_peft, initialisation, read_config, what_is_missing
 from .contents import Contents, Layers, Named

@@ -33,7 +33,7 @@ def check_replaceable(model: nn.Module, adapter: str, plan: Plan) -> None:
     if words != (in_plan := {part.path: list(part.indices) for part in plan.tokens}):
         raise _differs(adapter, "the words with rows of their own", words, in_plan)
     injection = injection_of(model)
-    along = sorted(injection.borrowed.names.get(adapter, ())) if injection is not None else []
+    along = sorted(injection.base_parameters.names.get(adapter, ())) if injection is not None else []
     if along != sorted(plan.along):
         raise _differs(adapter, "what it trains of the model itself", along, sorted(plan.along))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ..borrowed import names_of_each, of_an_adapter
+from ..base_parameters import names_of_each, of_an_adapter
 from ..errors import LoraLabError
 from ..kinds import is_linear, kind_of
 from ..patterns import compile_pattern

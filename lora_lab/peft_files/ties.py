@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..borrowed import PREFIX, modules_of, names_of_each, saved_names, tensor_of
+from ..base_parameters import PREFIX, modules_of, names_of_each, saved_names, tensor_of
 from ..errors import LoraLabError
 from ..layers import LoRA
 from ..plans import AdapterConfig
@@ -38,7 +38,7 @@ def whole_modules(model: nn.Module, names: Sequence[str] | None, adapted: Collec
     """modules_to_save as a file has to say it: with the modules that have a tensor in common with these. adapted: paths with an adapter.
 
     Without those in which PEFT could not train all: with an adapter, or around what is named. Their tensor is in the file all the same, and PEFT
-    puts it in its place (see `borrowed_for_file`).
+    puts it in its place (see `base_parameters_for_file`).
     """
     inside = modules_of(model, names)
     said = {name: [name] for name in names or ()}

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..borrowed import PREFIX
+from ..base_parameters import PREFIX
 from ..checks import are_finite
 from ..errors import LoraLabError, did_you_mean
 from ..layers import LoRA

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ..errors import LoraLabError, did_you_mean
 from ..files import json_object, new_folder, saving, settle, write_json
-from ..parameters.merging import place_parameters
 from ..peft_files.config import warn_of_another_base
 from ..peft_files.folder import AdapterFile, Pair, Rows, read_adapter
 from ..weight_files import weights_sha256
 from .blockwise import Change, MergedTensor, merged_blocks
+from .parameters import place_parameters
 from .shards import FLOATS, INDEX, MODEL, NAMES, NewTensor, Shard, StoredTensor, read_checkpoint, write_shard
 
 # Where the weight is stored [in, out] (transformers' Conv1D): the model types, and their layers of that kind.

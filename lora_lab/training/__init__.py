@@ -14,11 +14,11 @@ from .evaluation import (
     samples,
     score_choices,
 )
-from .loop import evaluate, fit
+from .fitting import evaluate, fit
+from .loop import Interrupted
 from .precision import fastest_precision
 from .probing import linear_probe
 from .result import FitResult
-from .run import Interrupted
 from .sharding import shard
 from .sweeps import Sweep, Trial, grid, sweep
 

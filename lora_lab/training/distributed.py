@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..borrowed import of_an_adapter
+from ..base_parameters import of_an_adapter
 from ..errors import LoraLabError
-from .pieces import some_numbers
+from .dtensors import some_numbers
 
 T = TypeVar("T")
 KINDS = ("ddp", "fsdp")

@@ -16,7 +16,7 @@ from ..models.base import PretrainedModel
 from ..models.recompute import Mode
 from ..targets import lora_layers
 from ..wrapping import base_of, gathered
-from .pieces import piece
+from .dtensors import piece
 
 NOTHING_LEARNS = ("the loss depends on no weight that requires grad: is the adapter that trains switched on (lora_lab.use)? "
                   "Reentrant checkpointing over frozen inputs cuts the graph, too (use_reentrant=False)")  # fmt: skip

@@ -1,184 +1,340 @@
-"""The training loop: whatever requires grad is trained, in any of the precisions, on labelled rows.
-
-    for each optimizer step:
-        for each of its micro-batches:  (loss * its share of the step's labelled tokens).backward()
-        clip, step, next learning rate
-
-What a step is stands in run.py; here is what has to be true before the first and after the last.
-"""
+"""One run of training: steps, evaluations, snapshots, and the end."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..data.formats import Placed
-from ..data.packing import check_fits
-from ..data.tasks import Task, packed_task_of, task_of
-from ..data.templates import IGNORE
+from ..data.batching import Batch, length_buckets
+from ..data.objectives import Objective
 from ..errors import LoraLabError
-from ..learning_rates import learns_fast
-from ..merging import refuse_merged
-from ..models.base import in_mode, longest_row, pad_id_of
-from ..models.causal import refuse_per_sample
-from .batches import Examples, epoch_batches
+from ..learning_rates import parameter_groups
+from ..models.base import PretrainedModel, in_mode
+from ..wrapping import base_of, gathered
+from . import snapshots, state
+from .accounting import Log, peak_bytes, reset_peak
+from .batches import Examples, count_steps, step_batches
 from .config import TrainConfig
-from .distributed import START, TORCHRUN, World, world
-from .guards import checkpointing, out_of_memory_explained, own_gradients
-from .memory_request import request_of
-from .precision import PRECISIONS, dtypes_under, stored_in
+from .distributed import ALONE, World, accumulating, agree_on_weights, data_parallel, same_random_numbers
+from .dtensors import joined_like, piece
+from .guards import NOTHING_LEARNS, Diverged, WhichLayersRan, first_gradient_not_finite, first_not_finite
+from .memory_saving import StepsInBackward, offloaded_activations
+from .optimizers import learning_rate_share, make_optimizer
+from .precision import PRECISIONS
 from .result import FitResult
-from .run import Run
-from .run import evaluate as evaluate_examples
-from .sharding import is_sharded, let_go, shard
-from .state import only_run_in
+from .sharding import is_sharded, let_go
 
 
-def fit(model: nn.Module, data: Sequence[dict[str, Any]], config: TrainConfig | dict[str, Any] | None = None, *, tokenizer: Any = None,
-        eval_data: Sequence[dict[str, Any]] | None = None) -> FitResult:  # fmt: skip
-    """Train what requires grad in `model` on `data`; returns the numbers of the run. The model is changed in place.
-
-    model: takes input_ids, attention_mask and labels [B, T] and returns an object with .loss, the mean over labelled tokens:
-        ours, or a causal or encoder-decoder model of transformers; or a sequence classifier of either, whose loss is the mean over rows.
-    data, eval_data: rows {"input_ids", "labels"}, or instruction/input/output or messages rows with a tokenizer (an encoder-decoder's
-        labels are the answer alone, data/seq2seq.py); of a classifier
-        {"input_ids", "label"} or {"text", "label"} (data/classification.py).
-    config: a TrainConfig or a dict of its fields.
-    The same seed, data, machine and thread count give the same run, stopped and resumed or not (see snapshots.py).  Raises LoraLabError
-    before the first step for rows or settings that make no sense, on a loss that is not a number, and where memory runs out; dtypes, mode
-    and checkpointing are the caller's own afterwards.
-    Under torchrun every process calls it alike, and they train one model together (distributed.py); with distributed="fsdp" it stays divided.
-    """
-    config = TrainConfig.of(config)
-    everyone = _everyone(model, config)
-    task = _task(model, config)
-    refuse_merged(model, "fit")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise LoraLabError("nothing in the model requires grad, so there is nothing to train: inject an adapter, or unfreeze weights")
-    max_length = longest_row(model, config.max_length)
-    examples = task.encode(data, tokenizer, max_length)
-    held_out = task.encode(eval_data, tokenizer, max_length) if eval_data else []
-    _check_settings(model, config, held_out)
-    _check_model(model, itertools.chain(examples, held_out))
-    _check_packs(config, data, examples)
-    request = request_of(model, config, examples, everyone.size)
-    _check_shares(examples, config, everyone)
-    with everyone.together(), only_run_in(config.output_dir, everyone):
-        if everyone.size > 1 and config.distributed == "fsdp" and not is_sharded(model):
-            shard(model, config.precision)
-        with _borrowed(model, config) as learning, out_of_memory_explained(model, request):
-            return Run(model, task, config, examples, held_out, pad_id_of(tokenizer), everyone, learning).train()
+class Interrupted(KeyboardInterrupt):
+    """Training was interrupted after a whole step, and a snapshot is saved: resume=True goes on."""
 
 
-def evaluate(model: nn.Module, examples: Examples, config: TrainConfig, pad_id: int = 0) -> float:
-    """Mean loss over encoded examples: of a language model over labelled tokens, of a classifier over rows. Raises LoraLabError for none."""
-    if not examples:
-        raise LoraLabError("no examples to evaluate on: expected at least one encoded row")
-    return evaluate_examples(model, _task(model, config), examples, config, pad_id)
+class Run:
+    """One call of `fit`: the state its methods share."""
+
+    def __init__(self, model: nn.Module, objective: Objective, config: TrainConfig, examples: Examples, held_out: Examples, pad_id: int,
+                 world: World = ALONE, learning: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+        torch.manual_seed(world.seed(config.seed))
+        self.world, self.learning = world, learning
+        self.model, self.objective, self.config, self.pad_id = model, objective, config, pad_id
+        self.examples, self.held_out = examples, held_out
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.trained.values())).device
+        self.precision = PRECISIONS[config.precision]
+        self.scaler = self.precision.scaler(self.device, world.size)
+        self.optimizers = self._make_optimizers()
+        self.result = FitResult()
+        self.best: dict[str, Tensor] = {}
+        self.saved_step: int | None = None
+        self.folder = Path(config.output_dir) if config.output_dir is not None else None
+        self.steps = config.max_steps or count_steps(examples, config, world.size)
+        self.call: nn.Module = model
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One for all, or with optimizer_in_backward one for each weight; each group knows its share of the learning rate."""
+        config, ratio = self.config, self.config.lora_plus_ratio
+        if ratio is None:
+            groups: list[dict[str, Any]] = [{"params": list(self.trained.values())}]
+        else:
+            groups = parameter_groups(self.model, config.learning_rate, ratio, config.weight_decay)
+        for group in groups:
+            group["share"] = group.setdefault("lr", config.learning_rate) / config.learning_rate
+        if config.optimizer_in_backward:
+            groups = [{**group, "params": [parameter]} for group in groups for parameter in group["params"]]
+        apart = [[group] for group in groups] if config.optimizer_in_backward else [groups]
+        return [make_optimizer(config.optimizer, given, config.learning_rate, config.weight_decay) for given in apart]
+
+    def train(self) -> FitResult:
+        config = self.config
+        reset_peak(self.device)
+        self.meet()
+        done = self.begin()
+        result, shown = self.result, config.progress and self.world.first
+        last = done if result.stopped_early else self.steps
+        batches = itertools.islice(step_batches(self.examples, config, self.world.size), done, last)
+        with self.stepping(), interruptible(self.saves) as interrupted, _progress(done, self.steps, shown) as bar:
+            for step, indices in enumerate(batches, start=done + 1):
+                loss = self.step(indices, step)
+                result.steps = step
+                bar.set_postfix_str(f"loss {loss:.3f}, {result.tokens_per_second:.0f} tokens/s", refresh=False)
+                bar.update()
+                self.after(step)
+                if result.stopped_early:
+                    break
+                if self.world.any(interrupted.is_set()) and step < self.steps:
+                    self.save(step)
+                    raise Interrupted(f"interrupted after step {step} of {self.steps}; resume=True goes on from there")
+        return self.finish()
+
+    def begin(self) -> int:
+        """Steps that are done already: none, or with resume=True those of the newest snapshot."""
+        if self.config.resume and snapshots.any_in(self.output_dir):
+            state.restore(self, snapshots.newest(self.output_dir))
+            return self.result.steps
+        if self.config.resume:
+            warnings.warn(f"nothing to resume in {self.output_dir}: this is the first step", stacklevel=5)
+        if self.saves:
+            self.world.first_does(lambda: state.begin_anew(self.output_dir))
+        self.open_log()
+        self.evaluate(step=0)
+        return 0
+
+    @functools.cached_property
+    def circumstances(self) -> dict[str, Any]:
+        return state.circumstances(self)
+
+    def open_log(self, keep_bytes: int = 0) -> None:
+        """Process 0's; the others write nothing."""
+
+        def opened() -> None:
+            self.log = Log(self.folder, keep_bytes)
+
+        self.log = Log(None)
+        self.world.first_does(opened)
+
+    def after(self, step: int) -> None:
+        """What is due after a step: evaluation, then a snapshot that knows of it."""
+        every, last = self.config.eval_every, step == self.steps
+        if last or (every and step % every == 0):
+            self.evaluate(step)
+        if self.saves and self.config.save_every and (step % self.config.save_every == 0 or last or self.result.stopped_early):
+            self.save(step)
+
+    @property
+    def saves(self) -> bool:
+        return self.folder is not None
+
+    @property
+    def output_dir(self) -> Path:
+        assert self.folder is not None
+        return self.folder
+
+    def save(self, step: int) -> None:
+        if step == self.saved_step:  # Ctrl-C in a step that is saved anyway: writing it again would remove it first
+            return
+        snapshot = state.capture(self, step)
+        self.world.first_does(lambda: snapshots.write(self.output_dir, snapshot, self.config.keep_snapshots))
+        self.saved_step = step
+
+    def finish(self) -> FitResult:
+        result = self.result
+        if self.best:
+            with torch.no_grad():
+                for name, values in self.best.items():
+                    self.trained[name].copy_(joined_like(self.trained[name], values))
+        result.peak_bytes = max(result.peak_bytes, *self.world.gather(peak_bytes(self.device)))
+        if result.steps and result.skipped_steps == result.steps:
+            warnings.warn(f"all {result.steps} steps were skipped by float16 overflow, so nothing was learned: train longer or in bf16-mixed",
+                          stacklevel=4)  # fmt: skip
+        return result
+
+    def meet(self) -> None:
+        """With several processes: all have the same settings, rows and weights, and call the model so that gradients are averaged."""
+        if self.world.size == 1:
+            return
+        self.world.check_alike(state.given(self))
+        if not is_sharded(self.model):
+            agree_on_weights(self.model, self.world)
+            self.call = data_parallel(self.model, self.world, self.probe)
+
+    def probe(self) -> Any:
+        """The loss of one row; no random number is used up."""
+        with torch.random.fork_rng([self.device.index or 0] if self.device.type == "cuda" else []), self.precision.autocast(self.device):
+            return getattr(self.model(**self.objective.collate(self.examples[:1], self.pad_id, self.device)), "loss", None)
+
+    # One step -----------------------------------------------------------------------------------------------------------------
+
+    def step(self, everyones: list[list[int]], step: int) -> float:
+        """One optimizer step on the micro-batches of all processes; returns its mean loss over labelled tokens."""
+        started = time.perf_counter()
+        own = self.world.mine(everyones)
+        micro_batches = [rows for rows, _ in own]
+        batches = [self.objective.collate([self.examples[i] for i in rows], self.pad_id, self.device) for rows in micro_batches]
+        labelled = [self.objective.count(batch) * counts for batch, (_, counts) in zip(batches, own, strict=True)]
+        (total,) = self.world.sum(sum(labelled))
+        rate = self.set_learning_rate(step)
+        watch = WhichLayersRan(self.model) if step == 1 and not self.config.optimizer_in_backward else contextlib.nullcontext()
+        loss = 0.0
+        with watch:
+            for batch, count in zip(batches, labelled, strict=True):
+                with accumulating(self.call, last=batch is batches[-1]):
+                    loss += self.backward(batch, count / total * self.world.size)  # gradients are averaged over processes, and so is the loss
+        loss = self.world.sum(loss)[0] / self.world.size
+        self.check_finite("loss", loss, step, micro_batches, batches)
+        if isinstance(watch, WhichLayersRan):
+            watch.check(list(self.trained.values()))
+        norm, skipped = self.update(step, micro_batches, batches)
+        self.world.share(state.statistics(self.model).values() if self.world.size > 1 else ())
+        self.count(loss, [batch for batch, (_, counts) in zip(batches, own, strict=True) if counts], int(total), skipped)
+        self.result.seconds += time.perf_counter() - started
+        self.log.write(step=step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=self.result.tokens,
+                       skipped=skipped, seconds=round(self.result.seconds, 6), peak_bytes=peak_bytes(self.device))  # fmt: skip
+        return loss
+
+    def set_learning_rate(self, step: int) -> float:
+        rate = self.config.learning_rate * learning_rate_share(step - 1, self.steps, self.config.warmup_steps, self.config.schedule)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate * group["share"]
+        return rate
+
+    def backward(self, batch: Batch, share: float) -> float:
+        """Add this micro-batch's part of the step's gradient; returns its part of the step's loss."""
+        offload = offloaded_activations(self.model) if self.config.activation_offload else contextlib.nullcontext()
+        with self.precision.autocast(self.device), offload:
+            loss = getattr(self.call(**batch), "loss", None)
+        if not isinstance(loss, Tensor):
+            raise LoraLabError(f"a {type(self.model).__name__} returned no .loss for labels: fit needs a model with its head")
+        loss = loss * share
+        if not loss.requires_grad:
+            raise LoraLabError(NOTHING_LEARNS)
+        if self.in_backward is not None:  # the weights step in the next line
+            self.check_finite("loss", float(loss.detach()), self.result.steps + 1, [[]], [batch])
+            self.learning()
+        self.scaler.scale(loss).backward()
+        return float(loss.detach())
+
+    def update(self, step: int, micro_batches: list[list[int]], batches: list[Batch]) -> tuple[float, bool]:
+        """Clip and step; returns the gradient norm before clipping and whether an overflow skipped the step."""
+        if self.in_backward is not None:  # every weight has stepped already
+            return self.in_backward.norm(), False
+        (optimizer,) = self.optimizers
+        self.scaler.unscale_(optimizer)
+        norm = float(gathered(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm or math.inf)))
+        self.check_finite("gradient's norm", norm, step, micro_batches, batches)
+        scale = self.scaler.get_scale()
+        self.learning()
+        with self.rounding(step):
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm, self.scaler.get_scale() < scale
+
+    def rounding(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Where every process takes the whole step, 16-bit weights are rounded by the same chance in all of them."""
+        return same_random_numbers(ALONE if is_sharded(self.model) else self.world, self.config.seed + step, self.device)
+
+    in_backward: StepsInBackward | None = None
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """With optimizer_in_backward, each weight steps as soon as its gradient is there."""
+        if not self.config.optimizer_in_backward:
+            yield
+            return
+        self.in_backward = StepsInBackward({optimizer.param_groups[0]["params"][0]: optimizer for optimizer in self.optimizers})
+        try:
+            yield
+        finally:
+            self.in_backward.remove()
+
+    def count(self, loss: float, batches: list[Batch], labelled: int, skipped: bool) -> None:
+        self.result.losses.append(loss)
+        self.result.skipped_steps += skipped
+        tokens, computed = self.world.sum(*(sum(map(of, batches)) for of in (self.objective.tokens, self.objective.positions)))
+        self.result.tokens += int(tokens)
+        self.result.computed_tokens += int(computed)
+        self.result.label_tokens += labelled
+
+    def check_finite(self, what: str, value: float, step: int, micro_batches: list[list[int]], batches: list[Batch]) -> None:
+        """Stop at a loss or gradient that is not a number; under loss scaling an overflow is expected, until no scale is left."""
+        if math.isfinite(value) or (self.precision.scaled and self.scaler.get_scale() >= 1.0):
+            return
+        with self.precision.autocast(self.device):
+            places = [(rows, first_not_finite(self.model, batch)) for rows, batch in zip(micro_batches, batches, strict=True)]
+        rows, place = next(((rows, place) for rows, place in places if place != "the loss"), places[0])
+        if place == "the loss" and what != "loss":
+            place = first_gradient_not_finite(self.model) or place
+        rows, place = next((found for found in self.world.gather((rows, place)) if found[1] != "the loss"), (rows, place))
+        raise Diverged(f"the {what} is {value} at step {step}: in rows {rows} the first tensor that is not finite is {place}. Lower learning_rate"
+                       f" ({self.config.learning_rate}), warm up longer, or train in fp32; the weights are those before this step")  # fmt: skip
+
+    # Evaluation ---------------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> None:
+        if not self.held_out:
+            return
+        loss = mean_loss(self.model, self.objective, self.held_out, self.config, self.pad_id, self.world)
+        losses, patience = self.result.eval_losses, self.config.early_stopping
+        if self.config.keep_best and loss < min(losses, default=math.inf):
+            self.result.best_step = step
+            self.best = {name: piece(parameter.detach()).to("cpu", copy=True) for name, parameter in self.trained.items()}
+        losses.append(loss)
+        self.result.stopped_early = patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience
+        self.log.write(step=step, eval_loss=loss)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, objective: Objective, examples: Examples, config: TrainConfig, pad_id: int = 0, world: World = ALONE) -> float:
+    """Mean loss over all examples, in the model's present precision: of a language model over labelled tokens, of a classifier over rows.
+
+    world: the processes that share the work."""
+    device = next(model.parameters()).device
+    lengths = [len(example["input_ids"]) for example in examples]
+    total = tokens = 0.0
+    with in_mode(model, training=False), PRECISIONS[config.precision].autocast(device):
+        if isinstance(base_of(model), PretrainedModel):
+            model.training = True  # the top module alone: dropout stays off, and only labelled positions get logits
+        batches, shown = world.mine(length_buckets(lengths, config.micro_batch_size)), config.progress and world.first
+        for indices, counts in tqdm(batches, "evaluate", disable=not shown, leave=False, delay=2):
+            batch = objective.collate([examples[i] for i in indices], pad_id, device)
+            loss, count = float(model(**batch).loss), objective.count(batch) * counts
+            total, tokens = total + loss * count, tokens + count
+    let_go(model)
+    total, tokens = world.sum(total, tokens)
+    return total / tokens
 
 
 @contextlib.contextmanager
-def _borrowed(model: nn.Module, config: TrainConfig) -> Iterator[Callable[[], None]]:
-    """Random numbers, gradients, dtypes, mode and checkpointing are the run's inside, and the caller's own again afterwards.
+def interruptible(saves: bool) -> Iterator[threading.Event]:
+    """Ctrl-C lets the step end first, where the run can be saved; a second one stops at once."""
+    asked = threading.Event()
+    if not saves or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
-    The block gets what it has to call before the first step: see `stored_in`.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with (torch.random.fork_rng(_gpus(trained[0])), own_gradients(trained), stored_in(PRECISIONS[config.precision], model) as learning,
-          in_mode(model, training=True), checkpointing(model, config.gradient_checkpointing)):  # fmt: skip
-        try:
-            yield learning
-        finally:
-            let_go(model)
+    def handler(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
 
-
-def _everyone(model: nn.Module, config: TrainConfig) -> World:
-    """The processes of this run. Raises LoraLabError where they cannot train together as asked."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise LoraLabError("fit wraps the model in DistributedDataParallel itself: give it the model inside (.module)")
-    divided, everyone = is_sharded(model), world(next((p.device for p in model.parameters()), None))
-    if not divided and any(is_sharded(module) for module in model.modules()):
-        raise LoraLabError("fully_shard divided parts of this model, but not the model itself: call it for that, too, or use lora_lab.training.shard")
-    if everyone.size == 1:
-        if config.distributed is not None and not all(name in os.environ for name in TORCHRUN):
-            raise LoraLabError(f"distributed={config.distributed!r}, but this process is alone: {START}")
-        return everyone
-    _check_together(config, "fsdp" if divided else config.distributed or "ddp")
-    if divided and dtypes_under(PRECISIONS[config.precision], model):
-        raise LoraLabError(f"precision={config.precision!r}: the model was divided with other dtypes; call shard with the precision of the run")
-    return everyone
-
-
-def _check_together(config: TrainConfig, kind: str) -> None:
-    """What several processes cannot do."""
-    if config.distributed not in (None, kind):
-        raise LoraLabError(f"distributed={config.distributed!r}: this model is divided by fully_shard already; give 'fsdp', or a model that is whole")
-    if config.optimizer_in_backward:
-        raise LoraLabError("optimizer_in_backward=True with several processes: weights would step before the processes have exchanged gradients")
-    if kind == "fsdp" and config.activation_offload:
-        raise LoraLabError("activation_offload=True with fsdp: weights that were gathered would be moved, too; use gradient_checkpointing")
-    if kind == "fsdp" and config.optimizer == "adafactor":
-        raise LoraLabError("optimizer='adafactor' with fsdp: a matrix's rows lie in several processes, and its column means with them; use adamw or "
-                           "lion, which fsdp divides")  # fmt: skip
-
-
-def _check_shares(examples: Examples, config: TrainConfig, everyone: World) -> None:
-    """Each process needs a micro-batch of its own."""
-    batches = len(epoch_batches([len(example["input_ids"]) for example in examples], config, epoch=0)) if everyone.size > 1 else everyone.size
-    if batches < everyone.size:
-        raise LoraLabError(f"{everyone.size} processes, but {len(examples)} rows make {batches} micro-batches: lower micro_batch_size "
-                           f"({config.micro_batch_size}), or start fewer processes")  # fmt: skip
-
-
-def _gpus(parameter: Tensor) -> list[int]:
-    """The GPU whose random numbers the run uses, if any: fork_rng gives them back to the caller as they were."""
-    return [parameter.get_device()] if parameter.device.type == "cuda" else []
-
-
-def _task(model: nn.Module, config: TrainConfig) -> Task:
-    if not config.packing:
-        return task_of(model)
-    refuse_per_sample(model, "packing=True")
-    return packed_task_of(model)
-
-
-def _check_packs(config: TrainConfig, data: Any, examples: Examples) -> None:
-    """A row that is no pack of its own is told before the first step."""
-    for index, example in enumerate(examples if config.max_tokens is not None else ()):
-        assert config.max_tokens is not None
-        check_fits(len(example["input_ids"]), config.max_tokens, data.where(index) if isinstance(data, Placed) else f"row {index}")
-
-
-def _check_model(model: nn.Module, examples: Iterable[Any]) -> None:
-    """Raise LoraLabError for weights that hold no numbers, and for an id that is no word: on a GPU it would end the process, at its turn."""
-    if meta := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
-        raise LoraLabError(f"{meta[0]!r} is on the meta device, which holds shapes and no numbers: load the weights first")
-    embedding = _input_embedding(model)
-    for row, example in enumerate(examples if embedding is not None else ()):
-        ids = [*example["input_ids"], *(example.get("labels") or ())]
-        if outside := [each for each in (min(ids), max(ids)) if each >= embedding.num_embeddings or (each < 0 and each != IGNORE)]:
-            raise LoraLabError(f"row {row} has the id {outside[0]}, the model's vocabulary ends at {embedding.num_embeddings - 1}: is this the "
-                               "model's tokenizer?")  # fmt: skip
-
-
-def _input_embedding(model: nn.Module) -> Any:
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGINT, handler)
     try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return embedding if isinstance(embedding, nn.Embedding) else None
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _check_settings(model: nn.Module, config: TrainConfig, held_out: Examples) -> None:
-    for name in ("early_stopping", "keep_best", "eval_every"):
-        if getattr(config, name) and not held_out:
-            raise LoraLabError(f"{name}={getattr(config, name)!r} needs eval_data to evaluate on")
-    if config.lora_plus_ratio is not None and not any(p.requires_grad and learns_fast(name) for name, p in model.named_parameters()):
-        raise LoraLabError(f"lora_plus_ratio={config.lora_plus_ratio!r}: no B of LoRA trains in this {type(model).__name__}; inject first, or give "
-                           "no ratio")  # fmt: skip
+def _progress(done: int, steps: int, shown: bool) -> Any:
+    return tqdm(total=steps, initial=done, desc="train", unit="step", disable=not shown)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLabError
-from ..remade import keeping_inputs
+from ..rematerialize import keeping_inputs
 
 WORTH_MOVING = 2**20  # bytes: smaller tensors cost more in waiting than they save
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wrapping import is_divided
-from .pieces import joined_like, piece
+from .dtensors import joined_like, piece
 
 Make = Callable[[Any, float, float], torch.optim.Optimizer]  # parameters or groups, learning rate, weight decay
 

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..borrowed import tensor_of
+from ..base_parameters import tensor_of
 from ..errors import LoraLabError
 from ..files import in_use
 from ..layers import LoRA
 from ..targets import lora_layers
 from . import snapshots
 from .distributed import World
-from .pieces import divided_like, for_file, joined_like, piece, some_numbers
+from .dtensors import divided_like, for_file, joined_like, piece, some_numbers
 from .result import FitResult
 from .sharding import is_sharded
 from .snapshots import Snapshot, optimizer_states, optimizer_tensors
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .loop import Run
 
 # Settings that do not change what is computed.
 FREE = {"resume", "progress", "output_dir", "save_every", "keep_snapshots", "eval_every", "distributed"}

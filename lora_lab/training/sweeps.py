@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from ..errors import LoraLabError, did_you_mean
 from .config import TrainConfig
+from .fitting import fit
 from .guards import Diverged
-from .loop import fit
 from .result import FitResult
 
 Settings = dict[str, Any]

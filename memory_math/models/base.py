@@ -17,7 +17,7 @@ from ..quantization import dequantized_bytes, quantized_bytes
 from ..request import VIRTUAL, Request
 from ..tape import Ledger, Node, Sized, Tape, keep
 from ..versions import kept_inputs
-from .history import habits_of
+from .transformers_versions import habits_of
 
 WORTH_MOVING = 2**20  # lora_lab.training.memory_saving.WORTH_MOVING, held equal by a test
 

@@ -44,11 +44,11 @@ def gated(tape: Tape, name: str, gate: Sized, up: Sized) -> Sized:
     def product() -> Sized:
         return tape.new(gate.numel, gate.itemsize)
 
-    return can_be_remade(tape, tape.record(f"{name}(gate) * up", kept, product, keeps_after=lambda y: kept, busy=size, scratch=size), kept)
+    return rematerializable(tape, tape.record(f"{name}(gate) * up", kept, product, keeps_after=lambda y: kept, busy=size, scratch=size), kept)
 
 
-def can_be_remade(tape: Tape, x: Sized, sources: list[Sized]) -> Sized:
-    """lora_lab.remade: x can be made from its sources again, which are kept in any case; where what is kept moves to the host, it is not."""
+def rematerializable(tape: Tape, x: Sized, sources: list[Sized]) -> Sized:
+    """lora_lab.rematerialize: x can be made from its sources again, which are kept in any case; where what is kept moves to the host, it is not."""
     x.sources = sources if x.needs_grad and tape.offload is None else []
     return x
 
@@ -60,7 +60,7 @@ def quick_gelu(tape: Tape, x: Sized) -> Sized:
 
 def keeps_and_remakes(tape: Tape, x: Sized) -> Sized:
     """An activation whose backward starts from its input, from which a LoRA layer behind it makes its own again."""
-    return can_be_remade(tape, keeps_input(tape, x), [x])
+    return rematerializable(tape, keeps_input(tape, x), [x])
 
 
 ACTIVATIONS: dict[str, Callable[[Tape, Sized], Sized]] = {
@@ -132,8 +132,8 @@ def adapted_linear(model: Model, x: Sized, adapter: Adapter, path: str) -> Sized
     A, B = (ops.cast(tape, weight, x.itemsize) for weight in (adapter.A, adapter.B))
     rows = x.numel // adapter.A.columns
     low = rows * adapter.A.rows
-    remade = x.nbytes * len(sources)  # x, and of a gate its activation beside it; gone before the gradient of x is made
-    scratch = low * x.itemsize + max(0, remade - x.nbytes * x.needs_grad)
+    made_again = x.nbytes * len(sources)  # x, and of a gate its activation beside it; gone before the gradient of x is made
+    scratch = low * x.itemsize + max(0, made_again - x.nbytes * x.needs_grad)
 
     def keeps(y: Sized) -> list[Sized]:
         return [A, B, tape.new(low, x.itemsize), *(sources or [x])]
@@ -156,7 +156,7 @@ def lora_update(model: Model, x: Sized, adapter: Adapter) -> Sized:
 
 
 def remaking_product(model: Model, x: Sized, weight: Weight, matrix: Sized) -> Sized:
-    """lora_lab.remade.product: keeps A and x's sources, of which backward makes x again."""
+    """lora_lab.rematerialize.product: keeps A and x's sources, of which backward makes x again."""
 
     def result() -> Sized:
         return model.tape.new(x.numel // weight.columns * weight.rows, x.itemsize)

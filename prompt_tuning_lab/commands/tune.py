@@ -104,11 +104,11 @@ def _injected(lesson: Lesson, options: argparse.Namespace) -> Any:
 
 def _examples(prompted: Any, lesson: Lesson, max_length: int | None) -> Any:
     from lora_lab.data import Rows
-    from lora_lab.data.tasks import task_of
+    from lora_lab.data.objectives import objective_of
     from lora_lab.models.base import context_of
 
     limits = [limit for limit in (max_length, context_of(prompted)) if limit is not None]
-    encoded = task_of(prompted).encode(lesson.learned(lesson.rows), lesson.tokenizer, min(limits, default=None))
+    encoded = objective_of(prompted).encode(lesson.learned(lesson.rows), lesson.tokenizer, min(limits, default=None))
     return Rows(encoded, lesson.rows.source, lesson.rows.lines)
 
 

@@ -20,7 +20,7 @@ from lora_lab.checks import LARGEST, is_size
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.models.base import is_encoder_decoder
 
-from ..bases import is_named
+from ..base_model import is_named
 from ..layout import check_placement
 from ..prefix_cache import prefix_shape
 from ..soft_prompt import Prompt

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_lab.borrowed import of_an_adapter
+from lora_lab.base_parameters import of_an_adapter
 from lora_lab.checks import are_finite
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.wrapping import whole

@@ -19,7 +19,7 @@ from lora_lab.files import json_object
 from lora_lab.peft_files.config import CONFIG, TENSORS, read_config, warn_of_another_base, what_is_missing
 from lora_lab.streaming.shards import FLOATS, read_shard
 
-from ..bases import refuse_words_in_layers
+from ..base_model import refuse_words_in_layers
 from ..initialization import Initialization
 from ..prefix import Prefix, from_rows, to_rows
 from ..prefix_cache import prefix_shape

@@ -25,7 +25,7 @@ from tiny_workshop import QUIET, our_llama, token_rows
 
 import lora_lab
 from lora_lab.training import fit, snapshots
-from lora_lab.training.run import Run
+from lora_lab.training.loop import Run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork and SIGKILL are POSIX's")
 ROWS, HELD_OUT = token_rows(12), token_rows(3, seed=5)

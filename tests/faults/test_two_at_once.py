@@ -26,7 +26,7 @@ from lora_lab import LoraLabError
 from lora_lab.files import alone_in, write_file
 from lora_lab.streaming import shards
 from lora_lab.training import fit, snapshots
-from lora_lab.training.run import Run
+from lora_lab.training.loop import Run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")
 ROUNDS = 8

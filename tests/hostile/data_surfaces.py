@@ -18,10 +18,10 @@ from tiny_workshop import chat_tokenizer, our_llama
 
 import lora_lab
 import memory_math
-from lora_lab.assignments.record import read_record
 from lora_lab.data import tables
 from lora_lab.data.formats import load
-from lora_lab.data.tasks import CausalTask, ClassificationTask
+from lora_lab.data.objectives import CausalObjective, ClassificationObjective
+from lora_lab.tasks.record import read_record
 from lora_lab.training.report import read_run, summary
 
 ROWS = [{"instruction": "Say a word.", "input": "any", "output": "word"}, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant",
@@ -41,8 +41,8 @@ def rows(folder: Path) -> Case:
         path = folder / rng.choice(("rows.jsonl", "rows.json"))
         path.write_bytes(_written(path, [rng.choice(ROWS) for _ in range(rng.choice((1, 2, 5)))], rng))
         found, _ = load(path)
-        task = ClassificationTask(2) if "label" in found[0] else CausalTask()
-        task.encode(found, words, rng.choice((None, 64)))
+        objective = ClassificationObjective(2) if "label" in found[0] else CausalObjective()
+        objective.encode(found, words, rng.choice((None, 64)))
 
     return case
 
@@ -70,14 +70,14 @@ def material(folder: Path) -> Case:
     folder.mkdir(parents=True)
 
     def case(rng: random.Random) -> None:
-        task = rng.choice([*MATERIAL])
+        objective = rng.choice([*MATERIAL])
         path = folder / rng.choice(("train.csv", "train.tsv", "train.jsonl", "train.json", "train.txt"))
-        cells = [{name: f"{name} {n}" if name != "label" else ["pos", "neg"][n % 2] for name in MATERIAL[task]} for n in range(rng.choice((1, 12,
+        cells = [{name: f"{name} {n}" if name != "label" else ["pos", "neg"][n % 2] for name in MATERIAL[objective]} for n in range(rng.choice((1, 12,
         30)))]
         path.write_bytes(_written(path, cells, rng) if path.suffix.startswith(".json") else _separated(path, cells, rng))
         found = tables.read_parts(path)
         assert all(len(table) for table in found.values())
-        lora_lab.assignments.gather(task, path)
+        lora_lab.tasks.gather(objective, path)
 
     return case
 

@@ -20,10 +20,10 @@ from tiny_workshop import chat_tokenizer
 import lora_lab
 import memory_math
 from lora_lab import LoraLabError, models
-from lora_lab.assignments.record import read_record
 from lora_lab.data.formats import load
+from lora_lab.data.objectives import CausalObjective, ClassificationObjective
 from lora_lab.data.tables import read_parts
-from lora_lab.data.tasks import CausalTask, ClassificationTask
+from lora_lab.tasks.record import read_record
 from memory_math.errors import MemoryMathError
 
 # Rows -----------------------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_a_row_of_ten_megabytes_is_a_row(tmp_path):
             rows, _ = load(path)
             assert len(rows[1]["output"]) == 10_000_001
         with case("encoded"), pytest.raises(LoraLabError, match="line 2: the row has 10,000,00. characters"):
-            CausalTask().encode(rows, chat_tokenizer(), 64)
+            CausalObjective().encode(rows, chat_tokenizer(), 64)
 
     assert confined(tmp_path / "chosen", work).peak_bytes < 100 * MIB
 
@@ -82,7 +82,7 @@ def test_a_row_of_ten_megabytes_is_a_row(tmp_path):
 def test_fields_that_nobody_reads_may_be_anything(beside):
     """A row's messages beside its text, and the other way round."""
     told, labelled, tokenizer = {"instruction": "say", "output": "yes"}, {"text": "good", "label": 1}, chat_tokenizer()
-    for task, row, others in ((CausalTask(), told, ("text", "summary")), (ClassificationTask(2), labelled, ("messages", "output"))):
+    for task, row, others in ((CausalObjective(), told, ("text", "summary")), (ClassificationObjective(2), labelled, ("messages", "output"))):
         assert [*task.encode([{**row, **dict.fromkeys(others, beside)}], tokenizer, 64)] == [*task.encode([row], tokenizer, 64)]
 
 
@@ -110,7 +110,7 @@ def test_a_table_is_read_or_refused_with_its_line(kind, tmp_path):
                 assert sum(map(len, read_parts(path).values())) > 10
             else:
                 with pytest.raises(LoraLabError, match=message):
-                    lora_lab.assignments.gather("sentiment", path)
+                    lora_lab.tasks.gather("sentiment", path)
 
     assert confined(tmp_path / "chosen", work).peak_bytes < 200 * MIB
 

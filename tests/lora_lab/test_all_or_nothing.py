@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import lora_lab
-from lora_lab import LoraLabError, borrowed, injection, layers, merging
+from lora_lab import LoraLabError, base_parameters, injection, layers, merging
 from lora_lab.targets import lora_layers
 
 
@@ -80,7 +80,7 @@ def test_an_inject_that_cannot_copy_the_head_changes_nothing(monkeypatch: pytest
     model = lora_lab.inject(build(), rank=2, modules_to_save=["2"], adapter="a")
     randomise(model)
     before = everything(model)
-    monkeypatch.setattr(injection, "base_values", OutOfMemory(borrowed.base_values, 0))
+    monkeypatch.setattr(injection, "base_values", OutOfMemory(base_parameters.base_values, 0))
     with pytest.raises(MemoryError):
         lora_lab.inject(model, rank=2, modules_to_save=["2"], adapter="b")
     assert_untouched(model, before)

@@ -24,7 +24,7 @@ from lora_lab.__main__ import main, parser
 from lora_lab.commands import finetune as finetune_command
 from lora_lab.models import loading
 from lora_lab.training import TrainConfig, evaluation
-from lora_lab.training.run import Run
+from lora_lab.training.loop import Run
 
 QUIET = {"progress": False}
 

@@ -18,8 +18,8 @@ TRAPS: dict[int, Trap] = {
     2: Trap(
         "Embedding and head trained whole become two matrices that drift apart.",
         "unsloth#9331, unsloth#3711",
-        ("test_borrowed.py::test_tied_modules_stay_tied",
-         "test_borrowed_files.py::test_two_values_for_one_tied_tensor_are_refused",
+        ("test_base_parameters.py::test_tied_modules_stay_tied",
+         "test_base_parameter_files.py::test_two_values_for_one_tied_tensor_are_refused",
          "test_token_rows.py::test_a_tied_head_takes_the_rows_and_an_untied_one_its_own_weight",
          "test_streaming.py::test_embedding_and_head_replaced_by_one_tensor_stay_tied"),
     ),
@@ -155,8 +155,8 @@ TRAPS: dict[int, Trap] = {
         "peft#310, peft#577, peft#876, peft#1070, sentence-transformers#3980",
         ("test_traps.py::test_a_head_that_was_unfrozen_by_hand_is_not_left_out_of_the_file_without_a_word",
          "test_traps.py::test_what_an_adapter_trains_is_all_in_its_file_and_saving_it_warns_of_nothing",
-         "test_borrowed.py::test_the_new_head_of_a_classifier_travels_with_a_peft_adapter",
-         "test_borrowed.py::test_a_file_that_lacks_what_it_announces_is_refused"),
+         "test_base_parameters.py::test_the_new_head_of_a_classifier_travels_with_a_peft_adapter",
+         "test_base_parameters.py::test_a_file_that_lacks_what_it_announces_is_refused"),
     ),
     24: Trap(
         "A head that trains along is counted twice, old and new.",
@@ -168,8 +168,8 @@ TRAPS: dict[int, Trap] = {
         "The whole embedding lands in the file of a small adapter, or does not fit a vocabulary of another size when it is loaded.",
         "peft#2898, peft#1457, peft#1554, peft#1383",
         ("test_traps.py::test_an_adapted_embedding_does_not_drag_the_whole_matrix_into_the_file",
-         "test_borrowed_files.py::test_a_resized_vocabulary_asks_for_the_same_of_the_model",
-         "test_borrowed_files.py::test_whole_embeddings_that_are_the_bases_own_are_left_out"),
+         "test_base_parameter_files.py::test_a_resized_vocabulary_asks_for_the_same_of_the_model",
+         "test_base_parameter_files.py::test_whole_embeddings_that_are_the_bases_own_are_left_out"),
     ),
     26: Trap(
         "An optimizer holds parameters that are not the model's any more, or not what trains: steps move nothing.",
@@ -229,7 +229,7 @@ TRAPS: dict[int, Trap] = {
     34: Trap(
         "With biases that train along, switching the adapter off does not give the base back.",
         "PEFT, a warning",
-        ("test_borrowed.py::test_with_the_adapter_off_the_model_is_the_base_again",),
+        ("test_base_parameters.py::test_with_the_adapter_off_the_model_is_the_base_again",),
     ),
     35: Trap(
         "Rows that a model folds, or repeats for beams, get other rows' adapters.",

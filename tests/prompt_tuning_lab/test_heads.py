@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from lora_lab.training import predict_classes
 from prompt_tuning_lab import inject, per_sample, use
-from prompt_tuning_lab.bases import kind_of
+from prompt_tuning_lab.base_model import base_kind
 
 TASKS = ["a", None, "b"]
 on_both_sides = pytest.mark.parametrize("side", ["ours", "theirs"])
@@ -216,16 +216,17 @@ def test_t5s_encoder_alone_reads_prompts_of_different_lengths() -> None:
 
 
 def test_what_a_model_is_is_known_by_its_class() -> None:
-    kinds = {name: kind_of(theirs(name)) for name in ("BertModel", "BertForSequenceClassification", "RobertaForMaskedLM", "BertForQuestionAnswering")}
+    names = ("BertModel", "BertForSequenceClassification", "RobertaForMaskedLM", "BertForQuestionAnswering")
+    kinds = {name: base_kind(theirs(name)) for name in names}
     assert [kind.backbone for kind in kinds.values()] == ["", "bert", "roberta", "bert"]
     assert not any(kind.causal or kind.encodes for kind in kinds.values())
-    assert kind_of(both("gpt2")["theirs"]).causal and kind_of(both("llama")["ours"]).causal and kind_of(both("t5")["ours"]).encodes
-    assert kind_of(decoder("GPT2", "SequenceClassification")).backbone == "transformer"
+    assert base_kind(both("gpt2")["theirs"]).causal and base_kind(both("llama")["ours"]).causal and base_kind(both("t5")["ours"]).encodes
+    assert base_kind(decoder("GPT2", "SequenceClassification")).backbone == "transformer"
 
     class Own(transformers.GPT2LMHeadModel):
         """A subclass does what its class does."""
 
-    assert kind_of(Own(both("gpt2")["theirs"].config)).causal
+    assert base_kind(Own(both("gpt2")["theirs"].config)).causal
 
 
 @on_both_sides

@@ -26,7 +26,7 @@ from lora_lab import LoraLabError, comparison, models
 from lora_lab.data import filled, prompt_of, verbalize
 from lora_lab.models import loading
 from lora_lab.training import TrainConfig, accuracy, best_choices, fit, predict_classes, score_choices
-from lora_lab.training.run import Run
+from lora_lab.training.loop import Run
 from prompt_tuning_lab.__main__ import main
 from prompt_tuning_lab.commands.memory import memory_of_a_step
 from prompt_tuning_lab.commands.nearest import table

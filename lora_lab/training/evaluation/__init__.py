@@ -5,7 +5,7 @@
     score_choices(model, rows, tokenizer, choices)         by a language model's probability of each answer; then best_choices(...)
     auc(scores, labels)                                    how well scores rank, whatever the model is biased towards
     answers(model, rows, tokenizer)                        what it writes; then rouge(answers, references)
-    unsaid(text, source, ordinary)                         numbers and names in a text that its source has not
+    unsupported_facts(text, source, ordinary)                         numbers and names in a text that its source has not
     write(model, rows, tokenizer)                          the same, and whether it stopped by itself; then clean_endings(...)
     forgetting(model, metric)                              any metric, adapters off and on
     samples(model, prompts, tokenizer)                     texts side by side, the same random numbers in every column
@@ -20,8 +20,9 @@ from .likelihood import perplexity
 from .ranking import auc
 from .rouge_scores import Rouge, rouge
 from .side_by_side import Samples, answers, samples
-from .unsaid import ordinary_words, unsaid
+from .unsupported_facts import ordinary_words, unsupported_facts
 from .writing import Written, clean_endings, write
 
 __all__ = ["F1", "BeforeAfter", "Rouge", "Samples", "Written", "accuracy", "answers", "auc", "best_choices", "class_logits", "clean_endings", "f1",
-           "forgetting", "ordinary_words", "perplexity", "predict_classes", "rouge", "samples", "score_choices", "unsaid", "write"]  # fmt: skip
+           "forgetting", "ordinary_words", "perplexity", "predict_classes", "rouge", "samples", "score_choices", "unsupported_facts",
+           "write"]  # fmt: skip

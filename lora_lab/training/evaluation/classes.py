@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...data.batching import collate_classes
 from ...data.classification import MULTI, REGRESSION, encode_labelled, problem_of
 from ...data.formats import Rows
-from ...data.tasks import ClassificationTask, task_of
+from ...data.objectives import ClassificationObjective, objective_of
 from ...errors import LoraLabError
 from ...models.base import longest_row, pad_id_of
 from .passes import evaluating, in_batches
@@ -32,8 +32,8 @@ def class_logits(model: nn.Module, rows: Sequence[dict[str, Any]], tokenizer: An
     model: a ...ForSequenceClassification, ours or transformers'.  rows: {"text"} or {"text", "text_pair"} or {"input_ids"}; a label is not
     looked at.  Raises LoraLabError for another model, a row that cannot be read, and an answer that is not a number.
     """
-    task = _classifier(model)
-    examples = _encode(rows, tokenizer, task, longest_row(model, max_length))
+    objective = _classifier(model)
+    examples = _encode(rows, tokenizer, objective, longest_row(model, max_length))
     device, pad = next(model.parameters()).device, pad_id_of(tokenizer)
     found: dict[int, Tensor] = {}
     with evaluating(model, precision):
@@ -52,34 +52,34 @@ def predict_classes(model: nn.Module, rows: Sequence[dict[str, Any]], tokenizer:
 
     options: as `class_logits` takes them.
     """
-    task, logits = _classifier(model), class_logits(model, rows, tokenizer, **options)
-    problem = _problem(task, rows)
+    objective, logits = _classifier(model), class_logits(model, rows, tokenizer, **options)
+    problem = _problem(objective, rows)
     if problem == REGRESSION:
-        return [row[0] if task.labels == 1 else row for row in logits.tolist()]
+        return [row[0] if objective.labels == 1 else row for row in logits.tolist()]
     if problem == MULTI:
         return [[int(value > 0) for value in row] for row in logits.tolist()]
     return [row.index(max(row)) for row in logits.tolist()]
 
 
-def _classifier(model: nn.Module) -> ClassificationTask:
-    task = task_of(model)
-    if not isinstance(task, ClassificationTask):
+def _classifier(model: nn.Module) -> ClassificationObjective:
+    objective = objective_of(model)
+    if not isinstance(objective, ClassificationObjective):
         raise LoraLabError(f"a {type(model).__name__} has no head for classes: load it with task='sequence-classification', or score_choices")
-    return task
+    return objective
 
 
-def _problem(task: ClassificationTask, rows: Sequence[dict[str, Any]]) -> str:
-    return task.problem or problem_of(rows[0], task.labels)
+def _problem(objective: ClassificationObjective, rows: Sequence[dict[str, Any]]) -> str:
+    return objective.problem or problem_of(rows[0], objective.labels)
 
 
-def _encode(rows: Sequence[dict[str, Any]], tokenizer: Any, task: ClassificationTask, max_length: int | None) -> list[dict[str, Any]]:
+def _encode(rows: Sequence[dict[str, Any]], tokenizer: Any, objective: ClassificationObjective, max_length: int | None) -> list[dict[str, Any]]:
     if not len(rows):
         raise LoraLabError("the data holds no rows: there is nothing to classify")
-    problem = _problem(task, rows)
-    label = NO_LABEL.get(problem, lambda labels: 0)(task.labels)
+    problem = _problem(objective, rows)
+    label = NO_LABEL.get(problem, lambda labels: 0)(objective.labels)
     unlabelled = [{**row, "label": label} if isinstance(row, dict) else row for row in rows]
     source = Rows(unlabelled, rows.source, rows.lines) if isinstance(rows, Rows) else unlabelled
-    return encode_labelled(source, tokenizer, max_length, task.labels, problem)
+    return encode_labelled(source, tokenizer, max_length, objective.labels, problem)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------------

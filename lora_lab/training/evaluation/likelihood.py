@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ...data.tasks import ClassificationTask, task_of
+from ...data.objectives import ClassificationObjective, objective_of
 from ...errors import LoraLabError
 from ...models.base import longest_row, pad_id_of
 from ...targets import lora_layers
 from ..config import TrainConfig
-from ..run import evaluate
+from ..loop import mean_loss
 from .passes import check_batch_size
 
 
@@ -25,13 +25,13 @@ def perplexity(model: nn.Module, rows: Sequence[dict[str, Any]], tokenizer: Any 
     Numbers of models with other tokenizers cannot be compared: their tokens are not of one size.
     Raises LoraLabError for rows that cannot be evaluated, and for a model whose loss is none over tokens.
     """
-    task = task_of(model)
-    if isinstance(task, ClassificationTask):
+    objective = objective_of(model)
+    if isinstance(objective, ClassificationObjective):
         raise LoraLabError(f"a {type(model).__name__} names classes and has no perplexity: use predict_classes, accuracy and f1")
     check_batch_size(batch_size)
-    examples = task.encode(rows, tokenizer, longest_row(model, max_length))
+    examples = objective.encode(rows, tokenizer, longest_row(model, max_length))
     settings = TrainConfig(micro_batch_size=batch_size, precision=precision, progress=progress)
-    loss = evaluate(model, task, examples, settings, pad_id_of(tokenizer))
+    loss = mean_loss(model, objective, examples, settings, pad_id_of(tokenizer))
     if math.isnan(loss):
         raise LoraLabError(f"the loss is not a number: the weights{' or adapters' if lora_layers(model) else ''} hold NaN or infinity")
     return math.exp(loss) if loss < 709 else math.inf  # beyond, exp leaves float64

@@ -6,10 +6,10 @@ import pytest
 from task_tools import decoder, opinions, workbench
 
 from lora_lab import LoraLabError
-from lora_lab.assignments.base import spread
-from lora_lab.comparison import Elsewhere, Results, Study, table
+from lora_lab.comparison import ForgettingProbe, Results, Study, table
 from lora_lab.comparison.methods import Method, Taught
 from lora_lab.comparison.table import markdown, text
+from lora_lab.tasks.base import spread
 from lora_lab.training.guards import Diverged
 
 
@@ -86,7 +86,7 @@ def test_runs_of_other_answers_or_class_names_are_other_runs(tmp_path):
 def test_what_was_not_measured_elsewhere_then_is_said(study):
     """Runs of a command with --no-forgetting, or with other --forgetting-data, have no number for this column."""
     study.run("says")
-    study.bench.elsewhere = Elsewhere("perplexity, other", lambda model: 1.5)
+    study.bench.elsewhere = ForgettingProbe("perplexity, other", lambda model: 1.5)
     assert table(study, ["says"])[2][-2] == "not measured"
     study.bench.source, study.results = lambda dtype: None, Results()
     study.run("says")

@@ -10,7 +10,7 @@ from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinion
 
 from lora_lab import inject
 from lora_lab.comparison import METHODS, Study, table
-from lora_lab.comparison.elsewhere import elsewhere_of, own_nearest, pooled
+from lora_lab.comparison.forgetting import forgetting_probe, own_nearest, pooled
 from lora_lab.comparison.methods import LoRAMethod, Method
 from lora_lab.models import Pooling, embed
 from prompt_tuning_lab.method import METHODS as PROMPTS
@@ -97,7 +97,7 @@ def test_a_seed_decides_what_is_shown_and_how_an_adapter_begins(tmp_path):
 def test_the_perplexity_elsewhere_changes_with_the_weights_alone(tmp_path):
     bench = workbench(tmp_path)
     other = jsonl(tmp_path / "other.jsonl", instructions(12))
-    bench.elsewhere = elsewhere_of(bench.fresh(), bench.reader.tokenizer, bench.reader, "sentiment", str(other))
+    bench.elsewhere = forgetting_probe(bench.fresh(), bench.reader.tokenizer, bench.reader, "sentiment", str(other))
     study = Study(bench, "tiny", seeds=(0,), sweep_rows=4)
     for name in ("zero-shot", "full"):
         study.methods = {**study.methods, name: FewChoices(study.methods[name])}
@@ -132,5 +132,5 @@ def test_other_data_is_bundled_for_every_task(tmp_path):
                                    (long_decoder, "summarization", dialogues(40), "perplexity, instructions"),
                                    (long_decoder, "instruction", instructions(40), "perplexity, reviews")):  # fmt: skip
         bench = workbench(tmp_path, make, task, rows)
-        elsewhere = elsewhere_of(bench.fresh(), bench.reader.tokenizer, bench.reader, task, limit=3)
+        elsewhere = forgetting_probe(bench.fresh(), bench.reader.tokenizer, bench.reader, task, limit=3)
         assert elsewhere.name == name and math.isfinite(elsewhere.measure(bench.fresh()))

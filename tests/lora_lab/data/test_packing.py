@@ -13,8 +13,8 @@ from small_models import build
 from tiny_workshop import chat_tokenizer, our_llama, text_rows, token_rows
 
 from lora_lab import LoraLabError, data
+from lora_lab.data.objectives import CausalObjective, PackedObjective, Seq2SeqObjective, packed_objective_of
 from lora_lab.data.packing import collate_packed, packs, random_batches
-from lora_lab.data.tasks import CausalTask, PackedTask, Seq2SeqTask, packed_task_of
 from lora_lab.training import TrainConfig
 from lora_lab.training.batches import step_batches
 
@@ -87,15 +87,15 @@ def test_nothing_predicts_the_first_token_of_a_document():
 
 
 def test_packed_and_padded_batches_count_the_same():
-    rows, packed, padded = token_rows(7), PackedTask(), CausalTask()
+    rows, packed, padded = token_rows(7), PackedObjective(), CausalObjective()
     ours, theirs = packed.collate(rows, 0), padded.collate(rows, 0)
     assert packed.count(ours) == padded.count(theirs) and packed.tokens(ours) == padded.tokens(theirs)
     assert packed.positions(ours) == packed.tokens(ours) < padded.positions(theirs) == 7 * max(len(row["input_ids"]) for row in rows)
 
 
 def test_an_encoder_decoder_computes_both_sides():
-    batch = Seq2SeqTask().collate([{"input_ids": [1, 2, 3], "labels": [4]}, {"input_ids": [1], "labels": [4, 5]}], 0)
-    assert (Seq2SeqTask().tokens(batch), Seq2SeqTask().positions(batch)) == (3 + 1 + 1 + 2, 6 + 4)
+    batch = Seq2SeqObjective().collate([{"input_ids": [1, 2, 3], "labels": [4]}, {"input_ids": [1], "labels": [4, 5]}], 0)
+    assert (Seq2SeqObjective().tokens(batch), Seq2SeqObjective().positions(batch)) == (3 + 1 + 1 + 2, 6 + 4)
 
 
 def test_a_packed_batch_is_made_on_the_device():
@@ -107,13 +107,13 @@ def test_a_packed_batch_is_made_on_the_device():
 
 
 def test_our_causal_models_can_be_packed():
-    assert isinstance(packed_task_of(our_llama()), PackedTask)
+    assert isinstance(packed_objective_of(our_llama()), PackedObjective)
 
 
 @pytest.mark.parametrize("family, way_out", [("llama", r"load the model with lora_lab\.models\.load"), ("t5", "low"), ("bert", "low")])
 def test_a_model_that_would_let_documents_see_each_other_is_refused(family, way_out):
     with pytest.raises(LoraLabError, match=rf"does not take document_lengths.*length buckets, the default.*{way_out}"):
-        packed_task_of(build(family))
+        packed_objective_of(build(family))
 
 
 # The report ---------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from tiny_workshop import END, chat_tokenizer, ids, our_llama
 
 from lora_lab import LoraLabError
 from lora_lab.data import Rows, filled, verbalize
+from lora_lab.data.objectives import objective_of
 from lora_lab.data.seq2seq import encode_answers
-from lora_lab.data.tasks import task_of
 from lora_lab.training import TrainConfig, evaluate, score_choices
 
 TOKENIZER, TEMPLATE, ANSWERS = chat_tokenizer(), "Review: {text}\nSentiment:", [" bad", " good"]
@@ -32,7 +32,7 @@ def test_the_loss_is_what_score_choices_scores():
     rows = verbalize(ROWS, TOKENIZER, TEMPLATE, ANSWERS)
     tokens = len(" bad") + len(" good") + 2
     expected = -float(scores[0, 0] + scores[1, 1]) / tokens
-    loss = evaluate(model, task_of(model).encode(rows, TOKENIZER, None), TrainConfig(progress=False))
+    loss = evaluate(model, objective_of(model).encode(rows, TOKENIZER, None), TrainConfig(progress=False))
     assert math.isclose(loss, expected, rel_tol=1e-5)
 
 

@@ -30,7 +30,7 @@ from lora_lab.training.evaluation import (
     samples,
     writing,
 )
-from lora_lab.training.loop import evaluate
+from lora_lab.training.fitting import evaluate
 
 ROWS = token_rows(9)
 SHORT = {"max_new_tokens": 6, "progress": False}

@@ -24,7 +24,7 @@ from tiny_workshop import (
 import lora_lab
 from lora_lab import LoraLabError
 from lora_lab.data import collate
-from lora_lab.data.tasks import label_tokens
+from lora_lab.data.objectives import label_tokens
 from lora_lab.training import TrainConfig, evaluate, fit, snapshots
 from lora_lab.training.batches import step_batches
 

@@ -18,9 +18,9 @@ import lora_lab
 from lora_lab import LoraLabError, data
 from lora_lab.data.batching import collate_classes
 from lora_lab.data.classification import encode_labelled
-from lora_lab.data.tasks import ClassificationTask, task_of
+from lora_lab.data.objectives import ClassificationObjective, objective_of
 from lora_lab.training import fit
-from lora_lab.training.loop import evaluate
+from lora_lab.training.fitting import evaluate
 
 GOOD, BAD = ["good", "very good", "so good"], ["bad", "very bad", "so bad"]
 
@@ -220,9 +220,9 @@ def test_labelled_rows_are_read_from_files(tmp_path):
 
 
 def test_the_task_is_known_by_the_models_class():
-    ours_, theirs_ = (task_of(model) for model in (classifier(3), theirs("BertForSequenceClassification", problem_type="regression")))
-    assert isinstance(ours_, ClassificationTask) and (ours_.labels, ours_.problem) == (3, None)
-    assert isinstance(theirs_, ClassificationTask) and (theirs_.labels, theirs_.problem) == (3, "regression")
+    ours_, theirs_ = (objective_of(model) for model in (classifier(3), theirs("BertForSequenceClassification", problem_type="regression")))
+    assert isinstance(ours_, ClassificationObjective) and (ours_.labels, ours_.problem) == (3, None)
+    assert isinstance(theirs_, ClassificationObjective) and (theirs_.labels, theirs_.problem) == (3, "regression")
     for name in ("BertForMaskedLM", "BertModel", "RobertaModel"):
         with pytest.raises(LoraLabError, match=f"a {name} has another task"):
-            task_of(ours(theirs(name)))
+            objective_of(ours(theirs(name)))

@@ -28,9 +28,9 @@ from lora_lab.models import loading
 from lora_lab.training import Interrupted, TrainConfig, evaluate, fit, shard, snapshots
 from lora_lab.training.batches import count_steps, step_batches
 from lora_lab.training.distributed import World, own_device, world
-from lora_lab.training.pieces import piece
+from lora_lab.training.dtensors import piece
+from lora_lab.training.loop import Run
 from lora_lab.training.precision import PRECISIONS, store_in
-from lora_lab.training.run import Run
 from lora_lab.wrapping import gathered
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_available(), reason="needs torch.distributed with gloo")

@@ -19,8 +19,8 @@ from lora_lab import LoraLabError, data, training
 from lora_lab.data.packing import collate_packed
 from lora_lab.training import TrainConfig, fit
 from lora_lab.training.batches import count_steps, step_batches
+from lora_lab.training.loop import Run
 from lora_lab.training.memory_request import request_of
-from lora_lab.training.run import Run
 
 ROWS = token_rows(12)
 WHOLE = {"micro_batch_size": 12, "max_steps": 3, "learning_rate": 0.03, **QUIET}  # each step is on all rows, in whatever order

@@ -17,7 +17,7 @@ import lora_lab
 from lora_lab import LoraLabError, models
 from lora_lab.__main__ import main
 from lora_lab.data import collate, encode_answers, question_of
-from lora_lab.data.tasks import Seq2SeqTask, task_of
+from lora_lab.data.objectives import Seq2SeqObjective, objective_of
 from lora_lab.models import T5Config, T5ForConditionalGeneration
 from lora_lab.training import evaluate, fit
 from lora_lab.training.config import TrainConfig
@@ -99,8 +99,8 @@ def test_each_side_is_padded_to_its_own_length_and_every_label_counts() -> None:
     batch = collate([{"input_ids": [5, 6, 7], "labels": [8]}, {"input_ids": [9], "labels": [2, -100]}], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 0, 0]] and batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[8, -100], [2, -100]]
-    task = Seq2SeqTask()
-    assert (task.count(batch), task.tokens(batch)) == (2, 4 + 2)
+    objective = Seq2SeqObjective()
+    assert (objective.count(batch), objective.tokens(batch)) == (2, 4 + 2)
 
 
 # Training ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_each_side_is_padded_to_its_own_length_and_every_label_counts() -> None:
 
 def test_encoder_decoders_of_both_houses_are_recognised_and_others_refused() -> None:
     mine, reference = pair()
-    assert type(task_of(mine)) is type(task_of(reference)) is Seq2SeqTask
+    assert type(objective_of(mine)) is type(objective_of(reference)) is Seq2SeqObjective
     with pytest.raises(LoraLabError, match="a T5Model has another task"):
         fit(T5Model(reference.config), copy_rows(), QUIET)
 

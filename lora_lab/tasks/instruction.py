@@ -11,13 +11,13 @@ from ..data.formats import ROLES, Row, check_row
 from ..data.tables.columns import Columns
 from ..data.tables.labels import Classes
 from ..errors import LoraLabError
-from .base import CHATS, INSTRUCTIONS, Assignment, Cells, Reader, Reading, Unusable, Way, digest, kind_of, text_in
+from .base import CHATS, INSTRUCTIONS, Cells, Reader, Reading, Task, Unusable, Way, digest, model_kind, text_in
 from .writing import Writer
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", **{role: role for role in ROLES}}  # ShareGPT's names: "from", "value"
 
 
-class Instruction(Assignment):
+class Instruction(Task):
     name = "instruction"
     shapes = (INSTRUCTIONS, CHATS)
 
@@ -37,11 +37,11 @@ class Instruction(Assignment):
         return writer_of(self, model, tokenizer, reading)
 
 
-def writer_of(assignment: Any, model: nn.Module, tokenizer: Any, reading: Reading) -> Writer:
+def writer_of(task: Any, model: nn.Module, tokenizer: Any, reading: Reading) -> Writer:
     """Raises LoraLabError for a model that writes no text."""
-    if (kind := kind_of(model)) not in ("causal", "encoder-decoder"):
+    if (kind := model_kind(model)) not in ("causal", "encoder-decoder"):
         raise LoraLabError(f"a {type(model).__name__} reads text and writes none: answers need a causal language model or an encoder-decoder")
-    return Writer(assignment, tokenizer, reading, kind == "encoder-decoder", [Way("")])
+    return Writer(task, tokenizer, reading, kind == "encoder-decoder", [Way("")])
 
 
 def instructed(cells: Cells) -> Row:

@@ -32,7 +32,7 @@ class Kind:
     first_position: int = 0
 
 
-def kind_of(base: nn.Module) -> Kind:
+def base_kind(base: nn.Module) -> Kind:
     """Raises LoraLabError for a model without an input embedding, or that takes no inputs_embeds."""
     check_embedding(base)
     causal, encodes = is_causal_lm(base), is_encoder_decoder(base)

@@ -10,14 +10,14 @@ from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape
 from ..data.tables.files import is_number
 from ..data.tables.labels import SPOKEN, Classes, written
-from .base import INSTRUCTIONS, LABEL, Assignment, Cells, Reader, Reading, Unusable, digest, text_in
+from .base import INSTRUCTIONS, LABEL, Cells, Reader, Reading, Task, Unusable, digest, text_in
 from .instruction import instructed, writer_of
 
 PRODUCT = Role("product", (("product", "product_title", "product_name", "item"), ("description", "title", "name")))
 REVIEW = Role("text", (("review", "review_text", "review_body"), ("text", "content", "body")))
 
 
-class Reviews(Assignment):
+class Reviews(Task):
     name = "reviews"
     shapes = (INSTRUCTIONS, Shape("product, review and label", (PRODUCT, REVIEW, LABEL)))
 

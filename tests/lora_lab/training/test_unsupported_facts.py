@@ -6,8 +6,8 @@ import pytest
 from task_tools import decoder, jsonl
 
 from lora_lab import data
-from lora_lab.assignments import Reading, gather
-from lora_lab.training.evaluation import Written, ordinary_words, unsaid
+from lora_lab.tasks import Reading, gather
+from lora_lab.training.evaluation import Written, ordinary_words, unsupported_facts
 
 
 @pytest.mark.parametrize(("text", "source"), [
@@ -18,7 +18,7 @@ from lora_lab.training.evaluation import Written, ordinary_words, unsaid
     ("two visits", "twice"), ("200,000", "two hundred thousand"),
 ])  # fmt: skip
 def test_a_number_is_the_same_however_it_is_spelled(text, source):
-    assert unsaid(text, source, {"she"}) == []
+    assert unsupported_facts(text, source, {"she"}) == []
 
 
 @pytest.mark.parametrize(("text", "source", "wrong"), [
@@ -26,27 +26,27 @@ def test_a_number_is_the_same_however_it_is_spelled(text, source):
     ("in 1989", "nineteen ninety eight", ["1989"]), ("2 and 2 and 3", "two", ["3"]), ("thirty visits", "three visits", ["30"]),
 ])  # fmt: skip
 def test_a_number_that_nobody_said_is_noticed_once(text, source, wrong):
-    assert unsaid(text, source, {"she"}) == wrong
+    assert unsupported_facts(text, source, {"she"}) == wrong
 
 
 def test_the_number_words_of_two_sentences_are_two_numbers():
-    assert unsaid("He is 26.", "I am twenty. Six of us came.", {"he"}) == ["26"]
+    assert unsupported_facts("He is 26.", "I am twenty. Six of us came.", {"he"}) == ["26"]
 
 
 @pytest.mark.parametrize("text", ["7" * 5000, "seven " * 5000, "seven hundred thousand " * 2000], ids=["digits", "words", "thousands"])
 def test_a_number_without_end_is_read_as_several(text):
     """Python refuses to write or read a number of more than 4,300 digits."""
-    assert unsaid(text, text, set()) == []
-    assert 0 < len(unsaid(text, "nothing", set())) < 10
+    assert unsupported_facts(text, text, set()) == []
+    assert 0 < len(unsupported_facts(text, "nothing", set())) < 10
 
 
 def test_one_alone_is_no_number():
-    assert unsaid("No one saw the other one.", "nothing", {"no"}) == []
+    assert unsupported_facts("No one saw the other one.", "nothing", {"no"}) == []
 
 
 def test_a_name_is_a_word_with_a_capital_that_is_not_ordinary_and_not_in_the_source():
-    assert unsaid("Denies pain. Zora told Dr. Wu and Ben's dog.", "wu: BEN has no pain", {"denies"}) == ["Zora"]
-    assert unsaid("Denies pain.", "no pain", set()) == ["Denies"]
+    assert unsupported_facts("Denies pain. Zora told Dr. Wu and Ben's dog.", "wu: BEN has no pain", {"denies"}) == ["Zora"]
+    assert unsupported_facts("Denies pain.", "no pain", set()) == ["Denies"]
 
 
 def test_ordinary_words_are_those_in_small_letters_of_the_texts_and_of_the_bundled_data():
@@ -58,8 +58,8 @@ def test_right_summaries_raise_few_alarms_and_those_of_other_dialogues_many():
     """The count itself, counted."""
     rows = data.load("dialogues")[1]
     ordinary = ordinary_words(())
-    right = [unsaid(row["summary"], row["dialogue"], ordinary) for row in rows]
-    others = [unsaid(other["summary"], row["dialogue"], ordinary) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    right = [unsupported_facts(row["summary"], row["dialogue"], ordinary) for row in rows]
+    others = [unsupported_facts(other["summary"], row["dialogue"], ordinary) for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)]
     assert sum(map(bool, right)) < 0.1 * len(rows) and sum(map(bool, others)) > 0.9 * len(rows)
 
 

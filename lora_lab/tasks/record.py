@@ -18,7 +18,7 @@ RECORD = "lora_lab_task.json"
 
 @dataclass(frozen=True)
 class Record:
-    """task: of ASSIGNMENTS.  words: how the model was asked.  classes: of a labelled task."""
+    """task: of TASKS.  words: how the model was asked.  classes: of a labelled task."""
 
     task: str
     words: str
@@ -27,7 +27,7 @@ class Record:
 
 def write_record(folder: Path, material: Material, reader: Reader) -> None:
     classes = material.classes
-    write_json(folder / RECORD, {"task": material.assignment.name, "words": reader.way.words, "columns": material.columns.of,
+    write_json(folder / RECORD, {"task": material.task.name, "words": reader.way.words, "columns": material.columns.of,
                                  "classes": None if classes is None else {"names": classes.names, "of": classes.of}})  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from ..errors import LoraLabError, did_you_mean
 from ..peft_files.folder import AdapterFile, Pair, plain_pair
 from ..peft_files.parameters import named_by
-from ..streaming.blockwise import Change
-from ..streaming.shards import StoredTensor
+from .blockwise import Change
+from .shards import StoredTensor
 
 PROJECTIONS = {  # of a stack: those of one expert, one below the other
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "up_proj": (("up_proj",),), "down_proj": (("down_proj",), ("w2",)),

@@ -22,7 +22,7 @@ Owner = str | None  # an adapter; None is the base
 
 
 @dataclass
-class Borrowed:
+class BaseParameters:
     """names: adapter -> the parameters it trains. in_place: parameter -> whose values it holds. aside: (owner, parameter) -> values kept."""
 
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Borrowed:
 
     @torch.no_grad()
     def swap(self, model: nn.Module, active: Sequence[str]) -> None:
-        """Put the right values into every borrowed parameter. Raises LoraLabError, nothing changed, where two active adapters want one."""
+        """Put the right values into every such parameter. Raises LoraLabError, nothing changed, where two active adapters want one."""
         wanted = {name: self.owner(name, active) for name in self.in_place}
         changed = {name: tensor_of(model, name) for name, owner in wanted.items() if self.in_place[name] != owner}
         for name, parameter in changed.items():
@@ -71,33 +71,33 @@ def injections(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     return [(owner, injection) for owner in model.modules() if (injection := vars(owner).get("lora_injection")) is not None]
 
 
-def borrowed_of(model: nn.Module) -> list[tuple[nn.Module, Borrowed]]:
-    return [(owner, injection.borrowed) for owner, injection in injections(model)]
+def base_parameters_of(model: nn.Module) -> list[tuple[nn.Module, BaseParameters]]:
+    return [(owner, injection.base_parameters) for owner, injection in injections(model)]
 
 
-def refuse_borrowed(model: nn.Module, adapters: Iterable[str], why: str) -> None:
+def refuse_base_parameters(model: nn.Module, adapters: Iterable[str], why: str) -> None:
     """Raise LoraLabError for the first of these adapters that trains something of the model itself, wherever in it it was injected."""
-    for _, borrowed in borrowed_of(model):
+    for _, base_parameters in base_parameters_of(model):
         for name in adapters:
-            if borrowed.names.get(name):
-                raise LoraLabError(f"{name!r} trains {borrowed.names[name][0]!r} of the model itself, {why}")
+            if base_parameters.names.get(name):
+                raise LoraLabError(f"{name!r} trains {base_parameters.names[name][0]!r} of the model itself, {why}")
 
 
-Moment = list[tuple[nn.Module, Borrowed, tuple[str, ...]]]
+Owners = list[tuple[nn.Module, BaseParameters, tuple[str, ...]]]
 
 
-def borrowers(model: nn.Module) -> Moment:
-    """Whose values are in place now, for `restore_borrowed`."""
-    records = borrowed_of(model)
+def owners_in_place(model: nn.Module) -> Owners:
+    """Whose values are in place now, for `restore_owners`."""
+    records = base_parameters_of(model)
     return [(owner, record, tuple(dict.fromkeys(name for name in record.in_place.values() if name is not None))) for owner, record in records]
 
 
-def swap_borrowed(model: nn.Module, active: Sequence[str]) -> None:
+def swap_base_parameters(model: nn.Module, active: Sequence[str]) -> None:
     """Put the values of these adapters, or the base's, in place. Raises LoraLabError, nothing changed, where two of them want one parameter."""
-    restore_borrowed([(owner, record, tuple(active)) for owner, record in borrowed_of(model)])
+    restore_owners([(owner, record, tuple(active)) for owner, record in base_parameters_of(model)])
 
 
-def restore_borrowed(moment: Moment) -> None:
+def restore_owners(moment: Owners) -> None:
     """Of several records every one gives back what it does not keep before any takes its own: one may lie inside another."""
     wanted = [{name: record.owner(name, active) for name in record.in_place} for _, record, active in moment]
     moved = [entry for entry, owners in zip(moment, wanted, strict=True) if owners != entry[1].in_place]
@@ -109,13 +109,13 @@ def restore_borrowed(moment: Moment) -> None:
 
 @contextlib.contextmanager
 def base_in_place(model: nn.Module) -> Iterator[None]:
-    """Inside the block every borrowed parameter holds the base's values."""
-    before = borrowers(model)
-    swap_borrowed(model, ())
+    """Inside the block every such parameter holds the base's values."""
+    before = owners_in_place(model)
+    swap_base_parameters(model, ())
     try:
         yield
     finally:
-        restore_borrowed(before)
+        restore_owners(before)
 
 
 def base_values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def borrowed_names(model: nn.Module, targets: Sequence[str], bias: str, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:
+def base_parameter_names(model: nn.Module, targets: Sequence[str], bias: str, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:
     """The parameters a request trains along, a tied one by its first name. targets: paths of the adapted layers.
 
     Raises LoraLabError for a module that is not there, a bias that no layer has, an unknown word.

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_lab
 from lora_lab.models.blocks import GatedMLP, SwiGLUFunction, gated
 from lora_lab.models.recompute import recomputed
-from lora_lab.remade import can_be_remade, keeping_inputs, product, recipe_of
+from lora_lab.rematerialize import keeping_inputs, linear_rematerialized, recipe_of, rematerializable
 
 
 def a_gated_mlp(dtype: torch.dtype = torch.float64, **request: Any) -> nn.Module:
@@ -72,7 +72,7 @@ def test_second_derivatives_go_through_what_is_made_again() -> None:
     gate, up = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def low(gate: Tensor, up: Tensor, A: Tensor) -> Tensor:
-        return product(gated(SwiGLUFunction, gate, up), A)
+        return linear_rematerialized(gated(SwiGLUFunction, gate, up), A)
 
     assert torch.autograd.gradcheck(low, (gate, up, A))
     assert torch.autograd.gradgradcheck(low, (gate, up, A))
@@ -99,10 +99,10 @@ def test_a_frozen_adapter_and_a_pass_without_gradients_remember_nothing() -> Non
 def test_autocast_to_another_dtype_keeps_the_input_as_usual() -> None:
     """x in float32 is cast by autocast: what would be made again is not what was multiplied."""
     x, A = torch.randn(4, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
-    wide = can_be_remade(F.silu(x), F.silu, x)
+    wide = rematerializable(F.silu(x), F.silu, x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert product(wide, A).grad_fn.name() != "_ProductBackward"
-    assert product(wide, A).grad_fn.name() == "_ProductBackward"
+        assert linear_rematerialized(wide, A).grad_fn.name() != "_LinearRematerializedBackward"
+    assert linear_rematerialized(wide, A).grad_fn.name() == "_LinearRematerializedBackward"
 
 
 def changed(x: Tensor) -> None:
@@ -135,7 +135,7 @@ def test_a_source_that_was_changed_before_the_layer_makes_nothing() -> None:
 
 def test_a_source_that_was_changed_after_the_layer_is_noticed() -> None:
     gate, up, A = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
-    low = product(gated(SwiGLUFunction, gate, up), A)
+    low = linear_rematerialized(gated(SwiGLUFunction, gate, up), A)
     up.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(low.sum(), A)
@@ -185,7 +185,7 @@ def test_a_file_of_the_tensor_holds_its_numbers() -> None:
 def test_nothing_is_remembered_where_computations_are_rewritten() -> None:
     """vmap and forward mode know no rule for a Function of ours; product is F.linear there."""
     x, A = torch.randn(5, 4, 6), torch.randn(3, 6, requires_grad=True)
-    rows = torch.func.vmap(torch.func.grad(lambda x: product(gated(SwiGLUFunction, x, x), A).square().sum()))(x)
+    rows = torch.func.vmap(torch.func.grad(lambda x: linear_rematerialized(gated(SwiGLUFunction, x, x), A).square().sum()))(x)
     x.requires_grad_()
     (wanted,) = torch.autograd.grad(F.linear(F.silu(x) * x, A).square().sum(), x)
     torch.testing.assert_close(rows, wanted)

@@ -16,14 +16,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..borrowed import (
+from ..base_parameters import (
     BIASES,
     PREFIX,
-    Borrowed,
+    BaseParameters,
     base_in_place,
+    base_parameter_names,
     base_values,
     biases_of,
-    borrowed_names,
     named_at_dots,
     names_of_each,
     of_an_adapter,
@@ -42,26 +42,28 @@ COPIES = re.compile(r"\.(original_module|modules_to_save)(?=\.)|(?<=\.lora_magni
 OF_THE_ADAPTER = re.compile(r"\.lora_[A-Za-z_]+(\.weight|\.bias)?$")
 
 
-def borrowed_for_file(model: nn.Module, borrowed: Borrowed, adapter: str, modules_to_save: Sequence[str], adapted: Collection[str]) -> Tensors:
+def base_parameters_for_file(
+    model: nn.Module, base_parameters: BaseParameters, adapter: str, modules_to_save: Sequence[str], adapted: Collection[str]
+) -> Tensors:
     """What an adapter trained of the model itself, as PEFT names it; a tied tensor under each of its names. modules_to_save: as in the file.
 
     PEFT wants all modules whole that it means by these names: what is in one and is not the adapter's is the base's own. What is in none it puts in
     the base's place.
     """
-    own, every = borrowed.names.get(adapter, ()), names_of_each(model)
+    own, every = base_parameters.names.get(adapter, ()), names_of_each(model)
     first = {id(tensor_of(model, name)): name for name in reversed(own)}
     whole = saved_names(model, [PREFIX + path for path in meant_by_peft(model, modules_to_save)])
     named = [(name, id(tensor_of(model, name))) for name in (*own, *whole)]
     names = dict.fromkeys(other for name, tensor in named for other in (name, *every.get(tensor, ())))
     others = [name for name in names if id(tensor_of(model, name)) not in first]
     of_base = base_values(model, others) if others else {}
-    trained = {name: _value(model, borrowed, adapter, first[id(tensor_of(model, name))]) for name in names if name not in of_base}
+    trained = {name: _value(model, base_parameters, adapter, first[id(tensor_of(model, name))]) for name in names if name not in of_base}
     return {PREFIX + _in_file(name, adapted): tensor.clone() for name, tensor in {**trained, **of_base}.items()}
 
 
-def _value(model: nn.Module, borrowed: Borrowed, adapter: str, name: str) -> Tensor:
-    here = borrowed.in_place[name] == adapter
-    return tensor_of(model, name).detach() if here else borrowed.aside[adapter, name]
+def _value(model: nn.Module, base_parameters: BaseParameters, adapter: str, name: str) -> Tensor:
+    here = base_parameters.in_place[name] == adapter
+    return tensor_of(model, name).detach() if here else base_parameters.aside[adapter, name]
 
 
 def _in_file(name: str, adapted: Collection[str]) -> str:
@@ -152,7 +154,7 @@ def path_in(key: str) -> str:
 
 def _announced(model: nn.Module, adapted: Collection[str], config: AdapterConfig) -> tuple[str, ...]:
     none_there = config.bias in BIASES and not biases_of(model, adapted, config.bias)  # T5 has none, and PEFT takes bias="all" for it
-    return borrowed_names(model, sorted(adapted), "none" if none_there else config.bias, config.modules_to_save)
+    return base_parameter_names(model, sorted(adapted), "none" if none_there else config.bias, config.modules_to_save)
 
 
 def _check(name: str, tensor: Tensor, parameter: Tensor, folder: Path, embedding: bool) -> None:

@@ -1,4 +1,4 @@
-"""What assignments have in common whose answer is a text: summaries, answers to instructions, reviews.
+"""What tasks have in common whose answer is a text: summaries, answers to instructions, reviews.
 
 A row becomes an instruction with an input and an output, and that what the model was taught to read (data/templates.py, data/seq2seq.py). Rows that
 are shown first are earlier turns of the same talk; only the last answer is learned, and only it counts for the loss.
@@ -24,7 +24,7 @@ from .base import Reader, Reading, Scores, Way
 
 
 class Asks(Protocol):
-    """What a reader needs of its assignment."""
+    """What a reader needs of its task."""
 
     def request(self, row: Row, words: str) -> Row:
         """The row as instruction, input and output, or as messages."""
@@ -37,9 +37,9 @@ class Writer(Reader):
     higher_is_better = False
     has_words = False
 
-    def __init__(self, assignment: Asks, tokenizer: Any, reading: Reading, encodes: bool, ways: Sequence[Way]) -> None:
+    def __init__(self, task: Asks, tokenizer: Any, reading: Reading, encodes: bool, ways: Sequence[Way]) -> None:
         super().__init__(tokenizer, reading)
-        self.assignment, self.encodes, self._ways, self.way = assignment, encodes, [*ways], ways[0]
+        self.task, self.encodes, self._ways, self.way = task, encodes, [*ways], ways[0]
 
     def ways(self) -> list[Way]:
         return self._ways
@@ -47,10 +47,10 @@ class Writer(Reader):
     def asked(self, row: Row, way: Way | None = None) -> Row:
         """The row, answer included, behind those that are shown first."""
         way = way or self.way
-        own = self.assignment.request(row, way.words)
+        own = self.task.request(row, way.words)
         if not way.shots:
             return own
-        turns = [turn for each in (*way.shots, row) for turn in messages_of(self.assignment.request(each, way.words))]
+        turns = [turn for each in (*way.shots, row) for turn in messages_of(self.task.request(each, way.words))]
         if self.encodes or has_chat_template(self.tokenizer):
             return {"messages": turns}
         return {"instruction": "\n\n".join(turn["content"] for turn in turns[:-1]), "output": turns[-1]["content"]}

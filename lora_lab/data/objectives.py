@@ -1,11 +1,11 @@
 """What a row is to each kind of model: how it is encoded, made into batches, and counted.
 
-    CausalTask            {"input_ids", "labels"}, or text rows (formats.py)         the loss is a mean over labelled tokens
-    Seq2SeqTask           {"input_ids", "labels"}, or text rows (seq2seq.py)         the same, of an encoder-decoder
-    ClassificationTask    {"input_ids", "label"}, or {"text", "label"}               the loss is a mean over rows
-    PackedTask            as CausalTask, without padding (packing.py)              the same loss
+    CausalObjective          {"input_ids", "labels"}, or text rows (formats.py)         the loss is a mean over labelled tokens
+    Seq2SeqObjective         {"input_ids", "labels"}, or text rows (seq2seq.py)         the same, of an encoder-decoder
+    ClassificationObjective  {"input_ids", "label"}, or {"text", "label"}               the loss is a mean over rows
+    PackedObjective          as CausalObjective, without padding (packing.py)         the same loss
 
-The training loop asks `task_of(model)` once and knows no more than the methods of a `Task`.
+The training loop asks `objective_of(model)` once and knows no more than the methods of an `Objective`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEQ2SEQ = ("ForConditionalGeneration", "ForSeq2SeqLM", "MTModel")
 OTHERS = ("ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "BertModel", "RobertaModel", "EncoderModel")
 
 
-class Task:
+class Objective:
     """A kind of model: what its rows are."""
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int | None) -> list[Any]:
@@ -53,7 +53,7 @@ class Task:
         return int(batch["input_ids"].numel())
 
 
-class CausalTask(Task):
+class CausalObjective(Objective):
     """Predict the next token."""
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int | None) -> list[Any]:
@@ -66,7 +66,7 @@ class CausalTask(Task):
         return label_tokens(batch)
 
 
-class PackedTask(CausalTask):
+class PackedObjective(CausalObjective):
     """Predict the next token; the rows of a batch are documents of a single one."""
 
     def collate(self, examples: Sequence[Any], pad_id: int, device: Any = None) -> Batch:
@@ -76,7 +76,7 @@ class PackedTask(CausalTask):
         return self.positions(batch)
 
 
-class Seq2SeqTask(CausalTask):
+class Seq2SeqObjective(CausalObjective):
     """Answer what the encoder has read. Labels are the answer itself, and each of them is predicted, the first from the start token."""
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int | None) -> list[Any]:
@@ -93,7 +93,7 @@ class Seq2SeqTask(CausalTask):
         return super().positions(batch) + int(batch["labels"].numel())
 
 
-class ClassificationTask(Task):
+class ClassificationObjective(Objective):
     """Name a text's class, its several classes, or a number. labels: outputs of the head.  problem: transformers' problem_type, or None."""
 
     def __init__(self, labels: int, problem: str | None = None) -> None:
@@ -109,30 +109,30 @@ class ClassificationTask(Task):
         return len(batch["labels"])
 
 
-def task_of(model: nn.Module) -> Task:
-    """The task of a model, ours or transformers', by the name of its class.
+def objective_of(model: nn.Module) -> Objective:
+    """What a model, ours or transformers', by the name of its class.
 
     Raises LoraLabError for one that `fit` does not train: it would take the labels for something else, without a word.
     """
     name, config = type(base_of(model)).__name__, getattr(model, "config", None)
     if name.endswith("ForSequenceClassification"):
-        return ClassificationTask(config.num_labels, config.problem_type)  # type: ignore[union-attr]
+        return ClassificationObjective(config.num_labels, config.problem_type)  # type: ignore[union-attr]
     if getattr(config, "is_encoder_decoder", False) and name.endswith(SEQ2SEQ):
-        return Seq2SeqTask()
+        return Seq2SeqObjective()
     if getattr(config, "is_encoder_decoder", False) or name.endswith(OTHERS):
         encoder = name.endswith(("BertModel", "RobertaModel"))
         hint = ": models.load(..., task='sequence-classification') puts a classifier's head on it" if encoder else ""
         raise LoraLabError(f"fit trains causal language models (next-token prediction), encoder-decoders and sequence classifiers; a {name} has "
                            f"another task{hint}")  # fmt: skip
-    return CausalTask()
+    return CausalObjective()
 
 
-def packed_task_of(model: nn.Module) -> Task:
+def packed_objective_of(model: nn.Module) -> Objective:
     """The same with packed batches. Raises LoraLabError for a model that does not take document_lengths: its documents would see each other."""
-    task = task_of(model)
-    if type(task) is CausalTask and "document_lengths" in inspect.signature(model.forward).parameters:
-        return PackedTask()
-    way_out = ", or load the model with lora_lab.models.load: its causal language models do" if type(task) is CausalTask else ""
+    objective = objective_of(model)
+    if type(objective) is CausalObjective and "document_lengths" in inspect.signature(model.forward).parameters:
+        return PackedObjective()
+    way_out = ", or load the model with lora_lab.models.load: its causal language models do" if type(objective) is CausalObjective else ""
     raise LoraLabError(f"packing=True: a {type(model).__name__} does not take document_lengths, so the rows of a batch would see each other: leave "
                        f"packing out (length buckets, the default, keep padding low){way_out}")  # fmt: skip
 

@@ -13,8 +13,8 @@ from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinion
 
 import lora_lab
 import lora_lab.__main__
-from lora_lab.assignments import gather
-from lora_lab.assignments.record import RECORD
+from lora_lab.tasks import gather
+from lora_lab.tasks.record import RECORD
 
 
 class Shop(Folder):

@@ -39,7 +39,7 @@ class Recipe:
         return set, ()
 
 
-def can_be_remade(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+def rematerializable(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     """x, remembering that ``make(*sources)`` is x again, bit for bit, and that backward keeps the sources in any case. Returns x."""
     if x.requires_grad and is_eager() and _keeping.get() != saved_tensor_hooks():
         x.lora_recipe = Recipe(x, make, sources)  # type: ignore[attr-defined]
@@ -66,16 +66,16 @@ def keeping_inputs() -> Iterator[None]:
         _keeping.reset(token)
 
 
-def product(x: Tensor, A: Tensor) -> Tensor:
+def linear_rematerialized(x: Tensor, A: Tensor) -> Tensor:
     """``x A^T``: [..., in] and [r, in] -> [..., r]; keeps x's sources in place of x where it has some."""
     recipe = recipe_of(x)
     if recipe is None or not A.requires_grad or autocast_dtype(x) not in (None, x.dtype):
         return F.linear(x, A)
-    result: Tensor = applied(_Product, x, A, recipe.make, *recipe.sources)
+    result: Tensor = applied(_LinearRematerialized, x, A, recipe.make, *recipe.sources)
     return result
 
 
-class _Product(torch.autograd.Function):
+class _LinearRematerialized(torch.autograd.Function):
     """``x A^T``, with x made again in backward."""
 
     @staticmethod

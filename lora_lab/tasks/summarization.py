@@ -13,8 +13,8 @@ from ..data.tables.columns import Columns, Role, Shape, plain
 from ..data.tables.files import Table
 from ..data.tables.labels import Classes
 from ..errors import LoraLabError
-from ..training.evaluation import Written, ordinary_words, rouge, unsaid
-from .base import Assignment, Cells, Reader, Reading, Scores, Way, digest, kind_of, text_in
+from ..training.evaluation import Written, ordinary_words, rouge, unsupported_facts
+from .base import Cells, Reader, Reading, Scores, Task, Way, digest, model_kind, text_in
 from .writing import Writer
 
 DIALOGUES = ("dialogue", "dialog", "conversation", "chat", "transcript")
@@ -24,7 +24,7 @@ NUMBERED = re.compile(r"summary_?\d+")
 KINDS = ("rouge1", "rouge2", "rougeL")
 
 
-class Summarization(Assignment):
+class Summarization(Task):
     name = "summarization"
     shapes = (Shape("dialogue and summary (DialogSum, SAMSum)", (TEXT, SUMMARY)),)
 
@@ -48,7 +48,7 @@ class Summarization(Assignment):
         return {"instruction": words, "input": row["dialogue"], "output": row["summary"]}
 
     def reader(self, model: nn.Module, tokenizer: Any, columns: Columns, classes: Classes | None, reading: Reading) -> Reader:
-        if (kind := kind_of(model)) not in ("causal", "encoder-decoder"):
+        if (kind := model_kind(model)) not in ("causal", "encoder-decoder"):
             raise LoraLabError(f"a {type(model).__name__} reads text and writes none: summaries need a causal language model or an encoder-decoder")
         what = "dialogue" if plain(columns["text"]) in DIALOGUES else "text"
         words = [f"Summarize the following {what}.", f"Write a summary of the following {what} in one or two sentences.", "What is this about?"]
@@ -88,4 +88,4 @@ def _judged(texts: Sequence[str], rows: Sequence[Row]) -> Scores:
 def wrong_facts(texts: Sequence[str], rows: Sequence[Row]) -> list[list[str]]:
     """Of a summary for each row, the numbers and names that the dialogue has not."""
     ordinary = ordinary_words(text for row in rows for text in (row["dialogue"], row["summary"]))
-    return [unsaid(text, row["dialogue"], ordinary) for text, row in zip(texts, rows, strict=True)]
+    return [unsupported_facts(text, row["dialogue"], ordinary) for text, row in zip(texts, rows, strict=True)]

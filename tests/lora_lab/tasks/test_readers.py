@@ -10,11 +10,11 @@ from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinion
 from tiny_workshop import EOS, ids
 
 from lora_lab import LoraLabError, inject, models
-from lora_lab.assignments import Reading, Way, gather
-from lora_lab.assignments.sentiment import NewHead
 from lora_lab.data import encode_rows, prompt_of
 from lora_lab.models import Pooling, embed
 from lora_lab.models.pooled_classifier import RobertaPooledForSequenceClassification, with_pooled_head
+from lora_lab.tasks import Reading, Way, gather
+from lora_lab.tasks.sentiment import NewHead
 from lora_lab.training import fit, perplexity, rouge, score_choices
 from lora_lab.training.evaluation import Written, auc, class_logits, clean_endings, write
 from lora_lab.training.probing import linear_probe
@@ -102,7 +102,7 @@ def test_a_head_begins_as_the_linear_probe_of_the_pooled_states(tmp_path):
 def test_features_are_made_once_for_several_heads(tmp_path, monkeypatch):
     reader, model, rows = reading(tmp_path, "sentiment", encoder())
     first = reader.prepared(model, rows).classifier.weight.clone()
-    monkeypatch.setattr("lora_lab.assignments.sentiment.embed", None)
+    monkeypatch.setattr("lora_lab.tasks.sentiment.embed", None)
     assert torch.equal(reader.prepared(encoder()[0], rows).classifier.weight, first)
 
 

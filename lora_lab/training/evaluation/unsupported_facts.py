@@ -1,6 +1,6 @@
 """Wrong facts that can be seen without understanding: numbers that nobody said, and names that nobody bears.
 
-    unsaid("Zora bought 3 spiders.", "Ben: I bought two spiders.", ordinary)      ["3", "Zora"]
+    unsupported_facts("Zora bought 3 spiders.", "Ben: I bought two spiders.", ordinary)      ["3", "Zora"]
 
 Both ways it is an estimate. Who did what to whom is not seen; and a right text may have a sum that its writer did in her head. So the count of right
 texts belongs beside that of a model's.
@@ -28,14 +28,14 @@ MOST_DIGITS, MOST_WORDS = 100, 40  # of one number: a longer run is read as seve
 TITLES = {"dr", "mr", "mrs", "ms"}
 
 
-def unsaid(text: str, source: str, ordinary: Collection[str]) -> list[str]:
+def unsupported_facts(text: str, source: str, ordinary: Collection[str]) -> list[str]:
     """The numbers and the names of `text` that `source` has not, however they are spelled there.
 
     ordinary: words in small letters that are no names, though a sentence may begin with them: see `ordinary_words`.
 
-    >>> unsaid("On 07/29/2008 Dr. Wu saw a 55-year-old.", "Doctor Wu: July twenty ninth two thousand eight. You are fifty five?", {"on"})
+    >>> unsupported_facts("On 07/29/2008 Dr. Wu saw a 55-year-old.", "Doctor Wu: July twenty ninth two thousand eight. You are fifty five?", {"on"})
     []
-    >>> unsaid("Zora bought three spiders from Wu.", "Wu: I bought two spiders.", {"bought", "spiders"})
+    >>> unsupported_facts("Zora bought three spiders from Wu.", "Wu: I bought two spiders.", {"bought", "spiders"})
     ['3', 'Zora']
     """
     said = _may_mean(source)

@@ -5,11 +5,11 @@
     fit(model, reader.examples(material.train), config)
     reader.scores(model, material.test)                             {"accuracy": ..., "AUC": ...}
 
-Not to be mixed up with data/tasks.py, which is what a row is to each kind of model, nor with models/tasks.py, the heads of encoders.
+What a row is to each kind of model says data/objectives.py.
 """
 
-from .base import Assignment, Reader, Reading, Way, kind_of
-from .material import ASSIGNMENTS, Material, gather
+from .base import Reader, Reading, Task, Way, model_kind
+from .material import TASKS, Material, gather
 from .preview import preview
 
-__all__ = ["ASSIGNMENTS", "Assignment", "Material", "Reader", "Reading", "Way", "gather", "kind_of", "preview"]
+__all__ = ["TASKS", "Material", "Reader", "Reading", "Task", "Way", "gather", "model_kind", "preview"]

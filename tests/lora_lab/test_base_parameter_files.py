@@ -45,7 +45,7 @@ def test_whole_embeddings_that_are_the_bases_own_are_left_out(tmp_path: Path, fa
     assert any("lora_" not in key for key in load_file(tmp_path / TENSORS))
     ours = lora_lab.load(base, tmp_path)
     assert_close(logits(ours, family), expected, rtol=0, atol=1e-9)
-    assert ours.lora_injection.borrowed.names == {"default": ()}
+    assert ours.lora_injection.base_parameters.names == {"default": ()}
 
 
 @pytest.mark.parametrize(("family", "targets"), [
@@ -113,7 +113,7 @@ def test_the_values_in_place_are_not_taken_for_the_bases(tmp_path: Path) -> None
     lora_lab.load(model, tmp_path / "plain", adapter="plain")
     assert_close(logits(model, "llama"), plain, rtol=0, atol=1e-9)
     assert_close(logits(lora_lab.use(model, "moved"), "llama"), expected, rtol=0, atol=1e-9)
-    assert model.lora_injection.borrowed.names["plain"] == ()
+    assert model.lora_injection.base_parameters.names["plain"] == ()
 
 
 # Models without biases, modules with adapters, requests without sense --------------------------------------------------------------

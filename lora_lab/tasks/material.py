@@ -1,4 +1,4 @@
-"""The rows of an assignment: found in a user's files, checked, divided into three parts."""
+"""The rows of a task: found in a user's files, checked, divided into three parts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..data.tables.labels import without_secret
 from ..data.tables.parts import PARTS, Dropped
 from ..errors import LoraLabError, did_you_mean
 from ..models.base import longest_row
-from .base import Assignment, Reader, Reading, Unusable, spread
+from .base import Reader, Reading, Task, Unusable, spread
 from .instruction import Instruction
 from .reviews import Reviews
 from .sentiment import Sentiment
 from .summarization import Summarization
 
-ASSIGNMENTS: dict[str, Assignment] = {each.name: each for each in (Sentiment(), Summarization(), Instruction(), Reviews())}
+TASKS: dict[str, Task] = {each.name: each for each in (Sentiment(), Summarization(), Instruction(), Reviews())}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Material:
     lengths: part -> tokens of each row, once a reader has counted them (`within`).
     """
 
-    assignment: Assignment
+    task: Task
     source: str
     columns: Columns
     classes: Classes | None
@@ -64,7 +64,7 @@ class Material:
 
     def reader(self, model: nn.Module, tokenizer: Any, reading: Reading | None = None, words: str | None = None) -> Reader:
         """How this kind of model is asked. words: an instruction, or a template with {text} in it, in place of the usual one."""
-        reader = self.assignment.reader(model, tokenizer, self.columns, self.classes, reading or Reading())
+        reader = self.task.reader(model, tokenizer, self.columns, self.classes, reading or Reading())
         if words is not None:
             reader.ask_in(words)
         return reader
@@ -94,30 +94,30 @@ class Material:
         return replace(self, parts=parts, lengths={part: [counts[i] for i in places[part]] for part, counts in self.lengths.items()})
 
 
-def gather(task: str, source: str | Path, columns: Mapping[str, str] | None = None, labels: Sequence[str] | None = None, *,
+def gather(name: str, source: str | Path, columns: Mapping[str, str] | None = None, labels: Sequence[str] | None = None, *,
            classes: Classes | None = None, parts: Mapping[str, str | Path] | None = None, wanted: Collection[str] = PARTS) -> Material:  # fmt: skip
     """The rows of a source for a task.
 
-    task: of ASSIGNMENTS.  source: a bundled name, a file, a folder, or a hub data set.  columns: role -> column, where it is not plain.
+    name: of TASKS.  source: a bundled name, a file, a folder, or a hub data set.  columns: role -> column, where it is not plain.
     labels: what the classes are called.  classes: those of an earlier run.  parts: "validation" or "test" -> a source of its own.
     wanted: the parts to make where the source has none; none at all: "all" rows.
     Raises LoraLabError, naming what was found and the option that decides, for what cannot be read or is not plain.
     """
-    if task not in ASSIGNMENTS:
-        raise LoraLabError(f"--task {task}: expected one of {', '.join(ASSIGNMENTS)}{did_you_mean(task, ASSIGNMENTS)}")
-    assignment, tables = ASSIGNMENTS[task], read_parts(source)
+    if name not in TASKS:
+        raise LoraLabError(f"--task {name}: expected one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}")
+    task, tables = TASKS[name], read_parts(source)
     for part, own in (parts or {}).items():
         tables = _with_part(tables, part, own)
-    tables = {part: assignment.table(table, columns or {}) for part, table in tables.items()}
-    found = _columns(assignment, tables, columns or {})
-    if assignment.labelled and classes is None:
+    tables = {part: task.table(table, columns or {}) for part, table in tables.items()}
+    found = _columns(task, tables, columns or {})
+    if task.labelled and classes is None:
         classes = classes_of(without_secret([row.get(found["label"]) for row in table] for table in tables.values()), labels)
     dropped: Dropped = Counter()
-    rows = {part: _usable(table, assignment, found, classes, dropped) for part, table in tables.items()}
+    rows = {part: _usable(table, task, found, classes, dropped) for part, table in tables.items()}
     if not any(map(len, rows.values())):
         raise LoraLabError(f"no row of {source} can be used: {told(dropped)}")
-    tables, more, notes = divided(rows, assignment.key, (lambda row: row["label"]) if assignment.labelled else None, wanted)
-    return Material(assignment, str(source), found, classes if assignment.labelled else None, tables, dropped + more, tuple(notes))
+    tables, more, notes = divided(rows, task.key, (lambda row: row["label"]) if task.labelled else None, wanted)
+    return Material(task, str(source), found, classes if task.labelled else None, tables, dropped + more, tuple(notes))
 
 
 def told(dropped: Mapping[str, int]) -> str:
@@ -134,15 +134,15 @@ def _with_part(tables: dict[str, Table], part: str, source: str | Path) -> dict[
     return {**tables, part: others.get(part) or Table.joined(others.values())}
 
 
-def _columns(assignment: Assignment, tables: Mapping[str, Table], given: Mapping[str, str]) -> Columns:
+def _columns(task: Task, tables: Mapping[str, Table], given: Mapping[str, str]) -> Columns:
     """Of the training rows; the other parts must have them, too."""
     first = next((tables[part] for part in (TRAIN, ALL) if part in tables), next(iter(tables.values())))
     try:
-        found = columns_of(first, assignment.shapes, given)
+        found = columns_of(first, task.shapes, given)
     except LoraLabError as error:
-        raise LoraLabError(f"{error}{_other_task(assignment, first)}") from None
+        raise LoraLabError(f"{error}{_other_task(task, first)}") from None
     guessed = {role: column for role, column in found.of.items() if found.why[role] == "by its values"}
-    if guessed and (hint := _other_task(assignment, first)):
+    if guessed and (hint := _other_task(task, first)):
         said = " and ".join(f"{column!r} could be the {role} (--{role}-column)" for role, column in guessed.items())
         raise LoraLabError(f"by its values {said}{hint}")
     for part, table in tables.items():
@@ -157,10 +157,10 @@ def _needed(columns: Columns, name: str) -> bool:
     return any(role.name == name and role.needed for role in columns.shape.roles)
 
 
-def _other_task(assignment: Assignment, table: Table) -> str:
+def _other_task(task: Task, table: Table) -> str:
     """A hint, where the rows are plainly those of another task."""
-    for other in ASSIGNMENTS.values():
-        for shape in other.shapes if other is not assignment else ():
+    for other in TASKS.values():
+        for shape in other.shapes if other is not task else ():
             names = {role.name for role in shape.roles if role.needed}
             try:
                 found = columns_of(table, [shape])
@@ -171,12 +171,12 @@ def _other_task(assignment: Assignment, table: Table) -> str:
     return ""
 
 
-def _usable(table: Table, assignment: Assignment, columns: Columns, classes: Classes | None, dropped: Dropped) -> Table:
+def _usable(table: Table, task: Task, columns: Columns, classes: Classes | None, dropped: Dropped) -> Table:
     rows, kept = list[Row](), list[int]()
     for index, row in enumerate(table):
         cells = {role: row.get(column) for role, column in columns.of.items()}
         try:
-            rows.append(assignment.row(cells, classes))
+            rows.append(task.row(cells, classes))
             kept.append(index)
         except Unusable as reason:
             dropped[str(reason)] += 1

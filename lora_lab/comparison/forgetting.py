@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..assignments import Reader, gather, kind_of
 from ..data.formats import Row
 from ..data.tables.folders import ALL
 from ..errors import LoraLabError
 from ..models.base import longest_row
 from ..models.embedding import embed, pooling_of
+from ..tasks import Reader, gather, model_kind
 from ..training.evaluation import class_logits, perplexity
 from ..wrapping import base_of
 
@@ -29,29 +29,29 @@ USUAL = {"encoder": ("summarization", "dialogues"), "instruction": ("reviews", "
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class ForgettingProbe:
     """name: what is measured, and on what.  measure: of a model, with whatever it has been taught."""
 
     name: str
     measure: Callable[[Any], float]
 
 
-def elsewhere_of(model: Any, tokenizer: Any, reader: Reader, task: str, source: str | None = None, limit: int = LIMIT) -> Elsewhere:
+def forgetting_probe(model: Any, tokenizer: Any, reader: Reader, task: str, source: str | None = None, limit: int = LIMIT) -> ForgettingProbe:
     """What this model is likely to forget while it learns `task`. source: other data than the bundled.  limit: rows of it.
 
     Raises LoraLabError for a classifier: its head can do nothing else.
     """
-    kind = kind_of(model)
+    kind = model_kind(model)
     if kind == "classifier":
         raise LoraLabError(f"a {type(model).__name__} does nothing but its classes, so nothing else can be forgotten")
     other, bundled = USUAL["encoder" if kind == "encoder" else task if task in USUAL else "other"]
     material, name = gather(other, source or bundled, wanted=()).first(all=limit), Path(source or bundled).name
     if kind == "encoder":
-        return Elsewhere(f"own summary nearest, {name}", lambda taught: own_nearest(taught, tokenizer, material.part(ALL), reader))
+        return ForgettingProbe(f"own summary nearest, {name}", lambda taught: own_nearest(taught, tokenizer, material.part(ALL), reader))
     there = material.reader(model, tokenizer, reader.reading)
     fitting = material.within(there, model).part(ALL)
     settings: dict[str, Any] = {"batch_size": reader.reading.batch_size, "precision": reader.reading.precision, "progress": False}
-    return Elsewhere(f"perplexity, {name}", lambda taught: perplexity(taught, there.examples(fitting), tokenizer, **settings))
+    return ForgettingProbe(f"perplexity, {name}", lambda taught: perplexity(taught, there.examples(fitting), tokenizer, **settings))
 
 
 def own_nearest(model: Any, tokenizer: Any, rows: Sequence[Row], reader: Reader) -> float:
@@ -64,7 +64,7 @@ def own_nearest(model: Any, tokenizer: Any, rows: Sequence[Row], reader: Reader)
 
 def pooled(model: Any, tokenizer: Any, texts: Sequence[str], reader: Reader) -> torch.Tensor:
     """[n, H], float32: of an encoder, or of one that got a head, whatever stands before its text; a text beyond the context is cut."""
-    if kind_of(model) == "encoder":
+    if model_kind(model) == "encoder":
         return embed(model, tokenizer, texts).float().cpu()
     limit = longest_row(model, pooling_of(model).max_length)
     cut = {"truncation": True, "max_length": limit} if limit is not None else {}
@@ -76,14 +76,14 @@ def pooled(model: Any, tokenizer: Any, texts: Sequence[str], reader: Reader) -> 
 @contextlib.contextmanager
 def without_head(classifier: Any) -> Iterator[None]:
     """Its logits are what the head reads."""
-    head, classifier.classifier = classifier.classifier, Reads()
+    head, classifier.classifier = classifier.classifier, IdentityHead()
     try:
         yield
     finally:
         classifier.classifier = head
 
 
-class Reads(nn.Module):
+class IdentityHead(nn.Module):
     """x, in float32. It has a weight's dtype, as a linear head has."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""What an assignment is, and what stands between it and a model.
+"""What a task is, and what stands between it and a model.
 
-An `Assignment` knows data: which shapes of files it reads, what a row of them becomes, what makes two rows the same. It knows no model.
-A `Reader` is an assignment for one kind of model: how a row is put to it, what it learns from a row, how good its answers are.
+A `Task` knows data: which shapes of files it reads, what a row of them becomes, what makes two rows the same. It knows no model.
+A `Reader` is a task for one kind of model: how a row is put to it, what it learns from a row, how good its answers are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Cells = Mapping[str, Any]  # role -> what a row has there
 Scores = dict[str, float]
 GREEDY: dict[str, Any] = {"max_new_tokens": 64, "temperature": 0.0}
 
-# Roles that several assignments have
+# Roles that several tasks have
 LABEL = Role("label", (("label", "labels", "sentiment", "polarity", "class", "target"), ("rating", "stars", "score", "category")),
              by_values="classes")  # fmt: skip
 INSTRUCTION = Role("instruction", (("instruction",), ("prompt", "question")))
@@ -60,7 +60,7 @@ class Reading:
     progress: bool = False
 
 
-class Assignment:
+class Task:
     """name: of --task.  shapes: of data that it reads.  labelled: its rows have a class."""
 
     name: ClassVar[str]
@@ -154,7 +154,7 @@ class Reader:
         return model
 
 
-def kind_of(model: nn.Module) -> str:
+def model_kind(model: nn.Module) -> str:
     """"causal", "encoder-decoder", "classifier" (an encoder with a head for classes) or "encoder". Raises LoraLabError for another."""
     base, name = base_of(model), type(base_of(model)).__name__
     if name.endswith("ForSequenceClassification"):

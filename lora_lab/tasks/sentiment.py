@@ -29,7 +29,7 @@ from ..models.embedding import embed, pooling_of
 from ..models.pooled_classifier import with_pooled_head
 from ..training.evaluation import accuracy, auc, best_choices, class_logits, f1, score_choices
 from ..training.probing import linear_probe
-from .base import LABEL, Assignment, Cells, Reader, Reading, Scores, Unusable, Way, digest, kind_of, spread, text_in
+from .base import LABEL, Cells, Reader, Reading, Scores, Task, Unusable, Way, digest, model_kind, spread, text_in
 
 TEXT = Role("text", (("text", "sentence", "review", "review_text", "review_body", "content", "comment", "tweet", "phrase", "body"),
                      ("document", "message", "description")), by_values="longest")  # fmt: skip
@@ -37,7 +37,7 @@ MOST_PROBED = 2000  # rows that a new head begins from
 EMBEDDED = 32  # texts in one pass
 
 
-class Sentiment(Assignment):
+class Sentiment(Task):
     name = "sentiment"
     shapes = (Shape("text and label (SST-2)", (TEXT, LABEL)),)
     labelled = True
@@ -54,7 +54,7 @@ class Sentiment(Assignment):
 
     def reader(self, model: nn.Module, tokenizer: Any, columns: Columns, classes: Classes | None, reading: Reading) -> Reader:
         assert classes is not None
-        kind = kind_of(model)
+        kind = model_kind(model)
         if kind == "encoder":
             return NewHead(tokenizer, reading, classes)
         if kind == "classifier":
@@ -228,7 +228,7 @@ class NewHead(Head):
         return [Way(each) for each in words]
 
     def answered(self, model: nn.Module, rows: Sequence[Row], way: Way | None) -> Tensor:
-        if kind_of(model) == "classifier":
+        if model_kind(model) == "classifier":
             return super().answered(model, rows, way)
         vectors = self._means(model, way.shots) if way and way.shots else self._called(model, way or self.ways()[0])
         return (self._vectors(model, [row["text"] for row in rows]) @ vectors.T).double()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from lora_lab import LoraLabError
-from lora_lab.assignments.base import CHATS, INSTRUCTIONS
-from lora_lab.assignments.material import ASSIGNMENTS
 from lora_lab.data.tables import Table, classes_of, columns_of
 from lora_lab.data.tables.labels import without_secret
+from lora_lab.tasks.base import CHATS, INSTRUCTIONS
+from lora_lab.tasks.material import TASKS
 
-SHAPES = {name: assignment.shapes for name, assignment in ASSIGNMENTS.items()}
+SHAPES = {name: task.shapes for name, task in TASKS.items()}
 
 
 def table(*rows):

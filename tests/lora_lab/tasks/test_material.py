@@ -6,9 +6,9 @@ import pytest
 from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinions, t5, table
 
 from lora_lab import LoraLabError
-from lora_lab.assignments import gather, preview
 from lora_lab.data import load
 from lora_lab.data.formats import BUNDLED
+from lora_lab.tasks import gather, preview
 
 PARTS = ("train", "validation", "test")
 
