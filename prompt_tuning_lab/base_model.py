@@ -35,10 +35,10 @@ class Kind:
 def base_kind(base: nn.Module) -> Kind:
     """Raises LoraLabError for a model without an input embedding, or that takes no inputs_embeds."""
     check_embedding(base)
-    causal, encodes = is_causal_lm(base), is_encoder_decoder(base)
+    arguments = tuple(inspect.signature(base.forward).parameters)
+    causal, encodes = is_causal_lm(base), is_encoder_decoder(base) and "decoder_input_ids" in arguments  # half of one may keep its config
     backbone = "" if causal or is_named(base, ANSWERING) else backbone_of(base)
     inner = base.get_submodule(backbone)
-    arguments = tuple(inspect.signature(base.forward).parameters)
     if "inputs_embeds" not in inspect.signature(inner.forward).parameters:
         raise LoraLabError(f"a {type(base).__name__} takes no inputs_embeds, which is how a prompt goes in: expected a model of lora_lab.models "
                            "or transformers that reads text")  # fmt: skip
@@ -61,7 +61,8 @@ def refuse_words_in_layers(base: nn.Module) -> None:
 
 
 def is_causal_lm(base: nn.Module) -> bool:
-    return isinstance(base, CausalLM) or (is_named(base, CAUSAL) and not is_encoder_decoder(base))
+    """Many that see or hear and then write are called ...ForConditionalGeneration, without an encoder-decoder's second half."""
+    return isinstance(base, CausalLM) or (is_named(base, (*CAUSAL, *ANSWERING)) and not is_encoder_decoder(base))
 
 
 def is_named(base: nn.Module, endings: tuple[str, ...]) -> bool:
@@ -86,12 +87,32 @@ def first_position(base: nn.Module) -> int:
 
 def context_length(base: nn.Module, kind: Kind) -> int | None:
     """Positions a row of text may take; None where the config sets no limit, as T5's, or one below 0, as XLNet's."""
-    config: Any = getattr(base, "config", None)
+    config = text_config(base)
     length = getattr(config, "context_length", None)
     if length is not None:
         return int(length)
     positions = getattr(config, "max_position_embeddings", None)
     return None if positions is None or int(positions) < 0 else int(positions) - kind.first_position
+
+
+def text_config(base: nn.Module) -> Any:
+    """The config, or of a model that sees or hears, too, the part of it about text."""
+    config = getattr(base, "config", None)
+    part = getattr(config, "text_config", None)
+    return config if part is None or is_encoder_decoder(base) else part
+
+
+def has_read(inputs: dict[str, Any]) -> bool:
+    """Whether a recurrent model (Mamba, xLSTM, RWKV) is given the state that a text, and the prompt with it, has left."""
+    if (state := inputs.get("cache_params")) is None:
+        return inputs.get("state") is not None
+    filled = getattr(state, "has_previous_state", getattr(state, "seqlen_offset", True))
+    return bool(filled() if callable(filled) else filled)
+
+
+def refuse_meta(base: nn.Module) -> None:
+    if base.get_input_embeddings().weight.is_meta:  # type: ignore[operator]
+        raise LoraLabError("the model is on the meta device, which holds shapes and no numbers: load the weights first")
 
 
 def cache_length(cache: Any) -> int:

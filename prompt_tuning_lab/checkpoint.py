@@ -25,6 +25,7 @@ from lora_lab.peft_files.config import CONFIG, TENSORS
 from lora_lab.streaming.shards import NAMES
 from lora_lab.wrapping import refuse_sharded, refuse_wrapped, whole
 
+from .base_model import check_embedding, refuse_meta
 from .injection import check_task_name
 from .peft_files.config import peft_config, type_and_sizes
 from .peft_files.heads import head_tensors, heads_of, put_in_place, refuse_another_head, warn_of_the_unsaved
@@ -115,6 +116,8 @@ def load(model: nn.Module, folder: str | Path, task: str = "default", *, trainab
     refuse_wrapped(model, "load")
     refuse_sharded(model, "load")
     base = model.base if isinstance(model, PromptedModel) else model
+    check_embedding(base)
+    refuse_meta(base)
     contents = read_contents(base, Path(folder), trainable)
     if not head:
         refuse_another_head(contents.heads, Path(folder))
@@ -146,6 +149,7 @@ def _take(prompted: PromptedModel, task: str, contents: Contents, replace: bool)
     if replace:
         prompted.tasks[task].load_state_dict(contents.prompt.state_dict())
         prompted.tasks[task].get_buffer(INITIAL).copy_(contents.prompt.get_buffer(INITIAL))
+        prompted.prompt(task).initialization = contents.prompt.initialization
         prompted.tasks.requires_grad_(False)
         prompted.active = task
     else:

@@ -47,7 +47,7 @@ def picture(prompted: Any, tokenizer: Any, task: str | None = None, title: str |
     near = [first for first, *_ in nearest_tokens(prompted, tokenizer, 1, task)]
     words = {each.id: label_text(each.token) for each in near}
     rows = torch.cat([before, after, embedding_rows(prompted.base, list(words)).to(after)])
-    flat, shares = principal_components(F.normalize(rows.double(), dim=1))
+    flat, shares = principal_components(F.normalize(rows.cpu().double(), dim=1))
     places = on_paper([(x, y) for x, y in flat.tolist()])
     count = len(before)
     canvas = Canvas(WIDTH, HEIGHT, title or f"{count} virtual tokens and their nearest words")

@@ -59,7 +59,8 @@ def ensemble(prompted: PromptedModel, tasks: Sequence[str], combine: str = "mean
     mean = _mean(members)
     if combine == "mean":
         return Ensemble(mean, mean.argmax(-1), members)
-    votes = torch.nn.functional.one_hot(members.argmax(-1), members.shape[-1]).sum(0).to(mean.dtype)
+    chosen = members.argmax(-1).movedim(0, -1)  # [B, .., n]
+    votes = torch.zeros_like(mean).scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=mean.dtype))
     tied = mean.masked_fill(votes < votes.amax(-1, keepdim=True), -torch.inf)
     return Ensemble(votes, tied.argmax(-1), members)
 

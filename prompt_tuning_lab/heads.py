@@ -10,9 +10,11 @@ finds the last word by the ids it knows, positions of an answer are the text's o
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError
@@ -29,18 +31,21 @@ def inserted_before(
     """Inside the block a call of `backbone` reads the prompt, too, and gives back what belongs to the text. For one call: hooks, gone after it.
 
     arguments: of the backbone's forward, in their order.  insert: from what it is called with to what it is called with instead.
-    text_only: takes the prompt out of the output again.
+    text_only: takes the prompt out of the output again.  Other threads that call the backbone meanwhile have their own block, or none.
     """
     calls: list[Inserted] = []
+    caller = _thread()
 
-    def before(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _thread() != caller:
+            return None
         inputs = {**dict(zip(arguments, args, strict=False)), **given}
         inputs.pop("cache_position", None)  # transformers 4 counts the text's; without it the model counts its cache
         calls.append(insert(inputs))
         return (), calls[-1].inputs
 
     def after(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
-        return text_only(out, calls.pop())
+        return text_only(out, calls.pop()) if _thread() == caller else None
 
     handles = [backbone.register_forward_pre_hook(before, with_kwargs=True), backbone.register_forward_hook(after, with_kwargs=True)]
     try:
@@ -48,6 +53,10 @@ def inserted_before(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def pooled(backbone: Any, hidden: Tensor, before: Tensor) -> Tensor:

@@ -83,12 +83,12 @@ def first_rows(base: nn.Module, num_virtual_tokens: int, start: Start) -> tuple[
 
     Warns where a text or labels are cut. Raises LoraLabError for what makes no sense, a text without words, and rows of another shape.
     """
+    check_words(start)
     generator, width, scale = start.generator(), int(_embedding(base).embedding_dim), embedding_rms(base)  # not the hidden size (trap T22)
     if not start.is_known:
         rows = rows_there(base, start.init, [num_virtual_tokens, width])
         return rows, Initialization("rows that were there", len(rows), 0, 0, rms(rows), scale)
     if start.init == "random":
-        _check_words(start)
         rows = torch.rand(num_virtual_tokens, width, generator=generator) - 0.5
         return rows, Initialization("random numbers", len(rows), 0, 0, rms(rows), scale)
     asked = [words(base, ids).mean(0) for ids in _labels(start)] if start.init == "labels" else list(words(base, _named(start)))
@@ -130,22 +130,25 @@ def check_seed(seed: Any) -> None:
 
 def _named(start: Start) -> list[int]:
     """Ids of the text's tokens; none of "vocab", which draws all."""
-    _check_words(start)
     return token_ids(start.text, start.tokenizer, "text") if start.init == "text" else []
 
 
 def _labels(start: Start) -> list[list[int]]:
-    _check_words(start)
-    if isinstance(start.labels, str) or not start.labels:
-        raise LoraLabError(f"labels={start.labels!r}: expected a list of words, one for each class")
+    if not isinstance(start.labels, (list, tuple)) or not start.labels:
+        raise LoraLabError(f"labels={start.labels!r:.60}: expected a list of words, one for each class")
     return [token_ids(label, start.tokenizer, "a label") for label in start.labels]
 
 
-def _check_words(start: Start) -> None:
+def check_words(start: Start) -> None:
+    """Raise LoraLabError where a text or labels are given and would not be read, or are lacking."""
     for name in ("text", "labels"):
         value = getattr(start, name)
         if (value is not None) != (start.init == name):
-            raise LoraLabError(f"init={start.init!r} with {name}={value!r:.40}: {name} belongs to init={name!r}, and that needs it")
+            raise LoraLabError(f"init={_brief(start.init)} with {name}={value!r:.40}: {name} belongs to init={name!r}, and that needs it")
+
+
+def _brief(init: Any) -> str:
+    return f"a tensor {list(init.shape)}" if isinstance(init, Tensor) else f"{init!r:.60}"
 
 
 def token_ids(text: Any, tokenizer: Any, what: str) -> list[int]:
@@ -176,8 +179,8 @@ def without_meaning(tokenizer: Any, top_n: int) -> set[int]:
     """Of the lowest ids the tokenizer's special tokens, and places it keeps free ("[unused7]"); none without a tokenizer."""
     if tokenizer is None:
         return set()
-    backend = getattr(tokenizer, "backend", None)  # ours has tokenizers' own; transformers' name the same things otherwise
-    if backend is None:
+    backend: Any = getattr(tokenizer, "backend", None)  # ours has tokenizers' own; transformers' has a word here, and names the same things otherwise
+    if not hasattr(backend, "id_to_token"):
         names, special = tokenizer.convert_ids_to_tokens(list(range(min(top_n, len(tokenizer))))), set(tokenizer.all_special_ids)
     else:
         names = [backend.id_to_token(i) or "" for i in range(min(top_n, backend.get_vocab_size()))]
@@ -221,9 +224,14 @@ def _from_file(base: nn.Module, init: Any) -> Tensor:
     """A .npy file, as Google's prompts are; a safetensors file with `prompt_embeddings`, or the folder of it, as PEFT's and ours are."""
     if not isinstance(init, (str, Path)):
         raise LoraLabError(f"init={init!r:.60}: expected {', '.join(map(repr, INITIALISATIONS))}, a path, a task's name or a tensor")
-    path = Path(init) / TENSORS if Path(init).is_dir() else Path(init)
-    if not path.is_file():
-        raise LoraLabError(f"init={str(init)!r}: neither one of {', '.join(INITIALISATIONS)} nor a file{did_you_mean(init, INITIALISATIONS)}")
+    try:
+        path = Path(init) / TENSORS if Path(init).is_dir() else Path(init)
+        is_there = path.is_file()
+    except (OSError, ValueError):  # a text in the place of a path: too long for one, or with characters that none has
+        is_there = False
+    if not is_there:
+        hint = f" (init=\"text\", text={str(init)!r:.30}?)" if " " in str(init) else did_you_mean(init, INITIALISATIONS)
+        raise LoraLabError(f"init={str(init)!r:.80}: neither one of {', '.join(INITIALISATIONS)} nor a file{hint}")
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False))

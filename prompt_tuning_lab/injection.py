@@ -17,9 +17,9 @@ from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.targets import ADAPTER_NAME
 from lora_lab.wrapping import refuse_sharded, refuse_wrapped
 
-from .base_model import base_kind, context_length, refuse_words_in_layers
+from .base_model import base_kind, context_length, refuse_meta, refuse_words_in_layers
 from .embeddings import embedding_rms, rms
-from .initialization import Initialization, Start, check_count, check_seed, first_rows, first_words, rows_there
+from .initialization import Initialization, Start, check_count, check_seed, check_words, first_rows, first_words, rows_there
 from .layout import check_placement
 from .prefix import Prefix, from_rows, keys_and_values, random_prefix, to_rows
 from .prefix_cache import prefix_shape
@@ -77,7 +77,7 @@ def new_prompt(base: nn.Module, num_virtual_tokens: int, method: str, start: Sta
     sizes = {} if hidden_size is None else {"hidden_size": hidden_size}
     with contextlib.nullcontext() if start.seed is None else torch.random.fork_rng(devices=[]):
         if start.seed is not None:
-            torch.manual_seed(start.seed)
+            torch.default_generator.manual_seed(start.seed)  # the CPU's alone: a GPU's goes on where it was
         prompt: Prompt = make(weight, **sizes)
     prompt.initialization = record
     return prompt
@@ -85,6 +85,7 @@ def new_prompt(base: nn.Module, num_virtual_tokens: int, method: str, start: Sta
 
 def first_prefix(base: nn.Module, num_virtual_tokens: int, start: Start) -> tuple[Tensor, Initialization]:
     """[L, 2, P, N, D], the keys and values of words or small random numbers, and the record of them."""
+    check_words(start)
     shape, scale = prefix_shape(base), embedding_rms(base)
     if not start.is_known:
         given = to_rows(start.init) if isinstance(start.init, Tensor) and start.init.ndim == 5 else start.init
@@ -114,8 +115,7 @@ def _check(base: nn.Module, num_virtual_tokens: int, method: str, placement: str
     check_count(num_virtual_tokens)
     check_placement(placement)
     kind = base_kind(base)
-    if base.get_input_embeddings().weight.is_meta:  # type: ignore[operator]
-        raise LoraLabError("the model is on the meta device, which holds shapes and no numbers: load the weights first")
+    refuse_meta(base)
     if method not in METHODS:
         raise LoraLabError(f"method={method!r}: expected one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
     if method != "prefix":

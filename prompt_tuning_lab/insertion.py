@@ -23,7 +23,8 @@ from lora_lab.errors import LoraLabError
 from lora_lab.models.base import check_ids, is_encoder_decoder
 from lora_lab.models.blocks import IGNORE
 
-from .base_model import Kind, base_kind, cache_length, check_text, flat_mask, rows_of
+from .base_model import Kind, base_kind, cache_length, check_text, context_length, flat_mask, has_read, rows_of
+from .embeddings import embed
 from .layout import Block, Layout, block_of, layout_of, lead_of, source_of
 
 MOVED = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")  # those that give each position something
@@ -63,7 +64,7 @@ def insert_prompts(base: nn.Module, prompts: Sequence[Tensor], which: Sequence[i
     nothing before it, and so no label, also where padding stands there.
 
     A cache that is not empty has the prompt in it already: then the mask is extended and positions are moved, and nothing is inserted. So it is
-    with encoder_outputs.
+    with encoder_outputs, and with the state of a recurrent model.
     Raises LoraLabError for a prompt of another width, an unknown placement, a number of rows that is not the batch's, a mask or labels of
     another shape than the text.
     """
@@ -76,6 +77,8 @@ def insert_prompts(base: nn.Module, prompts: Sequence[Tensor], which: Sequence[i
         raise LoraLabError(f"{block.rows} rows are told their prompt, the batch has {rows_of(inputs)}")
     if kind.encodes and inputs.get("encoder_outputs") is not None:
         return Inserted(_seen_of_encoder(block, inputs))
+    if has_read(inputs):
+        return Inserted(dict(inputs))
     if not kind.encodes and cache_length(inputs.get("past_key_values")):
         return Inserted(_continued(block, inputs, kind, prefix))
     return _inserted(base, block, inputs, kind)
@@ -97,7 +100,7 @@ def _inserted(base: nn.Module, block: Block, inputs: dict[str, Any], kind: Kind)
         out["attention_mask"] = whole
     if (given := inputs.get("position_ids")) is not None:
         out["position_ids"] = _moved(block, given, mask, layout)
-    elif whole is not None and layout.first is not None and "position_ids" in kind.arguments:
+    elif whole is not None and "position_ids" in kind.arguments and (layout.first is not None or _padded_beyond(base, out, kind)):
         out["position_ids"] = (whole.long().cumsum(1) - 1).clamp(min=0) + kind.first_position
     if (types := inputs.get("token_type_ids")) is not None:
         out["token_type_ids"] = layout(types.new_zeros(block.rows, block.longest), types.expand(block.rows, -1))
@@ -106,14 +109,20 @@ def _inserted(base: nn.Module, block: Block, inputs: dict[str, Any], kind: Kind)
     return Inserted(out, length, layout.columns, _keep(out, length, layout, kind))
 
 
+def _padded_beyond(base: nn.Module, out: dict[str, Any], kind: Kind) -> bool:
+    """Padding stands where the model has no positions left, so it must not be counted."""
+    context = context_length(base, kind)
+    return context is not None and out["inputs_embeds"].shape[1] > context
+
+
 def embedded(base: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """[B, T, H] of the text, by a call of the model's embedding: some scale what their table holds (trap T21)."""
+    """[B, T, H] of the text, as the model's first layer would get it."""
     embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
     check_text(inputs, embedding.embedding_dim, is_encoder_decoder(base))
     if (ids := inputs.get("input_ids")) is None:
         return inputs["inputs_embeds"]
     check_ids("input_ids", ids, embedding.num_embeddings)
-    return embedding(ids)
+    return embed(base, ids)
 
 
 def _whole_mask(block: Block, mask: Tensor | None, layout: Layout, like: Tensor) -> Tensor | None:

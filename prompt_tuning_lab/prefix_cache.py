@@ -23,7 +23,7 @@ from lora_lab.models.causal import CausalLM
 from lora_lab.models.seq2seq import EncoderOutput, Seq2SeqLM, embedded
 from lora_lab.models.t5 import relative_position_bucket
 
-from .base_model import cache_length
+from .base_model import cache_length, text_config
 
 Pairs = list[tuple[Tensor, Tensor]]  # of each layer keys and values, [B, N, S, D] each
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -52,7 +52,7 @@ class PrefixShape(NamedTuple):
 def prefix_shape(base: nn.Module) -> PrefixShape:
     """What a prefix for this model is made of, from its config. Raises LoraLabError for a model that cannot have one."""
     refuse_base(base)
-    config: Any = base.config
+    config = text_config(base)
     if is_encoder_decoder(base):
         return PrefixShape(config.num_layers + config.num_decoder_layers, config.num_heads, config.d_kv)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -61,7 +61,7 @@ def prefix_shape(base: nn.Module) -> PrefixShape:
 
 def _key_heads(base: nn.Module) -> int:
     """Heads in the cache. transformers' Falcon repeats the keys of its new decoder for every query before they go there."""
-    config: Any = base.config
+    config = text_config(base)
     new_falcon, theirs = getattr(config, "new_decoder_architecture", False), not isinstance(base, PretrainedModel)
     if new_falcon and theirs:
         return int(config.num_attention_heads)
@@ -76,7 +76,7 @@ def _key_heads(base: nn.Module) -> int:
 
 def refuse_base(base: nn.Module) -> None:
     """Raise LoraLabError for a model whose attention has no place for keys and values from outside, or not the same in all layers."""
-    config, kind = getattr(base, "config", None), type(base).__name__
+    config, kind = text_config(base), type(base).__name__
     ways_out = "method='prompt' or 'residual' puts rows before the text instead"
     if not isinstance(base, (CausalLM, Seq2SeqLM, BertPretrainedModel)) and not from_transformers(base):
         raise LoraLabError(f"a {kind} can have no prefix: expected a model of lora_lab.models or transformers that has a cache; {ways_out}")
@@ -86,8 +86,11 @@ def refuse_base(base: nn.Module) -> None:
         raise LoraLabError(f"a {kind} takes no past_key_values, which is where a prefix goes; {ways_out}")
     odd = {name for name in ("kv_lora_rank", "num_kv_shared_layers", "global_head_dim") if getattr(config, name, None)}
     odd |= {*(getattr(config, "layer_types", None) or [])} - PLAIN_LAYERS
+    odd |= {"head_dim", "num_key_value_heads", "num_attention_heads"} & (getattr(config, "per_layer_attributes", None) or set())
     if odd:
         raise LoraLabError(f"a {kind} with {', '.join(sorted(odd))} has layers without keys and values of one shape: no prefix fits all; {ways_out}")
+    if len({*(getattr(base, "hf_device_map", None) or {}).values()}) > 1:
+        raise LoraLabError(f"a {kind} divided among devices (device_map): a prefix lies on one of them, and its layers on several; {ways_out}")
 
 
 def refuse_dropped(base: nn.Module) -> None:

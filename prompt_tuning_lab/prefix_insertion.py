@@ -215,7 +215,8 @@ def _encoder_positions(base: nn.Module, block: Block, inputs: dict[str, Any], le
     padding, ids, moved = table.padding_idx, inputs.get("input_ids"), block.lengths[:, None]
     if padding is None or ids is None:
         first = 0 if padding is None else padding + 1
-        return torch.arange(first, first + length, device=moved.device)[None] + moved
+        places = torch.arange(first, first + length, device=moved.device)[None] + moved
+        return places.clamp(max=table.num_embeddings - 1)  # beyond it there is padding alone
     text = (ids != padding).long()
     return (text.cumsum(1) + moved) * text + padding
 

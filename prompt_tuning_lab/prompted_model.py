@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError, did_you_mean
 
-from .base_model import base_kind, cache_length, check_text, context_length, rows_of
+from .base_model import base_kind, cache_length, check_text, context_length, has_read, rows_of
 from .frozen_base import learning_through
 from .generating import generate
 from .heads import inserted_before, pooled
 from .insertion import Inserted, insert_prompts
+from .prefix_cache import prefix_shape
 from .prefix_insertion import cache_asked_for, insert_prefixes, without_cache
 from .soft_prompt import Prompt
 
@@ -182,13 +183,26 @@ class PromptedModel(nn.Module):
         rows = [index if index >= 0 and not prefixes[index] else -1 for index in which]
         states = [index if index >= 0 and prefixes[index] else -1 for index in which]
         self._check_context(inputs, chosen, which)
-        made, placements = [prompt() for prompt in chosen], [prompt.placement for prompt in chosen]
+        made, placements = self._made(chosen, inputs), [prompt.placement for prompt in chosen]
         longest = max([0, *(chosen[index].num_virtual_tokens for index in states if index >= 0)])
         inserted = insert_prompts(self.backbone, made, rows, inputs, placements, self.inner_kind, longest)
         if not any(prefixes):
             return inserted
         whole = insert_prefixes(self.backbone, made, states, inserted.inputs)
         return replace(inserted, inputs=whole, drop_cache=not cache_asked_for(inputs))
+
+    def _made(self, chosen: list[Prompt], inputs: dict[str, Any]) -> list[Tensor]:
+        """What each inserts. Where a cache has it already only its shape is asked for, and no network makes it anew for every word."""
+        cached = not self.inner_kind.encodes and (has_read(inputs) or cache_length(inputs.get("past_key_values")) > 0)
+        return [self._shape_alone(prompt) if cached and prompt.hidden_size is not None else prompt() for prompt in chosen]
+
+    def _shape_alone(self, prompt: Prompt) -> Tensor:
+        """Zeros that take no memory, [P, H] or of a prefix [L, 2, P, N, D]."""
+        shape = [prompt.num_virtual_tokens, self.get_input_embeddings().embedding_dim]
+        if prompt.method == "prefix":
+            layers, heads, head_dim = prefix_shape(self.backbone)
+            shape = [layers, 2, prompt.num_virtual_tokens, heads, head_dim]
+        return torch.zeros(1, device=self.device).expand(shape)
 
     def chosen(self, rows: int) -> tuple[list[Prompt], list[int]]:
         """The prompts of a batch of so many rows, and for each row the index of its own, or -1. k rows to a name are successive (beams)."""
@@ -232,7 +246,8 @@ class PromptedModel(nn.Module):
             return
         if isinstance(positions, Tensor) and int((positions.amax(-1) + torch.tensor(virtual, device=positions.device)).max()) < context:
             return  # the caller counts, and rows that are done need not go on
-        if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(virtual):  # padding takes no position
+        counted = "position_ids" in self.inner_kind.arguments
+        if counted and isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == len(virtual):  # padding takes no position
             text = int(mask.sum(1).max())
             if int((mask.sum(1) + torch.tensor(virtual, device=mask.device)).max()) <= context:
                 return

@@ -47,7 +47,7 @@ class Prompt(nn.Module):
 
         def never_narrower(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+            return tensor.to(moved.device) if moved.dtype.itemsize < torch.float32.itemsize else moved
 
         return super()._apply(never_narrower, recurse)
 

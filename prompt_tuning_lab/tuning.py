@@ -73,11 +73,14 @@ def check_share(share: Any) -> None:
 
 
 def scale(prompted: PromptedModel, prompt: Prompt) -> float:
-    """Root mean square of what numbers of this kind are usually: words; of a prefix the median over its layers' keys, and values."""
+    """Root mean square of what numbers of this kind are usually: words; of a prefix the median over its layers' keys, and values, zeros left out."""
     if prompt.method != "prefix":
         return embedding_rms(prompted.base)
     states: Tensor = prompt.initial.detach().cpu().double()  # type: ignore[operator]
-    return float(states.square().mean((2, 3, 4)).sqrt().median())
+    sizes = states.square().mean((2, 3, 4)).sqrt()
+    if not sizes.any():
+        raise LoraLabError("the prefix began as zeros, which have no size to take a share of: give learning_rate= itself (1e-2 is a start)")
+    return float(sizes[sizes > 0].median())
 
 
 def gain(prompt: Prompt) -> float:

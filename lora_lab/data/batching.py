@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,10 @@ def length_buckets(lengths: Sequence[int], size: int, generator: random.Random |
     >>> length_buckets([3, 9, 2, 8], size=2)
     [[2, 0], [3, 1]]
     """
-    order = list(range(len(lengths)))
     if generator is None:
-        order.sort(key=lambda index: lengths[index])
-        return [order[i : i + size] for i in range(0, len(order), size)]
+        by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
+        return [by_length[i : i + size] for i in range(0, len(lengths), size)]
+    order = array("q", range(len(lengths)))  # a quarter of a list's memory
     generator.shuffle(order)
     batches = []
     for start in range(0, len(order), size * POOL):

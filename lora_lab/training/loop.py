@@ -26,7 +26,7 @@ from ..models.base import PretrainedModel, in_mode
 from ..wrapping import base_of, gathered
 from . import snapshots, state
 from .accounting import Log, peak_bytes, reset_peak
-from .batches import Examples, count_steps, step_batches
+from .batches import Examples, count_steps, lengths_of, step_batches
 from .config import TrainConfig
 from .distributed import ALONE, World, accumulating, agree_on_weights, data_parallel, same_random_numbers
 from .dtensors import joined_like, piece
@@ -302,7 +302,7 @@ def mean_loss(model: nn.Module, objective: Objective, examples: Examples, config
 
     world: the processes that share the work."""
     device = next(model.parameters()).device
-    lengths = [len(example["input_ids"]) for example in examples]
+    lengths = lengths_of(examples)
     total = tokens = 0.0
     with in_mode(model, training=False), PRECISIONS[config.precision].autocast(device):
         if isinstance(base_of(model), PretrainedModel):

@@ -20,7 +20,7 @@ from lora_lab.checks import LARGEST, is_size
 from lora_lab.errors import LoraLabError, did_you_mean
 from lora_lab.models.base import is_encoder_decoder
 
-from ..base_model import is_named
+from ..base_model import ANSWERING, is_causal_lm, is_named
 from ..layout import check_placement
 from ..prefix_cache import prefix_shape
 from ..soft_prompt import Prompt
@@ -41,8 +41,7 @@ REFUSED = {
     "CPT": "its prompt stands for the words of its examples, which are masked and decay in training: that is not read here",
     "CARTRIDGE": "its keys and values belong to the text they were distilled from, frozen rows included: that is not read here",
 }  # fmt: skip
-TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForSequenceClassification": "SEQ_CLS",
-         "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}  # fmt: skip
+TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,10 @@ def type_and_sizes(base: nn.Module, prompt: Prompt) -> tuple[str, dict[str, Any]
 
 def task_type(base: nn.Module) -> str:
     """By it PEFT chooses what puts the prompt before the text; without one it would leave the prompt out."""
+    if is_causal_lm(base):
+        return "CAUSAL_LM"
+    if is_named(base, ANSWERING):
+        return "SEQ_2_SEQ_LM"
     return next((task for ending, task in TASKS.items() if is_named(base, (ending,))), "FEATURE_EXTRACTION")
 
 

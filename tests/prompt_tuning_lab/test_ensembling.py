@@ -67,6 +67,15 @@ def test_the_longest_member_takes_its_part_of_the_context():
         generate(Ensembled(prompted, ["b", "a"]), [[3] * room], max_new_tokens=1)
 
 
+@torch.no_grad()
+def test_votes_are_counted():
+    prompted, ids = several("ours", "gpt2"), torch.tensor(ROWS[:1])
+    found = ensemble(prompted, ["a", "b", "c"], "vote", input_ids=ids)
+    said = found.members.argmax(-1)  # [3, 1, T]
+    expected = sum(torch.nn.functional.one_hot(each, found.members.shape[-1]) for each in said)
+    assert torch.equal(found.logits, expected.to(found.logits)) and (found.logits.sum(-1) == 3).all()
+
+
 def test_an_unknown_task_is_refused():
     with pytest.raises(LoraLabError, match="has the tasks"):
         Ensembled(several("ours", "gpt2"), ["a", "d"])

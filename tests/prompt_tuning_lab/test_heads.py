@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import bert_tools
@@ -227,6 +228,35 @@ def test_what_a_model_is_is_known_by_its_class() -> None:
         """A subclass does what its class does."""
 
     assert base_kind(Own(both("gpt2")["theirs"].config)).causal
+
+
+@on_both_sides
+@torch.no_grad()
+def test_the_prompt_goes_in_once_while_other_threads_use_the_model(side: str) -> None:
+    """The backbone is one for all threads, and so are its hooks."""
+    prompted = with_tasks(both("BertForSequenceClassification")[side], {"a": 5})
+    alone, bare = prompted(input_ids=words).logits, prompted.base(input_ids=words).logits
+    inside, outside, seen = threading.Event(), threading.Event(), {}
+
+    def wait(module: Any, args: Any) -> None:  # in the first thread, between its hooks and its answer
+        if threading.current_thread() is threading.main_thread():
+            inside.set()
+            assert outside.wait(30)
+
+    def other() -> None:
+        assert inside.wait(30)
+        seen["bare"], seen["prompted"] = prompted.base(input_ids=words).logits, prompted(input_ids=words).logits
+        outside.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    handle = prompted.base.get_input_embeddings().register_forward_pre_hook(wait)
+    seen["first"] = prompted(input_ids=words).logits
+    handle.remove()
+    thread.join()
+    assert_close(seen["bare"], bare, **EXACT)
+    assert_close(seen["prompted"], alone, **EXACT)
+    assert_close(seen["first"], alone, **EXACT)
 
 
 @on_both_sides

@@ -74,6 +74,19 @@ def test_places_that_a_vocabulary_keeps_free_are_not_drawn() -> None:
     assert sorted(draw(wide_llama(), 2, Start(tokenizer=Names(), top_n=8), None)) == [3, 6]
 
 
+def test_transformers_tokenizers_name_the_same_words_as_ours() -> None:
+    """Theirs have an attribute `backend`, too, which since version 5 is a word."""
+    ours = byte_pieces()
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=ours.backend, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+    assert without_meaning(theirs, 100) == without_meaning(ours, 100) != set()
+    base = wide_llama()
+    for start in ({}, {"init": "text", "text": "the quick fox"}, {"init": "labels", "labels": ["the", "dog"]}):
+        rows = [inject(base, 7, tokenizer=tokenizer, seed=1, **start).prompt()() for tokenizer in (ours, theirs)]
+        assert torch.equal(*rows)
+
+
 def test_a_seed_gives_the_same_prompt_and_leaves_the_callers_random_numbers_alone() -> None:
     for method in METHODS:
         base = model("ours", "llama", torch.float32)
@@ -249,6 +262,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a text without tokenizer": ({"init": "text", "text": "the"}, "a tokenizer is needed"),
     "init without its text": ({"init": "text"}, "init='text' with text=None"),
     "a text without its init": ({"text": "the"}, "init='vocab' with text='the': text belongs to init='text'"),
+    "a text beside rows": ({"init": torch.zeros(20, 32), "text": "the"}, r"init=a tensor \[20, 32\] with text='the': text belongs to init='text'"),
+    "a text beside random keys": ({"init": "random", "method": "prefix", "text": "the"}, "init='random' with text='the'"),
+    "a text in the place of init": ({"init": "Is this review positive? " * 20}, r'neither one of random.* nor a file \(init="text", text='),
+    "labels that are a number": ({"init": "labels", "labels": 5, "tokenizer": word_pieces()}, "labels=5: expected a list"),
+    "labels without an order": ({"init": "labels", "labels": {"good", "bad"}, "tokenizer": word_pieces()}, "labels={.*: expected a list"),
     "labels that are one word": ({"init": "labels", "labels": "good", "tokenizer": word_pieces()}, "labels='good': expected a list"),
     "an empty label": ({"init": "labels", "labels": ["good", ""], "tokenizer": word_pieces()}, "a label '' has no tokens"),
     "another model's tokenizer": ({"init": "text", "text": "the quick", "tokenizer": byte_pieces()}, "vocabulary ends at 63"),

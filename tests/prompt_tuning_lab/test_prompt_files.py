@@ -386,8 +386,17 @@ def test_replacing_keeps_the_parameters_an_optimizer_holds(method, tmp_path):
     again = inject(theirs("gpt2"), TOKENS, init="random", **METHODS[method])
     held = list(again.prompt().parameters())
     assert load(again, tmp_path, trainable=True, replace=True) is again
+    assert again.prompt().initialization == model.prompt().initialization
     assert all(a is b for a, b in zip(held, again.prompt().parameters(), strict=True))
     assert torch.equal(again.prompt()(), model.prompt()()) and all(p.requires_grad for p in held)
+
+
+def test_a_base_without_numbers_takes_no_prompt(tmp_path):
+    """What is read would be thrown away without a word."""
+    save(prompted("gpt2", "prompt"), tmp_path)
+    base = theirs("gpt2").to("meta")
+    with pytest.raises(LoraLabError, match="on the meta device, which holds shapes and no numbers"):
+        load(base, tmp_path)
 
 
 def test_our_model_is_a_base_like_any_other(tmp_path):

@@ -64,6 +64,20 @@ def test_cached_uncached_and_step_by_step_are_the_same(side: str, name: str, use
 
 
 @on_both_sides
+@pytest.mark.parametrize("settings", [{"method": "p-tuning"}, {"method": "prefix", "prefix_projection": True}], ids=["rows", "prefix"])
+def test_a_network_makes_its_prompt_once_for_a_text(side: str, settings: dict[str, Any]) -> None:
+    """The steps behind the first find it in the cache; of a large prefix's network each would be 10^9 weights."""
+    prompted = randomised(inject(model(side, "llama"), 4, init="random", encoder_hidden_size=8, **settings), std=0.2)
+    makes = prompted.prompt()
+    calls: list[int] = []
+    handle = makes.register_forward_hook(lambda *_: calls.append(1))
+    found = generate(prompted, ROWS[:1], max_new_tokens=NEW).ids
+    handle.remove()
+    assert len(calls) == 1
+    assert found == generate(prompted, ROWS[:1], max_new_tokens=NEW, use_cache=False).ids
+
+
+@on_both_sides
 def test_an_encoder_decoder_answers_with_its_prompt(side: str) -> None:
     """T12: the decoder sees P positions more; T5: transformers encodes apart from the forward that the prompt goes into."""
     prompted, tasks = with_tasks(both("t5-deep-encoder")[side]), ["a", None, "c"]

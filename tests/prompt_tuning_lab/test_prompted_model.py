@@ -199,6 +199,7 @@ def test_prompts_stay_float32_whatever_the_model_becomes(method: str) -> None:
     assert next(prompted.base.parameters()).dtype == torch.bfloat16
     assert torch.isfinite(prompted(input_ids=ids, labels=ids).loss)
     assert prompted.double().prompt()().dtype == torch.float64
+    assert prompted.float().prompt()().dtype == torch.float32
 
 
 # Context, dtypes, compilation ---------------------------------------------------------------------------------------------------

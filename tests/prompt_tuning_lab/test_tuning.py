@@ -101,6 +101,17 @@ def test_a_prefix_is_measured_by_its_keys_and_values():
     assert math.isclose(scale(model, model.prompt()), sizes[1], rel_tol=1e-5)  # of four, the lower of the middle ones
 
 
+def test_zeros_are_no_scale():
+    """PEFT lets a prefix begin as zeros; half of one that does is left out, and all of one is told."""
+    model = prompted("prefix")
+    prompt, whole = model.prompt(), scale(model, model.prompt())
+    prompt.initial[:, 0].zero_()
+    assert 0.1 * whole < scale(model, prompt) < 10 * whole
+    prompt.initial.zero_()
+    with pytest.raises(LoraLabError, match="began as zeros.*give learning_rate="):
+        learning_rate(model)
+
+
 def test_a_prefix_has_a_smaller_share():
     """SmolLM2, 30 steps on sentiments: at 0.1 the loss first rises to 4.4, at 0.01 and 0.03 it falls to 1.01, lower than a prompt's."""
     rows, states = prompted(), prompted("prefix")
