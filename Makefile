@@ -20,8 +20,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: .venv/demo.stamp
 	$(BIN)/python -m lora_lab demo $(if $(QUICK),--quick)
 
+# small tests on all processors, up to four at once; real models one after the other, with all processors for each
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not real"
+	$(BIN)/python -m pytest -m real
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check

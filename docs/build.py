@@ -21,6 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ("lora_lab", "prompt_tuning_lab", "memory_math")
 MODULES = {"lora_lab": "lora_lab.md", "lora_lab.models": "models.md", "lora_lab.data": "data.md", "lora_lab.training": "training.md",
            "prompt_tuning_lab": "prompt_tuning_lab.md", "memory_math": "memory_math.md"}  # fmt: skip
+# What has no docstring of its own: names for types, and tables.
+ALIASES = {
+    "Row": "`dict[str, Any]`: `{\"instruction\", \"input\", \"output\"}` (input may be missing), `{\"messages\": [{\"role\", \"content\"}, ...]}`, "
+           "`{\"text\", \"label\"}`, `{\"dialogue\", \"summary\"}`, or `{\"input_ids\", \"labels\"}`.",
+    "Example": "`dict[str, list[int]]`: `{\"input_ids\", \"labels\"}`; a label of -100 is not learned.",
+    "Batch": "`dict[str, Any]`: the arguments of the model's forward, by name.",
+    "CHAT_TEMPLATES": "Name -> Jinja template: alpaca, dolly, vicuna, koala, baize, llama-2-chat, chatml.",
+}  # fmt: skip
 NOTE = "<!-- Written by docs/build.py from the docstrings; edit those. -->"
 
 
@@ -60,7 +68,7 @@ def public(module: ModuleType) -> list[str]:
 
 def section(name: str, thing: Any) -> str:
     if not inspect.isclass(thing):
-        return f"## {name}\n\n{as_code(name, thing)}\n\n{as_markdown(thing.__doc__)}"
+        return f"## {name}\n\n{as_code(name, thing)}\n\n{ALIASES.get(name) or as_markdown(thing.__doc__)}"
     parts = [f"## {name}", as_code(f"class {name}", thing)]
     if own_docstring(thing):
         parts.append(as_markdown(thing.__doc__))

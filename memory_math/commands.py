@@ -38,7 +38,7 @@ HELP = {
     "optimizer": ", ".join(OPTIMIZERS), "attention": "eager, sdpa, flash", "adapter_dtype": "of adapters and prompts; float32 if not given",
     "loss": "cross_entropy, chunked, hf_legacy, mean, none; if not given, the implementation's own",
     "optimizer_implementation": "fused, foreach, for-loop, rounded; if not given, the code's own",
-    "implementation": "transformers (with PEFT) or lora_lab", "device": "cuda or cpu",
+    "implementation": "transformers (with PEFT; the default) or lora_lab", "device": "cuda or cpu",
     "batch_size": "rows of one micro-batch", "sequence_length": "tokens of a row",
     "target_length": "tokens of the decoder of an encoder-decoder", "rank": "of LoRA", "num_virtual_tokens": "of prompt and prefix tuning",
     "grad_accum_steps": "micro-batches of a step", "zero_stage": "0, 1, 2, 3: what data-parallel devices divide",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from small_models import randomise
 from task_tools import encoder, opinions, saved
-from tiny_workshop import chat_tokenizer, our_llama, text_rows, token_rows
+from tiny_workshop import chat_tokenizer, our_llama, text_rows
 
 import lora_lab
 import memory_math
@@ -72,14 +72,6 @@ def rows_file() -> dict[str, Any]:
     """rows.jsonl, where a page begins with a command."""
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text_rows()), encoding="utf-8")
     return {}
-
-
-def readme() -> dict[str, Any]:
-    """What the README's second piece of code takes as given."""
-    prefixed = ptl.inject(our_llama(max_position_embeddings=CONTEXT), 4, method="prefix")
-    ptl.save(prefixed, "adapters/prefix")
-    ids = torch.randint(256, (3, 9))
-    return {"train": token_rows(), "ids": ids, "mask": torch.ones_like(ids)}
 
 
 PACKAGES = {"lora_lab": lora_lab, "memory_math": memory_math, "ptl": ptl, "data": data, "models": models, "training": training}

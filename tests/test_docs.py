@@ -47,7 +47,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(name: str, room:
 
 def test_the_readmes_code_runs(room: Path) -> None:
     """On a small model; test_readme.py compares what it shows with the real one's."""
-    names = docs_setups.readme()
+    names: dict[str, Any] = {}
     for block in blocks("README.md"):
         if block.kind == "python":
             docs_tools.run_python(block, names)

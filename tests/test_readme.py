@@ -1,4 +1,4 @@
-"""The README keeps its word: its code runs, its tree is the tree, its commands exist."""
+"""The README keeps its word: its code runs, its commands exist; and docs/what-is-where.md, the tree is the tree."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import lora_lab
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE = (ROOT / "docs" / "what-is-where.md").read_text(encoding="utf-8")
 EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
 PRINTED = re.search(r"prints\n\n```text\n(.*?)```", README, re.DOTALL).group(1)
 
@@ -33,7 +34,7 @@ def test_the_example_runs_and_prints_the_count_the_readme_shows(smollm2, tmp_pat
 
 
 def test_every_file_the_tree_names_exists():
-    tree = re.search(r"## What is where\n\n```text\n(.*?)```", README, re.DOTALL).group(1)
+    tree = re.search(r"```text\n(.*?)```", TREE, re.DOTALL).group(1)
     package, missing = "", []
     for line in tree.splitlines():
         if not line.startswith(" "):
@@ -45,9 +46,8 @@ def test_every_file_the_tree_names_exists():
 
 
 def test_every_module_of_lora_lab_is_in_the_tree():
-    tree = README.split("## What is where")[1].split("## ")[0]
     names = {path.name for path in (ROOT / "lora_lab").rglob("*.py") if not path.name.startswith("__init__") and path.name != "version.py"}
-    assert {name for name in names if name not in tree} == set()
+    assert {name for name in names if name not in TREE} == set()
 
 
 def test_every_make_target_and_command_the_readme_names_exists():
@@ -80,8 +80,20 @@ def test_every_command_and_number_of_memory_math_in_the_readme_holds(capsys):
     formula = re.search(r"activation_formula\('llama-2-7b', precision='bf16'\)\)\"`: (.*?) \|", README).group(1)
     assert str(memory_math.activation_formula("llama-2-7b", precision="bf16")) == formula
     claims, names = memory_math.claims(), len(memory_math.presets.PRESETS)
-    assert f"{len(claims)} numbers of lectures and papers recomputed, {claims.counts()['wrong']} of them wrong" in README
+    counts = claims.counts()
+    unknown, wrong = counts["not measured here"], counts["wrong"]
+    assert f"{len(claims)} numbers of lectures and papers, {len(claims) - unknown} of them recomputed: {wrong} are wrong" in README
+    assert f"{unknown} are facts or measurements" in README
     assert f"{names} models by name" in README
+
+
+def test_what_this_library_needs_is_said_beside_the_table_of_pefts():
+    import memory_math
+
+    said = re.search(r"`--implementation lora_lab` \(there: lora ([\d.]+), qlora ([\d.]+) GiB\)", README).groups()
+    request = {"precision": "bf16-mixed", "sequence_length": 1024, "device": "cuda", "implementation": "lora_lab"}
+    compared = [memory_math.predict("llama-3-8b", method=method, **request).gib() for method in ("lora", "qlora")]
+    assert [f"{gib:.2f}" for gib in compared] == [*said]
 
 
 def test_what_four_gpus_need_is_what_is_predicted():

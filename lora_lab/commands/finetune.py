@@ -17,9 +17,11 @@ from .task_options import DATA, columns_given, task_options
 # Options that are fields of TrainConfig, which has their defaults
 SETTINGS = (
     ("max-steps", int, "optimizer steps; default: --epochs"), ("epochs", float, "passes over the data, 1 if not given"),
-    ("micro-batch-size", int, "rows in one forward and backward pass"), ("grad-accum-steps", int, "micro-batches in a step"),
-    ("learning-rate", float, None), ("schedule", str, "linear, cosine or constant"), ("warmup-steps", int, None), ("weight-decay", float, None),
-    ("max-length", int, "tokens a row may have"), ("seed", int, None), ("optimizer", str, "adamw, adam, sgd, momentum, adafactor or lion"),
+    ("micro-batch-size", int, "rows in one forward and backward pass; default 8"),
+    ("grad-accum-steps", int, "micro-batches in a step; default 1"), ("learning-rate", float, "the highest, after the warm-up; default 5e-4"),
+    ("schedule", str, "linear (the default), cosine or constant"), ("warmup-steps", int, "default 0"), ("weight-decay", float, "default 0"),
+    ("max-length", int, "tokens a row may have; default: the model's context"), ("seed", int, "default 0"),
+    ("optimizer", str, "adamw (the default), adam, sgd, momentum, adafactor or lion"),
     ("lora-plus-ratio", float, "LoRA+: B learns so many times faster than A"),
     ("save-every", int, "steps between snapshots of the whole run, from which --resume goes on; Ctrl-C takes one, too"),
     ("eval-every", int, "steps between evaluations; default: before the first and after the last"),

@@ -38,8 +38,10 @@ def _as_an_option(message: object) -> str:
 
 def model_options(command: argparse.ArgumentParser, precision: str = "auto") -> None:
     command.add_argument("--model", required=True, help="our name, a folder, a .gguf file, or a hub id")
-    command.add_argument("--precision", default=precision, help="fp32, bf16, bf16-mixed, fp16-mixed, or auto: the faster of fp32 and bf16 here")
-    command.add_argument("--device", default=None, help="cpu, cuda, mps, ...; default: PyTorch's")
+    command.add_argument("--precision", default=precision, help="fp32, bf16, bf16-mixed, fp16-mixed, or auto: bf16-mixed "
+                         " where this device multiplies bfloat16 faster than float32, else fp32")  # fmt: skip
+    command.add_argument("--device", default=None, help="cpu, cuda, mps, ...; default: PyTorch's, the "
+                         " CPU unless you changed it, also where there is a GPU")  # fmt: skip
 
 
 def generation_options(command: argparse.ArgumentParser, max_new_tokens: int = 128, temperature: float = 0.7, repetition_penalty: float = 1.1,

@@ -39,6 +39,7 @@ class TrainConfig:
     max_tokens: int | None = None
     """With packing: a micro-batch is as many rows as fit into so many tokens; micro_batch_size is of evaluations only then."""
     learning_rate: float = 5e-4
+    """The highest, reached after the warm-up. LoRA: 1e-3 for small models, 2e-4 for billions of weights."""
     schedule: str = "linear"
     """"linear" or "cosine" decay to zero after the warm-up, or "constant"."""
     warmup_steps: int = 0
@@ -48,6 +49,7 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this global norm; None leaves them."""
     optimizer: str = "adamw"
+    """"adamw", "adam", "sgd", "momentum", "adafactor" or "lion"."""
     precision: str = "fp32"
     """"fp32", "bf16", "bf16-mixed" or "fp16-mixed"; adapters are float32 in all."""
     gradient_checkpointing: bool | int | str = False
@@ -62,6 +64,7 @@ class TrainConfig:
     max_length: int | None = None
     """Tokens a row may have; None is the model's context."""
     seed: int = 0
+    """Of the order of rows, dropout and stochastic rounding; A's first values are drawn in `inject`, from PyTorch's own generator."""
     output_dir: str | Path | None = None
     """Where log.jsonl and the saved steps go; None writes nothing."""
     save_every: int | None = None

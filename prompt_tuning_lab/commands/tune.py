@@ -32,8 +32,8 @@ SWITCHES = (
 
 def add_options(command: argparse.ArgumentParser) -> None:
     model_options(command)
-    command.add_argument("--data", required=True, help="'reviews' (bundled), or a .json/.jsonl file of instruction/input/output, messages or "
-                         "text/label rows")  # fmt: skip
+    command.add_argument("--data", required=True, help="a bundled name ('reviews', ...), or a .json/.jsonl file of instruction/input/output, "
+                         "messages or text/label rows")  # fmt: skip
     command.add_argument("--eval-data", help="held-out rows; the bundled data brings its own")
     command.add_argument("--output", required=True, type=Path, help="folder for the prompt, log.jsonl and snapshots")
     command.add_argument("--method", default="prompt", help="prompt, prefix, p-tuning or residual")
