@@ -10,8 +10,9 @@ True
 4,608 of 38,090 parameters are trainable (12.10 %)
 >>> model = lora_lab.eject(model)                                      # as if nothing had happened
 
-To read the code, begin with layers.py (``W x + scaling * B A x``); then kinds.py and variants.py (the same for other layers and other methods),
-targets.py (which layers), injection.py (put them in), training/loop.py (train them), checkpoint.py (save them). The rest is special cases.
+To read the code, begin with layers.py (``W x + scaling * B A x``) and delta.py (``scaling * B @ A``); then kinds.py and variants.py (for other layers,
+other methods), targets.py (which layers), injection.py (put them in), training/loop.py (train them), checkpoint.py (save them). The rest is special
+cases.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from .adapters import disabled, per_sample, use
 from .analysis import count_parameters, summary
 from .checkpoint import load, save
 from .combining import combine, combine_error
+from .delta import lora_delta
 from .errors import LoraLabError
 from .injection import eject, inject, plan
-from .layers import LoRALinear, lora_delta
+from .layers import LoRALinear
 from .learning_rates import parameter_groups
 from .merging import merge, merge_report, unmerge
 from .quantization import dequantize, quantization_report, quantize

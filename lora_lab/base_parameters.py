@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoraLabError, did_you_mean
+from .paths import name_matches
 
 BIASES = ("none", "all", "lora_only")
 PREFIX = "base_model.model."  # of every path in PEFT's files; before a name in modules_to_save: the module of this path alone
@@ -208,7 +209,7 @@ def named_at_dots(path: str, name: str) -> bool:
     >>> named_at_dots("model.norm", "norm"), named_at_dots("model.norm", "base_model.model.norm"), named_at_dots("x.pre_norm", "norm")
     (True, False, False)
     """
-    return PREFIX + path == name if name.startswith(PREFIX) else path == name or path.endswith(f".{name}")
+    return PREFIX + path == name if name.startswith(PREFIX) else name_matches(name, path)
 
 
 def check_modules_to_save(names: Any) -> None:

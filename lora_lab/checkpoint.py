@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapters import activate
-from .base_parameters import PREFIX, base_parameters_of, tensor_of
+from .base_parameters import PREFIX, base_parameters_of, of_an_adapter, tensor_of
 from .errors import LoraLabError
 from .files import alone_in, saving, write_file, write_json
 from .injection import apply_plan, injection_of
@@ -108,7 +108,7 @@ def tensors_of(layer: LoRA, adapter: str) -> dict[str, Tensor]:
 def _warn_of_the_unsaved(model: nn.Module) -> None:
     """What the caller unfroze by hand would be random, or the base's own, when the adapter is loaded."""
     own = {id(tensor_of(owner, name)) for owner, record in base_parameters_of(model) for names in record.names.values() for name in names}
-    left = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in f".{name}" and id(p) not in own]
+    left = [name for name, p in model.named_parameters() if p.requires_grad and not of_an_adapter(name) and id(p) not in own]
     if left:
         warnings.warn(f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''} train, but are of no adapter and not in the file: with "
                       "modules_to_save (or bias) inject makes them part of the adapter", stacklevel=5)  # fmt: skip

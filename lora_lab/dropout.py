@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .autocast import autocast_dtype
 from .functions import applied
+from .rematerialize import rows
 
 
 def dropped_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, share: float) -> Tensor:
@@ -62,13 +63,9 @@ class _DroppedUpdate(torch.autograd.Function):
         (x, A, B, packed), grad = ctx.saved_tensors, grads[0]
         dropped, through_B = _drop(x, packed, ctx.grow), ctx.scaling * (grad @ B)
         grad_x = _drop(through_B @ A, packed, ctx.grow) if ctx.needs_input_grad[0] else None
-        grad_A = _rows(through_B).T @ _rows(dropped) if ctx.needs_input_grad[1] else None
-        grad_B = ctx.scaling * _rows(grad).T @ _rows(dropped @ A.T) if ctx.needs_input_grad[2] else None
+        grad_A = rows(through_B).T @ rows(dropped) if ctx.needs_input_grad[1] else None
+        grad_B = ctx.scaling * rows(grad).T @ rows(dropped @ A.T) if ctx.needs_input_grad[2] else None
         return grad_x, grad_A, grad_B, None, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _drop(x: Tensor, packed: Tensor, grow: float) -> Tensor:

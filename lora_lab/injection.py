@@ -117,7 +117,7 @@ def eject(model: Model) -> Model:
         _end_merge(owner)
     use(model, None)
     for layer in lora_layers(model).values():
-        lora_layer.restore(layer)
+        lora_layer.detach_adapters(layer)
     for owner in model.modules():
         if (injection := vars(owner).pop("lora_injection", None)) is not None:
             _restore_requires_grad(owner, injection)

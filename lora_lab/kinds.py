@@ -197,6 +197,17 @@ def kind_of(module: nn.Module) -> LinearKind | None:
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
+def is_adaptable(module: nn.Module) -> bool:
+    return kind_of(module) is not None
+
+
+def layer_shape(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of an adaptable layer; of a convolution in is channels times kernel, of an embedding the number of words."""
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.shape(module)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" means it: nn.Linear, its subclasses, and Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)

@@ -19,26 +19,10 @@ from torch import Tensor, nn
 
 from .adapted_linear import adapted_linear, is_simple
 from .checks import check_numbers, check_rank
-from .errors import LoraLabError
 from .initialization import INITIALISATIONS
 from .kinds import LinearKind, kind_of
 from .selection import RowSelection, remember_selection
 from .variants import LORA, Variant, variant_of
-
-
-def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The dense update a LoRA pair stands for: ``scaling * B @ A``.
-
-    lora_A: [r, in].  lora_B: [out, r].  Returns [out, in], in lora_A's dtype.
-    Raises LoraLabError where the two disagree on r; both shapes are in the message.
-    Source: Hu et al. 2021, section 4.1, equation 3.
-
-    >>> lora_delta(torch.ones(2, 3), torch.ones(4, 2), scaling=0.5)[0, 0].item()
-    1.0
-    """
-    if lora_A.shape[0] != lora_B.shape[1]:
-        raise LoraLabError(f"lora_A is {list(lora_A.shape)} and lora_B is {list(lora_B.shape)}: expected A [r, in] and B [out, r] with one r")
-    return scaling * lora_B @ lora_A
 
 
 class AdapterParameters(nn.Module):
@@ -79,7 +63,7 @@ class AdapterParameters(nn.Module):
 
 
 def _never_called(module: nn.Module, inputs: Any) -> None:
-    """AdapterParameters has no forward, so this never runs; that it is there is enough."""
+    """Never called; registering any hook turns off nn.TransformerEncoderLayer's fast path, which would leave the adapters out."""
 
 
 def containers_of(module: nn.Module) -> dict[str, AdapterParameters]:
@@ -88,7 +72,7 @@ def containers_of(module: nn.Module) -> dict[str, AdapterParameters]:
 
 
 class LoRA:
-    """What every LoRA layer has, in front of the class it adapts.
+    """Mixin in front of the layer's own class: parameters, scaling, dropout and variant of each adapter, by its name.
 
     lora_A[name]: [r, in].  lora_B[name]: [out, r].  lora_scaling[name]: float.  lora_dropout[name]: float.  lora_variant[name]: see variants.py; its
     keys are the layer's adapters, as not every variant has an A and a B.
@@ -112,10 +96,8 @@ class LoRA:
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input: [..., in].  Returns [..., out] in the base layer's dtype."""
         x = remember_selection(input, self.lora_active)
-        if type(self) is LoRALinear and (pair := self.lora_only_pair()) is not None:
-            (A, B, scaling), weight, bias = pair, self.weight, self.bias
-            if is_simple(x, weight, bias, A):
-                return adapted_linear(x, weight, bias, self._remembered(A, x), B, scaling)
+        if (result := self._in_one_function(x)) is not None:
+            return result
         y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if isinstance(self.lora_active, RowSelection):
             return self._add_by_row(self.lora_active, x, y)
@@ -124,12 +106,21 @@ class LoRA:
             result = self.lora_variant[adapter].output(self, adapter, x, y, result)
         return result
 
+    def _in_one_function(self, x: Tensor) -> Tensor | None:
+        """``W x + scaling * B A x`` of a linear layer with one plain adapter, in place and keeping less (adapted_linear.py); else None."""
+        if type(self) is LoRALinear and (pair := self.lora_only_pair()) is not None:
+            (A, B, scaling), weight, bias = pair, self.weight, self.bias
+            if is_simple(x, weight, bias, A):
+                return adapted_linear(x, weight, bias, self._remembered(A, x), B, scaling)
+        return None
+
     def _remembered(self, update: Tensor, x: Tensor) -> Tensor:
-        """The selection goes with the update, or with A, where the input (of a first layer, of an embedding) has no gradient to go with."""
+        """The update, or A, with checkpointing's check of the selection attached, where x (of a first layer, of an embedding) has no gradient to
+        carry it."""
         return update if x.requires_grad else remember_selection(update, self.lora_active)
 
     def _add_by_row(self, selected: RowSelection, x: Tensor, y: Tensor) -> Tensor:
-        """Each adapter's update for its own rows, added in one piece."""
+        """Add to each row of the batch the update of its own adapter."""
         updates, places, dim = [], [], selected.dim
         if dim == 0 and self.lora_kind.by_product and all(self._is_plain(adapter) for adapter in selected):
             return self._add_batched(selected, x, y)
@@ -229,18 +220,7 @@ class LoRALinear(LoRA, nn.Linear):
         self.lora_active = ("default",)
 
 
-# Which layers can be adapted, and how ---------------------------------------------------------------------------------------
-
-
-def is_adaptable(module: nn.Module) -> bool:
-    return kind_of(module) is not None
-
-
-def layer_shape(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of an adaptable layer; of a convolution in is channels times kernel, of an embedding the number of words."""
-    kind = kind_of(module)
-    assert kind is not None
-    return kind.shape(module)
+# Switching a layer's class --------------------------------------------------------------------------------------------------
 
 
 _CLASSES: dict[type, type[nn.Module]] = {nn.Linear: LoRALinear}
@@ -277,11 +257,6 @@ def adapt(module: Any) -> None:
     if "lora_A" not in module._modules:
         module.lora_A, module.lora_B = AdapterParameters(), AdapterParameters()
         module.lora_scaling, module.lora_dropout, module.lora_variant, module.lora_active = {}, {}, {}, ()
-
-
-def restore(module: Any) -> None:
-    """Undo `adapt`: the class the layer had, and no trace of its adapters."""
-    detach_adapters(module)
 
 
 def detach_adapters(module: Any) -> dict[str, Any]:

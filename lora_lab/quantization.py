@@ -30,7 +30,8 @@ from .errors import LoraLabError, did_you_mean
 from .kinds import is_conv1d, is_linear
 from .layers import LoRA
 from .parameters.layer import ParameterOwner
-from .targets import ancestors, excluded, is_head, name_matches
+from .paths import ancestors, name_matches
+from .targets import excluded, is_head
 from .wrapping import on_base
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import LoraLabError
 
-ROWS_AT_ONCE = 1 << 22  # numbers of a frozen weight that are in float64 at one time
+ELEMENTS_AT_ONCE = 1 << 22  # of a frozen weight, that are in float64 at one time
 
 
 # One update ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def amplification(lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Tensor
 def amplification_of(svd: SingularValues, weight: Tensor, own: bool) -> Amplification:
     rank = numerical_rank(svd.values)
     inner, squares = torch.zeros(rank, rank, dtype=torch.float64), 0.0
-    step = max(1, ROWS_AT_ONCE // max(1, weight.shape[1]))
+    step = max(1, ELEMENTS_AT_ONCE // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = _wide(weight[start : start + step], "weight")
         inner += svd.U[start : start + step, :rank].T @ rows @ svd.V[:, :rank]

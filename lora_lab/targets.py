@@ -20,10 +20,11 @@ from .checks import check_alpha, check_numbers, check_rank
 from .errors import LoraLabError, did_you_mean
 from .fused.layouts import check_parts, parts_of, split_part
 from .fused.parts import Layout
-from .kinds import is_linear, kind_of
-from .layers import LoRA, is_adaptable, layer_shape
+from .kinds import is_adaptable, is_linear, kind_of, layer_shape
+from .layers import LoRA
 from .parameters.layer import as_stack, part_of
 from .parameters.targets import check_apart, check_request, match_parameters
+from .paths import ancestors, is_inside, layer_number, name_matches
 from .patterns import compile_pattern, ways_with
 from .plans import AdapterConfig, Plan, PlannedLayer, first_match
 from .token_rows.targets import plan_rows
@@ -77,7 +78,7 @@ def make_plan(model: nn.Module, config: AdapterConfig) -> Plan:
 
 def inside(targets: list[str], modules: list[str]) -> set[str]:
     """Targets in a module that is trained whole: they need no adapter."""
-    return {path for path in targets if any(path == module or path.startswith(f"{module}.") for module in modules)}
+    return {path for path in targets if is_inside(path, modules)}
 
 
 def plan_layer(path: str, module: nn.Module, config: AdapterConfig, parts: Layout | None = None) -> PlannedLayer:
@@ -194,11 +195,6 @@ def match_names(model: nn.Module, paths: dict[str, nn.Module], names: list[str],
     return [path for path in paths if path in parts or any(name_matches(name, path) for name in names)]
 
 
-def name_matches(name: str, path: str) -> bool:
-    """Equal, or equal from a dot on: "q_proj" is "layers.0.q_proj" but not "layers.0.seq_proj"."""
-    return path == name or path.endswith("." + name)
-
-
 def why_no_match(model: nn.Module, name: str) -> str:
     for path, module in model.named_modules():
         if path and name_matches(str(name), path):
@@ -234,17 +230,6 @@ def excluded(targets: list[str], request: str | Sequence[str] | None) -> set[str
             hint = f" (a string is a regular expression over the whole path: for a name write [{name!r}])" if isinstance(request, str) else ""
             raise LoraLabError(f"exclude_modules={request!r}: {name!r} matches none of the targets{hint}.{layers_here(targets, str(name))}")
     return set().union(*groups.values())
-
-
-def ancestors(path: str) -> list[str]:
-    """A path and the containers it is in: "a.b.c" -> ["a", "a.b", "a.b.c"]."""
-    parts = path.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
-
-
-def layer_number(path: str) -> int | None:
-    """The first number in a path, as in PEFT's layers_to_transform."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 def check_layers(targets: list[str], layers: Sequence[int] | None) -> None:

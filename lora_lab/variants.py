@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .autocast import outside_autocast
+from .delta import lora_delta, weight_norm
 from .errors import LoraLabError, did_you_mean
 from .kinds import LinearKind
 from .selection import RowSelection
 
 if TYPE_CHECKING:
     from .layers import LoRA
-
-ROWS_AT_ONCE = 2**22  # elements of a weight that are in float32 at one time
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Variant:
         """The change of the weight that the update stands for, [out, in], or some of its rows; in float32 or wider, whatever A and B are."""
         A, B = (tensor.flatten(1).to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in self.pair(layer, adapter))
         with outside_autocast(A):
-            return layer.lora_scaling[adapter] * B[rows] @ A
+            return lora_delta(A, B[rows], layer.lora_scaling[adapter])
 
     def merged(self, layer: LoRA, adapter: str, rows: slice, weight: Tensor, so_far: Tensor) -> Tensor:
         """Rows of the weight with this adapter. weight: as they are, [rows, in]; so_far: with the adapters before this one."""
@@ -166,27 +165,6 @@ class PiSSA(Variant):
         """[A; A0] and [B, -B0], of rank 2r."""
         start_A, start_B = layer.lora_A_start[adapter], layer.lora_B_start[adapter]
         return torch.cat((layer.lora_A[adapter], start_A)), torch.cat((layer.lora_B[adapter], -start_B), dim=1)
-
-
-def weight_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """``||W + s B A||`` of every row, [out], in float32 or wider, without forming the sum.
-
-    ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T for a row w of W and b of B; W is read in blocks of rows.
-
-    >>> W, A, B = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
-    >>> torch.allclose(weight_norm(W, A, B, 0.5), (W + 0.5 * B @ A).norm(dim=1), atol=1e-5)
-    True
-    """
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    A, B = A.flatten(1).to(dtype), scaling * B.flatten(1).to(dtype)
-    step = max(1, ROWS_AT_ONCE // weight.shape[1])
-    with outside_autocast(weight):
-        squares = [_row_squares(weight[row : row + step].to(dtype), A, B[row : row + step]) for row in range(0, weight.shape[0], step)]
-    return torch.cat(squares).clamp_min(0).sqrt()
-
-
-def _row_squares(W: Tensor, A: Tensor, sB: Tensor) -> Tensor:
-    return W.square().sum(1) + 2 * (sB * (W @ A.T)).sum(1) + ((sB @ (A @ A.T)) * sB).sum(1)
 
 
 LORA = Variant()

@@ -190,7 +190,7 @@ def hoffmann_text() -> str:
 
 
 # --- Kaplan ------------------------------------------------------------------------------------------------------------------------------------
-KAPLAN_SOURCE = "Kaplan et al. 2020 (arXiv:2001.08361): equations 1.1 to 1.3, table 2 (joint), figure 14 and table 6 (optimum)"
+# Kaplan et al. 2020 (arXiv:2001.08361): equations 1.1 to 1.3, table 2 (joint), figure 14 and table 6 (optimum)
 KAPLAN_N = (8.8e13, 0.076)  # parameters without the embedding, and the exponent
 KAPLAN_D = (5.4e13, 0.095)  # tokens
 KAPLAN_C = (3.1e8, 0.050)  # PF-days, at the smallest batch that is efficient

@@ -25,7 +25,7 @@ from lora_lab.models.blocks import IGNORE
 
 from .base_model import Kind, base_kind, cache_length, check_text, context_length, flat_mask, has_read, rows_of
 from .embeddings import embed
-from .layout import Block, Layout, block_of, layout_of, lead_of, source_of
+from .layout import Layout, PromptBlock, layout_of, lead_of, prompt_block, source_of
 
 MOVED = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")  # those that give each position something
 
@@ -70,7 +70,7 @@ def insert_prompts(base: nn.Module, prompts: Sequence[Tensor], which: Sequence[i
     """
     kind = base_kind(base) if kind is None else kind
     placements = [placement] * len(prompts) if isinstance(placement, str) else list(placement)
-    block = block_of(base, prompts, list(which), placements)
+    block = prompt_block(base, prompts, list(which), placements)
     if block.longest == 0:
         return Inserted(dict(inputs))
     if rows_of(inputs) != block.rows:
@@ -87,7 +87,7 @@ def insert_prompts(base: nn.Module, prompts: Sequence[Tensor], which: Sequence[i
 # Before the text ----------------------------------------------------------------------------------------------------------------
 
 
-def _inserted(base: nn.Module, block: Block, inputs: dict[str, Any], kind: Kind) -> Inserted:
+def _inserted(base: nn.Module, block: PromptBlock, inputs: dict[str, Any], kind: Kind) -> Inserted:
     embeds, mask = embedded(base, inputs), flat_mask(inputs, "attention_mask", "prompt")
     length = embeds.shape[1]
     _check_shapes(inputs, embeds, kind)
@@ -125,7 +125,7 @@ def embedded(base: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return embed(base, ids)
 
 
-def _whole_mask(block: Block, mask: Tensor | None, layout: Layout, like: Tensor) -> Tensor | None:
+def _whole_mask(block: PromptBlock, mask: Tensor | None, layout: Layout, like: Tensor) -> Tensor | None:
     """[B, P + T]; None where everything is seen."""
     if mask is None and block.even:
         return None
@@ -133,7 +133,7 @@ def _whole_mask(block: Block, mask: Tensor | None, layout: Layout, like: Tensor)
     return layout(block.mask(mask), mask)
 
 
-def _moved(block: Block, given: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
+def _moved(block: PromptBlock, given: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """The caller's positions: the prompt has those from where it stands on, what comes behind it is moved by P_b."""
     given = given.expand(block.rows, -1)
     before = block.after if mask is None else block.after + lead_of(mask)
@@ -143,7 +143,7 @@ def _moved(block: Block, given: Tensor, mask: Tensor | None, layout: Layout) -> 
     return layout(start + own, given + block.counts * (text >= before))
 
 
-def _whole_labels(block: Block, labels: Tensor, layout: Layout) -> Tensor:
+def _whole_labels(block: PromptBlock, labels: Tensor, layout: Layout) -> Tensor:
     whole = layout(labels.new_full((block.rows, block.longest), IGNORE), labels)
     return whole if layout.first is None else whole.scatter(1, layout.first, IGNORE)
 
@@ -181,7 +181,7 @@ def _check_shapes(inputs: dict[str, Any], embeds: Tensor, kind: Kind) -> None:
 # Behind what is there already ---------------------------------------------------------------------------------------------------
 
 
-def _continued(block: Block, inputs: dict[str, Any], kind: Kind, prefix: int) -> dict[str, Any]:
+def _continued(block: PromptBlock, inputs: dict[str, Any], kind: Kind, prefix: int) -> dict[str, Any]:
     """A later step of generation: the mask is that of all columns so far, and the new ones' positions come after the prompt's."""
     out, mask, past = dict(inputs), flat_mask(inputs, "attention_mask", "prompt"), cache_length(inputs["past_key_values"]) - prefix
     if past < block.longest:
@@ -199,14 +199,14 @@ def _continued(block: Block, inputs: dict[str, Any], kind: Kind, prefix: int) ->
     return out
 
 
-def _so_far(block: Block, mask: Tensor | None, length: int, on_the_right: bool = False) -> Tensor:
+def _so_far(block: PromptBlock, mask: Tensor | None, length: int, on_the_right: bool = False) -> Tensor:
     """The mask of prompt and text in the columns they were put in."""
     mask = torch.ones(block.rows, length, dtype=torch.long, device=block.table.device) if mask is None else mask
     source = source_of(block, length, lead_of(mask) + block.after, on_the_right)
     return torch.take_along_dim(torch.cat((block.mask(mask), mask), 1), source, 1)
 
 
-def _seen_of_encoder(block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
+def _seen_of_encoder(block: PromptBlock, inputs: dict[str, Any]) -> dict[str, Any]:
     """What the encoder made of prompt and text is given back: the decoder has to see the virtual tokens, too (trap T12)."""
     encoded, mask = inputs["encoder_outputs"], flat_mask(inputs, "attention_mask", "prompt")
     hidden: Any = getattr(encoded, "last_hidden_state", encoded[0] if isinstance(encoded, (tuple, list)) else encoded)

@@ -25,7 +25,7 @@ PLACEMENTS = ("front", "after-bos")
 
 
 @dataclass(frozen=True)
-class Block:
+class PromptBlock:
     """The prompts of a batch, side by side. table: [n, P, H], shorter ones filled up on the left.  places: of each row its place there.
 
     lengths: of each row, P_b virtual tokens, 0 for none.  behind_first: of each row, whether they come after the text's first token.
@@ -73,7 +73,7 @@ class Block:
         return (torch.arange(self.longest, device=like.device) >= self.longest - self.counts).to(like.dtype)
 
 
-def block_of(base: nn.Module, prompts: Sequence[Tensor], which: list[int], placements: list[str]) -> Block:
+def prompt_block(base: nn.Module, prompts: Sequence[Tensor], which: list[int], placements: list[str]) -> PromptBlock:
     """which: for each row the index of its prompt, or -1."""
     embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
     _check_prompts(prompts, which, placements, embedding.embedding_dim)
@@ -85,7 +85,7 @@ def block_of(base: nn.Module, prompts: Sequence[Tensor], which: list[int], place
     table = torch.stack(padded) if len(padded) > 1 else padded[0][None]
     places = [used.index(index) if index >= 0 else len(used) for index in which]
     lengths = [len(prompts[index]) if index >= 0 else 0 for index in which]
-    return Block(table, places, lengths, [index >= 0 and placements[index] == "after-bos" for index in which])
+    return PromptBlock(table, places, lengths, [index >= 0 and placements[index] == "after-bos" for index in which])
 
 
 def _check_prompts(prompts: Sequence[Tensor], which: list[int], placements: list[str], width: int) -> None:
@@ -127,7 +127,7 @@ class Layout:
         return torch.take_along_dim(whole, self.source.view(*self.source.shape, *[1] * (whole.ndim - 2)), 1)
 
 
-def layout_of(block: Block, mask: Tensor | None, length: int, on_the_right: bool = False) -> Layout:
+def layout_of(block: PromptBlock, mask: Tensor | None, length: int, on_the_right: bool = False) -> Layout:
     """mask: [B, T] of the text, or None.  on_the_right: rows with a shorter prompt are filled up there."""
     left, behind = _padded_on_the_left(mask), any(block.behind_first)
     if block.even and not left and not behind:
@@ -143,7 +143,7 @@ def layout_of(block: Block, mask: Tensor | None, length: int, on_the_right: bool
     return Layout(source_of(block, length, before, on_the_right), columns, first)
 
 
-def source_of(block: Block, length: int, before: Tensor, on_the_right: bool) -> Tensor:
+def source_of(block: PromptBlock, length: int, before: Tensor, on_the_right: bool) -> Tensor:
     """[B, P + T]: filled columns, then `before` of the text, the prompt's own, and the rest of the text; or the filled ones last. before: [B, 1]."""
     longest, filled = block.longest, block.longest - block.counts
     column = torch.arange(longest + length, device=filled.device)[None]

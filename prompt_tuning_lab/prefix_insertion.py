@@ -39,7 +39,7 @@ from .prefix_cache import (
 
 
 @dataclass(frozen=True)
-class Block:
+class PrefixBlock:
     """The prefixes of a batch. tables: those that occur, [L, 2, P_i, N, D] each.  rows: the table of each row, or -1.  lengths: [B], their P_i."""
 
     tables: tuple[Tensor, ...]
@@ -75,7 +75,7 @@ class Block:
             states = torch.cat((padded, none), dim=2).index_select(2, torch.tensor(self.rows, device=padded.device) % (len(heads) + 1))
         return [(keys, values) for keys, values in states]
 
-    def layers(self, start: int, end: int | None = None) -> Block:
+    def layers(self, start: int, end: int | None = None) -> PrefixBlock:
         return replace(self, tables=tuple(table[start:end] for table in self.tables))
 
 
@@ -95,20 +95,11 @@ def insert_prefixes(base: nn.Module, prefixes: Sequence[Tensor], which: Tensor |
     if all(index < 0 for index in rows):
         return dict(inputs)
     refuse_dropped(base)
-    block = block_of(base, prefixes, rows)
+    block = prefix_block(base, prefixes, rows)
     if is_encoder_decoder(base):
         return _into_both(base, block, inputs)
     _check_rows(_shape(inputs, ""), rows)
     return _into_encoder(base, block, inputs) if looks_both_ways(base) else _into_decoder(base, block, inputs)
-
-
-def encode_with_prefixes(base: nn.Module, prefixes: Sequence[Tensor], which: Tensor | Sequence[int], inputs: dict[str, Any]) -> Any:
-    """What a T5's encoder makes of `inputs` under these prefixes: the encoder_outputs for generate, which else would encode without them."""
-    rows = _listed(which)
-    refuse_dropped(base)
-    if all(index < 0 for index in rows):
-        return encode(base, inputs, new_cache(base, base.config.num_layers), None)  # type: ignore[union-attr, arg-type]
-    return _encoded(base, block_of(base, prefixes, rows), inputs)
 
 
 def _listed(which: Tensor | Sequence[int]) -> list[int]:
@@ -129,13 +120,13 @@ def without_cache(out: Any) -> Any:
 # The block of a batch -----------------------------------------------------------------------------------------------------------
 
 
-def block_of(base: nn.Module, prefixes: Sequence[Tensor], rows: Sequence[int]) -> Block:
+def prefix_block(base: nn.Module, prefixes: Sequence[Tensor], rows: Sequence[int]) -> PrefixBlock:
     """rows: for each the index of its prefix, or -1; not all of them -1."""
     _check_prefixes(base, prefixes, rows)
     weight: Tensor = base.get_input_embeddings().weight  # type: ignore[operator]
     used = sorted({index for index in rows if index >= 0})
     lengths = [prefixes[index].shape[2] if index >= 0 else 0 for index in rows]
-    return Block(tuple(prefixes[index].to(weight.device, compute_dtype(weight)) for index in used),
+    return PrefixBlock(tuple(prefixes[index].to(weight.device, compute_dtype(weight)) for index in used),
                  tuple(used.index(index) if index >= 0 else -1 for index in rows), torch.tensor(lengths, device=weight.device))  # fmt: skip
 
 
@@ -158,7 +149,7 @@ def _check_rows(shape: tuple[int, int] | None, rows: Sequence[int]) -> None:
 # Each kind of model -------------------------------------------------------------------------------------------------------------
 
 
-def _into_decoder(base: nn.Module, block: Block, inputs: dict[str, Any], side: str = "") -> dict[str, Any]:
+def _into_decoder(base: nn.Module, block: PrefixBlock, inputs: dict[str, Any], side: str = "") -> dict[str, Any]:
     """side: "decoder_" before the names of its inputs in an encoder-decoder, which has no position_ids (T5 has relative positions)."""
     out, shape = dict(inputs), _shape(inputs, side)
     past, mask = _past(inputs, block), flat_mask(inputs, f"{side}attention_mask", "prefix")
@@ -181,7 +172,7 @@ def _into_decoder(base: nn.Module, block: Block, inputs: dict[str, Any], side: s
     return out
 
 
-def _move(base: nn.Module, out: dict[str, Any], block: Block, whole: Tensor | None, length: int) -> None:
+def _move(base: nn.Module, out: dict[str, Any], block: PrefixBlock, whole: Tensor | None, length: int) -> None:
     """Positions of the text: those given, moved by each row's P, else the number of real positions before; None is the cache's length on."""
     if out.get("position_ids") is not None:
         out["position_ids"] = out["position_ids"] + block.lengths[:, None]
@@ -189,7 +180,7 @@ def _move(base: nn.Module, out: dict[str, Any], block: Block, whole: Tensor | No
         out["position_ids"] = (whole.long().cumsum(1) - 1).clamp(min=0)[:, -length:] + first_position(base)
 
 
-def _into_encoder(base: nn.Module, block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
+def _into_encoder(base: nn.Module, block: PrefixBlock, inputs: dict[str, Any]) -> dict[str, Any]:
     """All of the text sees the prefix; positions start at P."""
     if cache_length(inputs.get("past_key_values")):
         raise LoraLabError(f"past_key_values with a prefix: a {type(base).__name__} reads a text at once, there is nothing to continue")
@@ -205,7 +196,7 @@ def _into_encoder(base: nn.Module, block: Block, inputs: dict[str, Any]) -> dict
     return {name: value for name, value in out.items() if name != "position_ids" or value is not None}
 
 
-def _encoder_positions(base: nn.Module, block: Block, inputs: dict[str, Any], length: int) -> Tensor | None:
+def _encoder_positions(base: nn.Module, block: PrefixBlock, inputs: dict[str, Any], length: int) -> Tensor | None:
     """P, P + 1, ... ; RoBERTa's begin behind its padding's, and padding keeps its own. None for a model without a table of positions."""
     if inputs.get("position_ids") is not None:
         return inputs["position_ids"] + block.lengths[:, None]
@@ -221,7 +212,7 @@ def _encoder_positions(base: nn.Module, block: Block, inputs: dict[str, Any], le
     return (text.cumsum(1) + moved) * text + padding
 
 
-def _into_both(base: nn.Module, block: Block, inputs: dict[str, Any]) -> dict[str, Any]:
+def _into_both(base: nn.Module, block: PrefixBlock, inputs: dict[str, Any]) -> dict[str, Any]:
     """The encoder reads under the first layers of the prefix, the decoder writes under the others; what it looks at of the encoder is text alone."""
     out = dict(inputs)
     if inputs.get("encoder_outputs") is None:
@@ -231,7 +222,7 @@ def _into_both(base: nn.Module, block: Block, inputs: dict[str, Any]) -> dict[st
     return _into_decoder(base, block.layers(base.config.num_layers), out, side="decoder_")  # type: ignore[union-attr, arg-type]
 
 
-def _encoded(base: nn.Module, block: Block, inputs: dict[str, Any]) -> Any:
+def _encoded(base: nn.Module, block: PrefixBlock, inputs: dict[str, Any]) -> Any:
     shape, mask = _shape({**inputs, "labels": None}, ""), flat_mask(inputs, "attention_mask", "prefix")
     if shape is None:
         raise LoraLabError("an encoder-decoder needs input_ids [B, S], inputs_embeds [B, S, H] or encoder_outputs")
@@ -255,14 +246,14 @@ def _shape(inputs: dict[str, Any], side: str) -> tuple[int, int] | None:
     return None
 
 
-def _past(inputs: dict[str, Any], block: Block) -> int:
+def _past(inputs: dict[str, Any], block: PrefixBlock) -> int:
     past = cache_length(inputs.get("past_key_values"))
     if 0 < past < block.longest:
         raise LoraLabError(f"past_key_values has {past} positions, the prefix alone {block.longest}: it was made without it; begin without a cache")
     return past
 
 
-def _refuse_gap(base: nn.Module, block: Block, mask: Tensor | None, decodes: bool) -> None:
+def _refuse_gap(base: nn.Module, block: PrefixBlock, mask: Tensor | None, decodes: bool) -> None:
     """Raise LoraLabError for padding on the left of the text where the model would take it for distance from the prefix.
 
     transformers' windows, its T5 decoders and MPT's distances go by columns. Our models count text, and its T5 encoders are told to.

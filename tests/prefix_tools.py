@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 from prompt_tuning_lab.prefix import random_prefix
-from prompt_tuning_lab.prefix_cache import prefix_shape
-from prompt_tuning_lab.prefix_insertion import cache_asked_for, encode_with_prefixes, insert_prefixes, without_cache
+from prompt_tuning_lab.prefix_cache import encode, new_cache, prefix_shape, refuse_dropped
+from prompt_tuning_lab.prefix_insertion import _encoded, cache_asked_for, insert_prefixes, prefix_block, without_cache
 
 CAUSAL = ["gpt2", "neox", "falcon-7b", "falcon-rw-1b", "llama", "mistral", "qwen2"]
 WINDOW = 4  # of the Mistral
@@ -89,6 +89,14 @@ def hooked(base: Any, prefixes: list[Tensor], which: list[int]) -> Any:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def encode_with_prefixes(base: Any, prefixes: list[Tensor], which: list[int], inputs: dict[str, Any]) -> Any:
+    """What a T5's encoder makes of `inputs` under these prefixes: the encoder_outputs for generate, which else would encode without them."""
+    refuse_dropped(base)
+    if all(index < 0 for index in which):
+        return encode(base, inputs, new_cache(base, base.config.num_layers), None)
+    return _encoded(base, prefix_block(base, prefixes, which), inputs)
 
 
 def generated(base: Any, prefixes: list[Tensor], which: list[int], ids: Tensor, mask: Tensor, **options: Any) -> Tensor:

@@ -26,6 +26,7 @@ from torch import nn
 
 from ..errors import LoraLabError, did_you_mean
 from ..kinds import is_linear, kind_of
+from ..paths import name_matches
 from .parts import Layout, consecutive, interleaved, scattered
 
 HOW = "say so with fused={{{name!r}: {{'q': 64, 'k': 16, 'v': 16}}}}: sizes of consecutive outputs that make {out}, or lists of their numbers"
@@ -193,16 +194,16 @@ def parts_of(model: nn.Module, paths: Mapping[str, nn.Module], request: Any, fus
     for name in names:
         layer, part = split_part(name, paths)
         if part:
-            found = {path: _layout(model, path, given, names, name) for path in paths if _matches(layer, path)}
+            found = {path: _layout(model, path, given, names, name) for path in paths if name_matches(layer, path)}
             layouts |= found
             for path in _with_part(found, part, names, name):
                 wanted.setdefault(path, []).append(part)
     for name in names:
-        if clash := next((path for path in wanted if _matches(name, path)), None):
+        if clash := next((path for path in wanted if name_matches(name, path)), None):
             raise LoraLabError(f"target_modules={names!r}: {name!r} is all of {clash!r}, of which {', '.join(wanted[clash])} is named, too: "
                                "name the layer or its parts")  # fmt: skip
     for name in given:
-        if not any(_matches(name, path) for path in wanted):
+        if not any(name_matches(name, path) for path in wanted):
             near = did_you_mean(name, {path.rpartition(".")[2] for path in wanted})
             raise LoraLabError(f"fused={fused!r}: target_modules={request!r} names no part of {name!r}, such as '{name}.q'{near}")
     return {path: layouts[path].only(parts) for path, parts in wanted.items()}
@@ -215,13 +216,9 @@ def split_part(name: str, paths: Iterable[str]) -> tuple[str, str]:
     (('c_attn', 'q'), ('attn.q', ''))
     """
     layer, _, part = name.rpartition(".")
-    if not layer or any(_matches(name, path) for path in paths) or not any(_matches(layer, path) for path in paths):
+    if not layer or any(name_matches(name, path) for path in paths) or not any(name_matches(layer, path) for path in paths):
         return name, ""
     return layer, part
-
-
-def _matches(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def _is_list(request: Any) -> bool:
@@ -244,7 +241,7 @@ def _layout(model: nn.Module, path: str, given: dict[str, Any], names: list[str]
     if kind is None or not (is_linear(module) or isinstance(module, nn.MultiheadAttention)):
         raise LoraLabError(f"{where}, a {type(module).__name__}: only linear layers and nn.MultiheadAttention have parts")
     out = kind.shape(module)[1]
-    own = next((value for key, value in given.items() if _matches(key, path)), None)
+    own = next((value for key, value in given.items() if name_matches(key, path)), None)
     layout = known_layout(model, path) if own is None else _given(own, out, f"fused={{{last!r}: {own!r}}}, but {path!r} has {out} outputs")
     if layout is None:
         raise LoraLabError(f"{where} [{out}, {kind.shape(module)[0]}], but which of its {out} outputs are whose is not known here; "

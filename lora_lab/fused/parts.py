@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..delta import weight_norm
 from ..errors import LoraLabError
 from ..kinds import LinearKind
-from ..variants import DoRA, Variant, variant_of, weight_norm
+from ..variants import DoRA, Variant, variant_of
 from ..wrapping import whole
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import LoraLabError, did_you_mean
 from ..layers import AdapterParameters, LoRA
+from ..paths import name_matches
 from .layer import PART, adapted_names
 
 
@@ -35,11 +36,11 @@ def match_parameters(model: nn.Module, names: Any) -> list[str]:
         return []
     present = own_parameters(model)
     for name in names:
-        if not any(_matches(name, path) for path in present):
+        if not any(name_matches(name, path) for path in present):
             here = dict.fromkeys(path.rpartition(".")[2] for path, (_, parameter) in present.items() if parameter.ndim in (2, 3))
             raise LoraLabError(f"target_parameters={list(names)!r}: {name!r} {_why_no_match(model, name)}.\n  Parameters of two or three dimensions "
                                f"here: {', '.join(here) or 'none'}{did_you_mean(name.rpartition('.')[2], here)}")  # fmt: skip
-    matched = [path for path in present if any(_matches(name, path) for name in names)]
+    matched = [path for path in present if any(name_matches(name, path) for name in names)]
     for path in matched:
         check_parameter(path, *present[path])
     return matched
@@ -51,20 +52,16 @@ def check_names(names: Any) -> None:
         raise LoraLabError(f"target_parameters={names!r}: expected a list of names like ['experts.gate_up_proj', 'experts.down_proj']")
 
 
-def _matches(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
 def _why_no_match(model: nn.Module, name: str) -> str:
     for path, module in model.named_modules():
-        if path and _matches(name, path):
+        if path and name_matches(name, path):
             own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
             return f"is a {type(module).__name__}" + (f": name its parameters, {', '.join(own)}" if own else " without parameters of its own")
     owner, _, last = name.rpartition(".")
     for path, module in model.named_modules():
-        if owner and _matches(owner, path) and hasattr(module, "quantization"):
+        if owner and name_matches(owner, path) and hasattr(module, "quantization"):
             return f"has no parameter: {path!r} is quantised to {module.quantization}, whose weight is adapted with target_modules"
-        if owner and _matches(owner, path) and hasattr(module, last):
+        if owner and name_matches(owner, path) and hasattr(module, last):
             return f"is a {type(getattr(module, last)).__name__}, no parameter (a buffer, or computed by a parametrisation)"
     return "matches nothing"
 

@@ -24,8 +24,9 @@ from ..kinds import is_conv1d
 from ..layers import LoRA
 from ..parameters.layer import ParameterLoRA, parameter_path
 from ..parameters.targets import check_names
+from ..paths import name_matches
 from ..plans import AdapterConfig, first_match
-from ..targets import check_config, name_matches
+from ..targets import check_config
 from .parameters import short_names
 from .ties import keeps_ties, whole_modules
 

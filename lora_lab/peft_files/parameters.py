@@ -23,6 +23,7 @@ from ..files import json_object
 from ..layers import LoRA
 from ..parameters.layer import PART, ParameterLoRA, parameter_path, part_at
 from ..parameters.targets import match_parameters, own_parameters
+from ..paths import name_matches
 
 if TYPE_CHECKING:
     from ..plans import PlannedLayer
@@ -147,7 +148,7 @@ def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
     wanted, present = set(paths), own_parameters(model)
     for parts in (1, 2, 1_000):
         names = sorted({".".join(path.split(".")[-parts:]) for path in wanted})
-        if {path for path in present if any(path == name or path.endswith(f".{name}") for name in names)} == wanted:
+        if {path for path in present if any(name_matches(name, path) for name in names)} == wanted:
             return names
     raise LoraLabError(f"the adapted parameters {', '.join(sorted(wanted))} cannot be named in a PEFT file: a name there means every parameter whose "
                        "path ends with it")  # fmt: skip
@@ -172,7 +173,7 @@ def wrapped_pairs(tensors: Mapping[str, T], names: Iterable[str] | None, prefix:
     for key, tensor in tensors.items():
         match = WRAPPED_PAIR.fullmatch(key.removeprefix(prefix))
         owner = without_wrappers(match["owner"]) if match else ""
-        if match and key.startswith(prefix) and any(not name or named_by(name, owner) for name in owners):
+        if match and key.startswith(prefix) and any(not name or name_matches(name, owner) for name in owners):
             wrapped.setdefault(owner, {}).setdefault(match["wrapped"].count("base"), {})[match["which"]] = tensor
         else:
             rest[key] = tensor
@@ -188,5 +189,3 @@ def without_wrappers(name: str) -> str:
     return re.sub(r"(\.base_layer)+(?=\.|$)", "", name)
 
 
-def named_by(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")

@@ -20,8 +20,7 @@ from torch import nn
 from ..base_parameters import PREFIX
 from ..checks import are_finite
 from ..errors import LoraLabError, did_you_mean
-from ..kinds import kind_of
-from ..layers import is_adaptable
+from ..kinds import is_adaptable, kind_of
 from ..parameters.layer import part_at
 from ..parameters.targets import check_apart
 from ..plans import AdapterConfig, PlannedLayer
@@ -105,7 +104,7 @@ def _planned(model: nn.Module, path: str, named: Named, config: AdapterConfig, f
     except AttributeError:
         names = [name for name, module in model.named_modules() if is_adaptable(module)]
         raise LoraLabError(f"{folder} is an adapter for another model: it adapts {path!r}, which a {type(model).__name__} does not have"
-                           f"{did_you_mean(path, names, 1)}") from None  # fmt: skip
+                           f"{did_you_mean(path, names)}") from None  # fmt: skip
     if (kind := kind_of(module)) is None:
         raise LoraLabError(f"{folder} adapts {path!r}, a {type(module).__name__}: this version reads adapters of linear layers, embeddings "
                            "and convolutions")  # fmt: skip

@@ -23,8 +23,9 @@ from torch import nn
 from ..base_parameters import names_of_each, of_an_adapter
 from ..errors import LoraLabError
 from ..kinds import is_linear, kind_of
+from ..paths import name_matches
 from ..patterns import compile_pattern
-from ..targets import is_head, name_matches
+from ..targets import is_head
 from .config import CONFIG
 from .ties import owner_of
 

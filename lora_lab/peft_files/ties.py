@@ -21,6 +21,7 @@ from torch import nn
 from ..base_parameters import PREFIX, modules_of, names_of_each, saved_names, tensor_of
 from ..errors import LoraLabError
 from ..layers import LoRA
+from ..paths import is_inside
 from ..plans import AdapterConfig
 from ..wrapping import whole
 from .names import exact_names, meant_by_peft
@@ -46,13 +47,8 @@ def whole_modules(model: nn.Module, names: Sequence[str] | None, adapted: Collec
         if name.startswith(PREFIX) or not {*meant_by_peft(model, [name])} <= {*inside}:
             said[name] = exact_names(model, modules_of(model, [name]))
     owners = dict.fromkeys(owner_of(name) for group in tied_groups(model, names) for name in group)
-    more = [owner for owner in owners if owner and not _below(owner, inside) and not any(_below(path, [owner]) for path in (*inside, *adapted))]
+    more = [owner for owner in owners if owner and not is_inside(owner, inside) and not any(is_inside(path, [owner]) for path in (*inside, *adapted))]
     return list(dict.fromkeys([*itertools.chain(*said.values()), *exact_names(model, more)]))
-
-
-def _below(path: str, modules: Collection[str]) -> bool:
-    """Whether a path is that of one of these, or of a part of one."""
-    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def tied_groups(model: nn.Module, names: Sequence[str] | None) -> list[list[str]]:

@@ -71,7 +71,7 @@ def rows_planned(model: nn.Module, rows: Mapping[str, Tensor], config: AdapterCo
     paths = dict(model.named_modules())
     for path, tensor in rows.items():
         if path not in paths:
-            near = did_you_mean(path, [name for name, module in paths.items() if isinstance(module, nn.Embedding)], 1)
+            near = did_you_mean(path, [name for name, module in paths.items() if isinstance(module, nn.Embedding)])
             raise LoraLabError(f"{folder} is an adapter for another model: it has token rows for {path!r}, which is not in this one{near}")
         if not are_finite(tensor):
             raise LoraLabError(f"{folder}: the token rows of {path!r} ({tensor.dtype}) are not finite floating-point numbers")

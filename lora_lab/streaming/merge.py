@@ -41,7 +41,7 @@ NOT_COPIED = ("README.md", "lora_lab.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class CheckpointMergeReport:
     """What `merge_checkpoint` did. Rounding errors are against the float32 (or float64) sum that was rounded."""
 
     folder: Path
@@ -87,8 +87,8 @@ class Job:
 
 
 def merge_checkpoint(base_folder: str | Path, adapter_folder: str | Path, out_folder: str | Path, *, dtype: torch.dtype | None = None,
-                     untie: bool = False, progress: bool = True) -> MergeReport:  # fmt: skip
-    """Write base + adapter to a new folder that transformers and `lora_lab.models.load` read; returns a `MergeReport`.
+                     untie: bool = False, progress: bool = True) -> CheckpointMergeReport:  # fmt: skip
+    """Write base + adapter to a new folder that transformers and `lora_lab.models.load` read; returns a `CheckpointMergeReport`.
 
     base_folder: transformers' layout, safetensors in one file or sharded.  adapter_folder: PEFT's layout: LoRA, rsLoRA and DoRA on
         linear layers, Conv1D, embeddings and ungrouped convolutions; LoRA on parameters, such as stacks of experts, which may be by
@@ -120,7 +120,7 @@ def merge_checkpoint(base_folder: str | Path, adapter_folder: str | Path, out_fo
         _copy_files(base_folder, temporary)
         _write_config(job, temporary)
     replaced = tuple(key for key, change in job.changes.items() if not change.computed)
-    return MergeReport(out, tuple(job.merged), replaced, len(job.all_tensors()) - len(job.changes), bool(job.new_heads))
+    return CheckpointMergeReport(out, tuple(job.merged), replaced, len(job.all_tensors()) - len(job.changes), bool(job.new_heads))
 
 
 # Planning: where each tensor of the adapter goes, and whether it fits ---------------------------------------------------------

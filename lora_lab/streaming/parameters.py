@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LoraLabError, did_you_mean
+from ..paths import name_matches
 from ..peft_files.folder import AdapterFile, Pair, plain_pair
-from ..peft_files.parameters import named_by
 from .blockwise import Change
 from .shards import StoredTensor
 
@@ -64,7 +64,7 @@ def place_parameters(adapter: AdapterFile, base: dict[str, StoredTensor], config
     names = adapter.settings.target_parameters or ()
     places = {owner: _places(owner, names, base) for owner in adapter.wrapped}
     layers = {owner for owner, wrapped in adapter.wrapped.items() if not places[owner] and set(wrapped) == {0}}
-    used = {name for name in names for owner, own in places.items() for leaf in own if named_by(name, f"{owner}.{leaf}")}
+    used = {name for name in names for owner, own in places.items() for leaf in own if name_matches(name, f"{owner}.{leaf}")}
     if unused := sorted(set(names) - used):
         raise LoraLabError(f"target_parameters={list(names)!r}: of {unused[0]!r} the adapter has no tensors, or the base no parameter"
                            f"{did_you_mean(unused[0], base)}: merge in memory, with the model")  # fmt: skip
@@ -80,7 +80,7 @@ def place_parameters(adapter: AdapterFile, base: dict[str, StoredTensor], config
 
 def _places(owner: str, names: Sequence[str], base: dict[str, StoredTensor]) -> dict[str, _Place]:
     """Where the parameters of a module are that target_parameters may mean."""
-    leaves = dict.fromkeys(leaf for name in names if named_by(name, f"{owner}.{(leaf := name.rpartition('.')[2])}"))
+    leaves = dict.fromkeys(leaf for name in names if name_matches(name, f"{owner}.{(leaf := name.rpartition('.')[2])}"))
     return {leaf: place for leaf in leaves if (place := _place(f"{owner}.{leaf}", base)) is not None}
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..errors import LoraLabError, did_you_mean
+from ..paths import is_inside, name_matches
 
 FALLBACK = "embed_tokens"  # the input embedding of a model that has no get_input_embeddings(), as in PEFT
 
@@ -58,7 +59,7 @@ def plan_paths(model: nn.Module, wanted: dict[str, tuple[int, ...]], targets: Co
         if path in targets:
             raise LoraLabError(f"trainable_token_indices: {path!r} is among target_modules, too, which PEFT's files cannot hold: leave it out of one,"
                                " or give the rows to an adapter of their own")  # fmt: skip
-        if whole := next((module for module in saved if path == module or path.startswith(f"{module}.")), None):
+        if whole := next((module for module in saved if is_inside(path, [module])), None):
             raise LoraLabError(f"trainable_token_indices: {path!r} is trained whole by modules_to_save ({whole!r}): leave it out of one")
     planned = with_ties(model, wanted)
     if variant == "dora" and (both := next((path for rows in planned for path in rows.tied if path in targets), None)):
@@ -74,7 +75,7 @@ def _by_path(model: nn.Module, request: Any) -> dict[str, tuple[int, ...]]:
         raise LoraLabError("trainable_token_indices={} names no embedding: give {name: ids}, a list of ids, or None")
     found: dict[str, tuple[int, ...]] = {}
     for name, ids in request.items():
-        paths = [path for path, _ in model.named_modules() if path and (path == name or path.endswith(f".{name}"))]
+        paths = [path for path, _ in model.named_modules() if path and name_matches(name, path)]
         if not paths:
             raise LoraLabError(f"trainable_token_indices: {name!r} matches nothing.{_embeddings_here(model, name)}")
         for path in paths:

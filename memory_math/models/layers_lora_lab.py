@@ -16,7 +16,7 @@ from ..targets import near
 from .activations import keeps_input, keeps_result
 from .base import Adapter, Model
 
-ROWS_AT_ONCE = 2**22  # lora_lab.variants.ROWS_AT_ONCE, held equal by a test
+ELEMENTS_AT_ONCE = 2**22  # lora_lab.delta.ELEMENTS_AT_ONCE, held equal by a test
 
 
 # Norms, activations, rotary positions ---------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def dora_update(model: Model, x: Sized, y: Sized, path: str, adapter: Adapter) -
     tape, weight, magnitude = model.tape, model.weights[path], adapter.magnitude
     assert magnitude is not None
     whole = weight.dequantized if isinstance(weight, ops.QuantizedWeight) else 0
-    block = 4 * min(weight.numel, ROWS_AT_ONCE)  # in float32, and its square
+    block = 4 * min(weight.numel, ELEMENTS_AT_ONCE)  # in float32, and its square
     tape.record(f"{path}.norm", [], lambda: tape.new(weight.rows, 4), busy=whole + block * (1 if weight.itemsize == 4 else 2))
     ratio = tape.record("magnitude", [magnitude], lambda: tape.new(weight.rows, 4), keeps_after=lambda _: [tape.new(weight.rows, 4)])
     frozen = ops.elementwise(tape, "dora", y) if f"{path}.bias" in model.weights else y

@@ -45,7 +45,7 @@ def head_tensors(base: nn.Module, heads: Iterable[str]) -> dict[str, Tensor]:
 def warn_of_the_unsaved(base: nn.Module, heads: Iterable[str]) -> None:
     """What trains along in the base and is not in the file: another one's base would not have it. LoRA has files of its own."""
     inside = tuple(f"{path}." for path in with_heads(base, heads))
-    left = [name for name, p in base.named_parameters() if p.requires_grad and ".lora_" not in f".{name}" and not name.startswith(inside)]
+    left = [name for name, p in base.named_parameters() if p.requires_grad and not of_an_adapter(name) and not name.startswith(inside)]
     if left:
         warnings.warn(f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''} of the base train, but are not in the prompt's file: "
                       "only prompts and the head of a classifier are", stacklevel=3)  # fmt: skip

@@ -145,10 +145,10 @@ def test_a_layer_of_any_kind_pickles_copies_and_ejects(kind: str) -> None:
 
 def test_doras_norm_needs_no_matrix_of_the_weights_size() -> None:
     """The norm of every row from A, B and W A^T; W itself is read in blocks. Checked on a weight larger than one block."""
-    from lora_lab.variants import ROWS_AT_ONCE, weight_norm
+    from lora_lab.delta import ELEMENTS_AT_ONCE, weight_norm
 
     W, A, B = torch.randn(3000, 2048), torch.randn(4, 2048), torch.randn(3000, 4)
-    assert W.numel() > ROWS_AT_ONCE
+    assert W.numel() > ELEMENTS_AT_ONCE
     assert_close(weight_norm(W, A, B, 0.3), (W + 0.3 * B @ A).norm(dim=1), rtol=1e-5, atol=1e-4)
     assert_close(weight_norm(W, A, torch.zeros_like(B), 3e38), W.norm(dim=1), rtol=1e-5, atol=1e-4)  # the largest scaling, at step 0
 

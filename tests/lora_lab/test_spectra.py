@@ -165,7 +165,7 @@ def test_directions_that_a_matrix_does_not_have_are_left_out():
 
 def test_amplification_is_that_of_the_dense_matrices(monkeypatch):
     """Section 7.3: ||U^T W V|| with the update's own singular directions, and with W's."""
-    monkeypatch.setattr(singular_values, "ROWS_AT_ONCE", 14)  # two rows at a time
+    monkeypatch.setattr(singular_values, "ELEMENTS_AT_ONCE", 14)  # two rows at a time
     A, B = pair(3, 7, 5)
     W, delta = torch.randn(5, 7, dtype=torch.float64), 0.5 * B @ A
     U, _, Vh = torch.linalg.svd(delta)

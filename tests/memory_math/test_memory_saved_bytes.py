@@ -135,9 +135,9 @@ def test_our_quantised_base_keeps_and_weighs_exactly_what_is_predicted(kind: str
 
 def test_the_loss_chunk_is_the_labs_own() -> None:
     from memory_math.models.causal_lora_lab import CHUNK_BYTES, chunk_rows
-    from memory_math.models.layers_lora_lab import ROWS_AT_ONCE
+    from memory_math.models.layers_lora_lab import ELEMENTS_AT_ONCE
 
-    assert CHUNK_BYTES == losses.CHUNK_BYTES and ROWS_AT_ONCE == lora_lab.variants.ROWS_AT_ONCE
+    assert CHUNK_BYTES == losses.CHUNK_BYTES and ELEMENTS_AT_ONCE == lora_lab.delta.ELEMENTS_AT_ONCE
     assert chunk_rows(500, 49152) == [losses._chunk_rows(49152)] * 2 + [500 - 2 * losses._chunk_rows(49152)]
 
 

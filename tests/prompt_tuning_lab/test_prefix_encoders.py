@@ -9,14 +9,14 @@ import peft
 import pytest
 import torch
 from llama_tools import relative_error
-from prefix_tools import Prefixed, both, generated, model, random_states, run
+from prefix_tools import Prefixed, both, encode_with_prefixes, generated, model, random_states, run
 from torch.testing import assert_close
 
 from lora_lab.errors import LoraLabError
 from lora_lab.models.generation import generate
 from prompt_tuning_lab.prefix import Prefix, from_rows, keys_and_values, to_rows
 from prompt_tuning_lab.prefix_cache import prefix_shape
-from prompt_tuning_lab.prefix_insertion import encode_with_prefixes, insert_prefixes
+from prompt_tuning_lab.prefix_insertion import insert_prefixes
 
 SIDES = ["ours", "theirs"]
 EXACT = {"rtol": 0, "atol": 1e-10}
