@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from processes import meet
 from small_models import randomise
 from tiny_workshop import same_bits, weights
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -240,6 +242,21 @@ def check_trained(together: dict[str, torch.Tensor], request: dict[str, Any], mo
     trained = {name for name in before if not torch.equal(before[name], together[name])}
     assert trained == {name for name, parameter in alone.named_parameters() if parameter.requires_grad}
     assert {part for name in trained for part in name.split(".") if part in moved} == moved
+
+
+def test_the_older_fsdp_is_refused_by_name(tmp_path: Path) -> None:
+    """It flattens the parameters of several layers into one: their names and shapes are no longer a model's."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a single process, which has nothing to divide with
+            model = FullyShardedDataParallel(whole(), use_orig_params=True, device_id=torch.device("cpu"))
+        for verb in (*TOO_LATE.values(), lora_lab.save):
+            with pytest.raises(LoraLabError, match="this is torch's FullyShardedDataParallel|'FullyShardedDataParallel' is divided among processes"):
+                verb(model, str(tmp_path / "adapter"))
+        assert not (tmp_path / "adapter").exists()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_tensor_that_zero_3_has_emptied_is_not_saved(tmp_path: Path) -> None:
