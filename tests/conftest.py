@@ -1,4 +1,4 @@
-"""What tests share: a fixed seed, and the real model where it can be had.
+"""What tests share: a fixed seed, the benchmarks' modules, and the real model where it can be had.
 
 LORA_LAB_REQUIRE_REAL=1 (CI sets it) turns a real model that cannot be had from a skip into a failure.
 """
@@ -6,11 +6,18 @@ LORA_LAB_REQUIRE_REAL=1 (CI sets it) turns a real model that cannot be had from 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from real_models import had_or_skipped
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+hypothesis.settings.register_profile("without a clock", deadline=None)  # 200 ms an example would count what else the machine does
+hypothesis.settings.load_profile("without a clock")
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ QUICKER = ((re.compile(r'("?max_steps"?[:=] ?)\d{2,}'), r"\g<1>2"), (re.compile(
 
 def pages() -> dict[str, Path]:
     """Every page that people write, by its path from the root."""
-    found = [*ROOT.glob("*.md"), ROOT / "notebooks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found = [*sorted(ROOT.glob("*.md")), ROOT / "notebooks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return {name: path for path in found if not (name := path.relative_to(ROOT).as_posix()).startswith(GENERATED)}
 
 

@@ -44,6 +44,18 @@ def test_the_packages_import_no_oracle_and_no_pickle(package):
         assert not starts(imports(path), "transformers", "peft", "pickle", "accelerate"), path
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_packages_read_no_file_that_can_run_code(package):
+    """torch's and numpy's own files may hold pickles, too."""
+    for path in files(package):
+        assert not starts(imports(path), "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch.load", "numpy.load"), path
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in ("torch.load", "torch.serialization.load", "torch.hub.load"), f"{path}, line {node.lineno}"
+            if called in ("np.load", "numpy.load"):
+                assert "allow_pickle=False" in [ast.unparse(keyword) for keyword in node.keywords], f"{path}, line {node.lineno}"
+
+
 def test_memory_math_imports_nobody_and_torch_only_where_it_measures():
     for path in files("memory_math"):
         assert not starts(imports(path), "lora_lab", "prompt_tuning_lab"), path

@@ -12,7 +12,7 @@ import torch
 import transformers
 from docs_tools import blocks, run_page
 from small_models import randomise
-from tiny_workshop import QUIET, our_llama, same_bits, token_rows, weights
+from tiny_workshop import QUIET, forgotten, our_llama, same_bits, token_rows, weights
 from torch import nn
 from torch.testing import assert_close
 
@@ -220,7 +220,7 @@ def adapted() -> Any:
 
 @pytest.mark.parametrize("name", ["signum", "radam"])
 def test_a_new_optimizer_learns_and_its_run_resumes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, resumed = adapted(), adapted()
+    whole, resumed = adapted(), forgotten(adapted())
     expected = training.fit(whole, ROWS, settings_of(tmp_path, optimizer=name))
     assert expected.losses[-1] < expected.losses[0]
     newest = tmp_path / "snapshots" / "step-000006"

@@ -1,4 +1,4 @@
-"""The README's table of features: what it says of ours is held by tests that exist, what it says of PEFT by PEFT itself."""
+"""The README's table of features: what it says of ours is held by tests that exist, and some of what it says of PEFT by PEFT itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FEATURES = {  # line of the table -> the tests that hold what it says of ours
     "their weighted sum, exactly": ["lora_lab/test_adapters.py::test_cat_is_exactly_the_weighted_sum_of_the_updates"],
     "unmerge gives 16 bits back exactly": ["lora_lab/test_merging.py::test_unmerge_is_exact_in_16_bits_where_subtracting_is_not"],
     "merges checkpoints beyond memory": ["lora_lab/test_streaming.py::test_no_tensor_is_ever_held_whole"],
-    "4-bit base": ["lora_lab/test_quantization.py::test_nf4_is_bitsandbytes_to_the_last_bit",
+    "4-bit base": ["lora_lab/test_quantization.py::test_codes_scales_and_values_are_those_bitsandbytes_gave",
                    "lora_lab/test_quantization.py::test_lora_trains_on_a_quantised_base"],
     "reads PEFT's files": ["lora_lab/test_peft_families.py::test_we_compute_what_peft_saves"],
     "writes PEFT's files": ["lora_lab/test_peft_families.py::test_peft_computes_what_we_save"],
@@ -82,7 +82,8 @@ def test_the_lines_of_python_are_counted():
 
 
 def test_what_the_table_says_of_peft_is_so():
-    """Where its oracle is at hand: the class and keys of its model, a name that matches nothing, rows in training, 16 bits after unmerge."""
+    """In five of its lines: the class and keys of its model, a name that matches nothing, rows in training, 16 bits after unmerge."""
+    said = {line: cells[1] for line, cells in table().items()}
     import peft
     import torch
     from torch import nn
@@ -91,11 +92,16 @@ def test_what_the_table_says_of_peft_is_so():
         return peft.get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16(), peft.LoraConfig(init_lora_weights=False, **settings))
 
     model = wrapped(target_modules=["0", "no such name"])
-    assert type(model).__name__ == "PeftModel" and any(".base_layer." in key for key in model.state_dict())
+    assert said["the model keeps its class"] == f"`{type(model).__name__}` around it"
+    assert said["the base keeps its keys"] == "no (`base_layer`)" and any(".base_layer." in key for key in model.state_dict())
+    assert said["a name that matches nothing"] == "an error if none does"
+    with pytest.raises(ValueError, match="not found in the base model"):
+        wrapped(target_modules=["no such name"])
+    assert (said["one for each row of a batch"], said["and in training"]) == ("in inference, not DoRA", "no")
     with pytest.raises(ValueError, match="training mode"):
         model.train()(torch.randn(1, 8).bfloat16(), adapter_names=["default"])
     weight = model.base_model.model[0].base_layer.weight
     before = weight.clone()
     model.merge_adapter()
     model.unmerge_adapter()
-    assert not torch.equal(weight, before)
+    assert said["unmerge gives 16 bits back exactly"] == "no, it subtracts" and not torch.equal(weight, before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import configparser
+import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,9 +23,12 @@ def wheel(tmp_path_factory):
     source = folder / "source"
     source.mkdir()
     # a build must not write into the checkout
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "lora_lab", "memory_math", "prompt_tuning_lab"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(source)]
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("lora_lab", "memory_math", "prompt_tuning_lab"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    offline = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []  # which a venv of Python 3.12 does not bring along
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", *offline, "--wheel-dir", str(folder), str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:

@@ -6,7 +6,10 @@ The tokenizers have one token per byte, id == byte: what a text must become can 
 from __future__ import annotations
 
 import copy
+import json
 import random
+from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -101,6 +104,17 @@ class CutOff(torch.nn.Module):
         return type("Out", (), {"loss": self.second(self.first(self.embed(input_ids)).detach()).square().mean()})
 
 
+class OverFeatures(torch.nn.Module):
+    """Running statistics, as convolutional models have them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
 @torch.no_grad()
 def livelier(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
@@ -115,8 +129,28 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: copy.deepcopy(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
+@torch.no_grad()
+def forgotten(model: torch.nn.Module) -> torch.nn.Module:
+    """With zeros wherever it trains: a run that goes on from a snapshot takes every one from there, and one that begins anew ends elsewhere."""
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.zero_()
+    return model
+
+
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------------
+
+
+def timeless(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of a run's log, or its result, without what depends on the machine's pace and memory."""
+    return {name: value for name, value in entry.items() if name not in ("seconds", "peak_bytes")}
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [timeless(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------------

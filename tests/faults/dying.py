@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from processes import PATIENCE_SECONDS
 
 EVENTS = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.chmod": "chmod", "os.truncate": "truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CAN_BE_FULL = ("open", "mkdir", "rename", "fsync")  # what a disk without room refuses
-PATIENCE_SECONDS = 300.0  # with a child that says nothing any more
 Before = Callable[[int, str], None]  # (number of the operation, its name)
 
 

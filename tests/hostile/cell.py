@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2.sandbox  # noqa: F401 - as below: here, and not in the cell that renders first
 import pytest
 import torch
 

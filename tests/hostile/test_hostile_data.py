@@ -229,7 +229,7 @@ def test_a_configuration_that_is_no_json_is_an_error_of_ours(text, tmp_path):
         memory_math.predict(tmp_path)
 
 
-@settings(max_examples=150, database=None, derandomize=True, deadline=None)
+@settings(max_examples=150, database=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(["batch_size", "sequence_length", "rank", "dropout", "world_size", "zero_stage", "tensor_parallel",
                                         "grad_accum_steps",
                                         "num_virtual_tokens", "target_length", "label_tokens", "encoder_hidden_size"]),

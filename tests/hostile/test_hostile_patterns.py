@@ -168,7 +168,7 @@ def test_whatever_is_read_comes_to_an_end(tmp_path):
     seen = {"read": 0}
 
     def work(case):
-        @settings(max_examples=300, database=None, derandomize=True, deadline=None)
+        @settings(max_examples=300, database=None, derandomize=True)
         @given(EXPRESSIONS)
         def tried(expression):
             with case(expression):

@@ -169,7 +169,7 @@ def test_any_text_as_a_template(tmp_path):
     def work(case):
         chat_sandbox.MOST_WORK = 1_000_000  # in the cell
 
-        @settings(max_examples=300, database=None, derandomize=True, deadline=None)
+        @settings(max_examples=300, database=None, derandomize=True)
         @given(st.lists(PARTS | st.text(max_size=5), max_size=14).map("".join))
         def tried(template):
             with case(repr(template)):

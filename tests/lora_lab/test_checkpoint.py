@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import FAMILIES, build, logits
+from small_models import build, logits
 from torch import nn
 from torch.testing import assert_close
 
@@ -21,15 +21,6 @@ import lora_lab.checkpoint
 from lora_lab import LoraLabError
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-# (how we ask, how PEFT asks for the same)
-REQUESTS = {
-    "plain": ({"rank": 4, "alpha": 10}, {"r": 4, "lora_alpha": 10}),
-    "rslora": ({"rank": 4, "alpha": 6, "rslora": True}, {"r": 4, "lora_alpha": 6, "use_rslora": True}),
-    "patterns": ({"rank": 4, "alpha": 8, "rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.1\..*": 3}},
-                 {"r": 4, "lora_alpha": 8, "rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.1\..*": 3}}),
-}  # fmt: skip
-
 
 def peft_model(base, **config):
     return peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, **config)).eval()
@@ -57,29 +48,7 @@ def saved(toy, tmp_path):
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(2, 6)
 
 
-# With PEFT, both ways ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("request_", REQUESTS)
-def test_peft_reads_what_we_write(family, request_, tmp_path):
-    base = build(family)
-    ours = lora_lab.inject(copy.deepcopy(base), init="random", **REQUESTS[request_][0])
-    lora_lab.save(ours, tmp_path)
-    theirs = read_with_peft(base, tmp_path)
-    assert not torch.allclose(logits(ours, family), logits(build(family), family))
-    assert_close(logits(theirs, family), logits(ours, family), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("request_", REQUESTS)
-def test_we_read_what_peft_writes(family, request_, tmp_path):
-    base = build(family)
-    theirs = peft_model(copy.deepcopy(base), **REQUESTS[request_][1])
-    theirs.save_pretrained(tmp_path)
-    ours = lora_lab.load(base, tmp_path)
-    assert not torch.allclose(logits(theirs, family), logits(build(family), family))
-    assert_close(logits(ours, family), logits(theirs, family), rtol=0, atol=1e-12)
+# With PEFT, both ways (every family: test_peft_families.py) ----------------------------------------------------------------------
 
 
 def test_an_adapter_of_ours_travels_through_peft_and_comes_back(tmp_path):

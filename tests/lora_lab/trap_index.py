@@ -133,7 +133,8 @@ TRAPS: dict[int, Trap] = {
         "peft#1702, peft#1984, pytorch#100945, llm-foundry#414, direct-preference-optimization#90",
         ("test_distributed.py::test_two_processes_train_the_adapters_that_one_does",
          "test_distributed.py::test_dora_trains_under_fully_shard_as_it_does_alone",
-         "test_distributed.py::test_after_fully_shard_what_changes_whole_parameters_is_refused_and_changes_nothing"),
+         "test_distributed.py::test_after_fully_shard_what_changes_whole_parameters_is_refused_and_changes_nothing",
+         "test_distributed.py::test_the_older_fsdp_is_refused_by_name"),
         "The older FSDP flattens parameters of several layers into one; it is refused by name.",
     ),
     21: Trap(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from memory_math import MemoryMathError, activation_formula, predict
 from memory_math.architectures import architecture_of
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def test_published_gpu_figures_are_met() -> None:

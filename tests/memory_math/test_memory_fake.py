@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from known_versions import equals
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import lora_lab
@@ -26,7 +27,6 @@ LLAMA_2_7B = {
     "intermediate_size": 11008,
 }  # fmt: skip
 BATCH, LENGTH, RANK = 2, 48, 4
-KNOWN = transformers.__version__.startswith("5.23") and peft.__version__.startswith("0.21")
 CASES = [
     *itertools.product(("transformers", "lora_lab"), ("full", "frozen", "lora"), ("fp32",), (False, True)),
     *itertools.product(("transformers", "lora_lab"), ("full", "lora"), ("bf16-mixed",), (False,)),
@@ -59,11 +59,6 @@ def with_peft(model: Any) -> Any:
 
 def autocast(precision: str) -> Any:
     return torch.bfloat16 if precision == "bf16-mixed" else None
-
-
-def equals(kept: int, implementation: str = "transformers") -> Any:
-    """To the byte for the versions that the predictions are written from, within 2 % for others."""
-    return kept if KNOWN or implementation == "lora_lab" else pytest.approx(kept, rel=0.02)
 
 
 def predicted(config: dict[str, Any], **request: Any) -> Any:

@@ -250,9 +250,11 @@ def test_an_encoder_gets_a_head_that_trains_along_and_is_in_the_file(shop, capsy
 
 
 def test_a_run_that_was_stopped_goes_on(shop, capsys, monkeypatch):
-    step, once = Run.step, iter([True])
+    step, once, taken = Run.step, iter([True]), []
 
     def stopping(self, indices, number):
+        if self.config.output_dir is not None:
+            taken.append(number)
         if number == 5 and self.config.output_dir is not None and next(once, False):
             raise KeyboardInterrupt
         return step(self, indices, number)
@@ -263,6 +265,7 @@ def test_a_run_that_was_stopped_goes_on(shop, capsys, monkeypatch):
     assert shop.tune(**given) == 130
     assert not (shop.folder / "new" / PROMPT).exists()
     assert shop.tune(**given, resume=True) == 0
+    assert taken == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     tensors = [load_file(shop.folder / name / PROMPT)["prompt_embeddings"] for name in ("whole", "new")]
     assert torch.equal(*tensors)
 

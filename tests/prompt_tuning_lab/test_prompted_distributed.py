@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +13,10 @@ import t5_tools
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import free_port, refused, start
 from tiny_workshop import QUIET, VOCABULARY, our_llama, their_llama, token_rows
 
 import lora_lab
-from lora_lab import LoraLabError
 from lora_lab.training import fit, shard
 from lora_lab.training.distributed import world
 from prompt_tuning_lab import inject, load, save, use
@@ -86,18 +84,9 @@ def trained(name: str, **changes: Any) -> tuple[Any, list[float]]:
     return model, result.losses + result.eval_losses
 
 
-def refused(what: Callable[[], Any]) -> str:
-    try:
-        what()
-    except LoraLabError as error:
-        return str(error)
-    return "no error"
-
-
 def story(rank: int, port: int, folder: Path) -> None:
     """What two processes do, and what each has found."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
+    start(rank, port)
     found: dict[str, Any] = {}
     for name, (kind, _, _) in RUNS.items():
         model, losses = trained(name, distributed=kind)
@@ -113,10 +102,7 @@ def story(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(story, args=(port, folder), nprocs=2)
+    mp.spawn(story, args=(free_port(), folder), nprocs=2)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

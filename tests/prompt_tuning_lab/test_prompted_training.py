@@ -13,6 +13,7 @@ import transformers
 from llama_tools import saved_for_backward
 from prefix_tools import both, model
 from prompt_tools import EXACT, ROUNDED, ROWS, alone, gradients, joined, padded, randomised, with_tasks
+from tiny_workshop import forgotten
 from torch.testing import assert_close
 
 import lora_lab
@@ -73,6 +74,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Any) -> None:
 
     def run(folder: str, **more: Any) -> torch.Tensor:
         prompted = inject(model("ours", "llama", torch.float32), 4, method="residual", seed=0)
+        forgotten(prompted) if more else None
         fit(prompted, ROWS_TO_LEARN, {**settings, "output_dir": str(tmp_path / folder), **more})
         return prompted.prompt()().detach()
 

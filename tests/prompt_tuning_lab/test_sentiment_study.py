@@ -6,27 +6,23 @@ On tiny random models and made-up reviews: what is held here is the bookkeeping,
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_workshop import our_llama, plain_tokenizer
-
-from lora_lab.models.bert import BertModel
-from lora_lab.models.bert_config import BertConfig
-from lora_lab.training.guards import Diverged
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import sentiment
 import sentiment_data
 import sentiment_methods
 import sentiment_models
 import sentiment_results
+import torch
 from sentiment_data import Review
+from tiny_workshop import our_llama, plain_tokenizer
+
+from lora_lab.models.bert import BertModel
+from lora_lab.models.bert_config import BertConfig
+from lora_lab.training.guards import Diverged
 
 LM, ENCODER = sentiment_models.LanguageModel.name, sentiment_models.SentenceEncoder.name
 GOOD, BAD = ("fine", "great", "warm", "clever"), ("dull", "bad", "cold", "stale")

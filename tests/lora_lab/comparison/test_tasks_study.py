@@ -17,15 +17,12 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
-from task_tools import decoder, dialogues, encoder, instructions, jsonl, table
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-
 import tasks
 import tasks_data
 import tasks_readers
 import tasks_table
+import torch
+from task_tools import decoder, dialogues, encoder, instructions, jsonl, table
 from tasks_data import TASKS
 
 PARTS = ("Training", "Validation", "Test")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_workshop import QUIET, our_llama, plain_tokenizer
+from tiny_workshop import QUIET, forgotten, our_llama, plain_tokenizer
 
 import lora_lab
 from lora_lab import LoraLabError, data
@@ -55,6 +56,9 @@ def test_a_run_on_rows_in_memory_goes_on_with_the_same_rows_on_disk(tmp_path):
     for rows, resume in ((data.load(path)[0], False), (data.open_rows(path), True)):
         torch.manual_seed(0)
         model = lora_lab.inject(our_llama(max_position_embeddings=400), 2)
+        if resume:
+            forgotten(model)
+            shutil.rmtree(tmp_path / "run" / "snapshots" / "step-000004")
         losses.append(fit(model, rows, {**config, "resume": resume}, tokenizer=plain_tokenizer()).losses)
     assert losses[0] == losses[1]
 

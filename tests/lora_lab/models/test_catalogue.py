@@ -13,6 +13,7 @@ import gguf_tools
 import pytest
 import torch
 from llama_tools import theirs, tokenizer
+from processes import PATIENCE_SECONDS
 
 from lora_lab import LoraLabError, models
 from lora_lab.files import sha256
@@ -198,9 +199,9 @@ def test_two_processes_at_once_get_the_same_folder_and_one_of_them_makes_it(tmp_
     workers = [context.Process(target=load_in_a_process, args=(tmp_path, wheel, barrier, results)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=60) for _ in workers]
+    found = [results.get(timeout=PATIENCE_SECONDS) for _ in workers]
     for worker in workers:
-        worker.join(timeout=60)
+        worker.join(timeout=PATIENCE_SECONDS)
     assert sorted(calls for calls, _ in found) == [0, 1]
     assert found[0][1] == found[1][1]
     assert sorted(path.name for path in folder_of(tmp_path).parent.iterdir()) == [NAME, f"{NAME}.lock"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import build
 from t5_tools import pair as t5_pair
-from tiny_workshop import BOS, END, chat_tokenizer, exact_model, ids, our_llama, plain_tokenizer
+from tiny_workshop import BOS, END, VOCABULARY, chat_tokenizer, exact_model, ids, our_llama, plain_tokenizer
 
 import lora_lab
 from lora_lab import LoraLabError
@@ -127,14 +127,14 @@ def test_scores_per_token_and_per_character():
     torch.testing.assert_close(plain / torch.tensor([1, 4, 1]), characters, rtol=1e-12, atol=0)
 
 
-def test_a_head_that_copies_the_prompt_is_right():
-    """End to end: the choice that the model was made to prefer is chosen, and accuracy says so."""
-    model = our_llama(torch.float64)
-    with torch.no_grad():
-        model.lm_head.weight[ids("b")[0]] = 50 * model.lm_head.weight[ids("a")[0]]
-    scores = score_choices(model, ["x", "yy", "zzz"], chat_tokenizer(), ["a", "b"], **QUIET)
-    chosen = best_choices(scores)
-    assert accuracy(chosen, chosen) == 1.0 and chosen == scores.argmax(1).tolist()
+@pytest.mark.parametrize(("certain", "expected"), [("b", [1, 1, 1]), ("a", [0, 0, 0])])
+def test_the_choice_that_is_certain_is_chosen(certain, expected):
+    """End to end, from a head that writes one letter whatever it reads; and accuracy counts in how many rows that was right."""
+    model, letter = our_llama(torch.float64), torch.zeros(VOCABULARY, dtype=torch.float64)
+    letter[ids(certain)] = 100.0
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + letter)
+    chosen = best_choices(score_choices(model, ["x", "yy", "zzz"], chat_tokenizer(), ["a", "b"], **QUIET))
+    assert chosen == expected and accuracy(chosen, [*expected[:2], 1 - expected[2]]) == pytest.approx(2 / 3)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

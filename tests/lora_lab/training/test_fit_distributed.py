@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,14 +17,27 @@ import t5_tools
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import free_port, refused, start
 from safetensors.torch import load_file
-from tiny_workshop import QUIET, VOCABULARY, chat_tokenizer, our_llama, same_bits, text_rows, their_llama, token_rows, weights
+from tiny_workshop import (
+    QUIET,
+    VOCABULARY,
+    OverFeatures,
+    chat_tokenizer,
+    forgotten,
+    our_llama,
+    same_bits,
+    text_rows,
+    their_llama,
+    token_rows,
+    weights,
+)
 
 import lora_lab
 from lora_lab import LoraLabError
 from lora_lab.__main__ import main
 from lora_lab.models import loading
-from lora_lab.training import Interrupted, TrainConfig, evaluate, fit, shard, snapshots
+from lora_lab.training import TrainConfig, evaluate, fit, shard, snapshots
 from lora_lab.training.batches import count_steps, step_batches
 from lora_lab.training.distributed import World, own_device, world
 from lora_lab.training.dtensors import piece
@@ -36,12 +48,6 @@ from lora_lab.wrapping import gathered
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not dist.is_available(), reason="needs torch.distributed with gloo")
 ROOT = Path(lora_lab.__file__).parent.parent
 ROWS, HELD_OUT = token_rows(13), token_rows(5, seed=5)  # 7 micro-batches of 2 rows, 3 of the held-out: neither divides by two
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def adapted(make: Callable[[], Any] = our_llama, rank: int = 2, **request: Any) -> Any:
@@ -102,30 +108,6 @@ def outcome(model: Any, result: Any) -> dict[str, Any]:
     trained = {name: gathered(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad}
     return {"losses": result.losses, "eval_losses": result.eval_losses, "weights": trained, "best": result.best_step,
             "counts": (result.tokens, result.computed_tokens, result.label_tokens, result.steps, result.skipped_steps)}  # fmt: skip
-
-
-def refused(what: Callable[[], Any]) -> str:
-    try:
-        what()
-    except (LoraLabError, Interrupted) as error:
-        return str(error)
-    return "no error"
-
-
-def start(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-
-
-class OverFeatures(torch.nn.Module):
-    """Running statistics, as convolutional models have them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = torch.nn.BatchNorm1d(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 # Stories: what two processes do, and what they have found --------------------------------------------------------------------------
@@ -194,7 +176,7 @@ def stops(rank: int, port: int, folder: Path) -> None:
             run(f"{kind} in parts", distributed=kind, keep_best=True)
         except PowerCut:
             Run.backward = whole_step  # type: ignore[method-assign]
-        run(f"{kind} in parts", distributed=kind, keep_best=True, resume=True)
+        run(f"{kind} in parts", lambda: forgotten(adapted(dropout=0.1)), distributed=kind, keep_best=True, resume=True)
     fails_in(3, cut)
     try:
         run("begun by two", adapted, distributed="fsdp")
@@ -348,7 +330,7 @@ def test_two_processes_that_were_stopped_and_resumed_are_two_that_were_not(stop:
 
 def test_what_two_processes_began_one_can_finish(stop: list[dict[str, Any]], tmp_path: Path) -> None:
     """Snapshots hold whole tensors. One process takes twice the micro-batches, or it would be another run."""
-    model, folder = adapted(), stop[0]["folder"] / "begun by two"
+    model, folder = forgotten(adapted()), stop[0]["folder"] / "begun by two"
     with pytest.raises(LoraLabError, match=r"grad_accum_steps \* processes=1: the run began with 2"):
         fit(model, ROWS, settings(save_every=2, output_dir=folder, resume=True), eval_data=HELD_OUT)
     with pytest.warns(UserWarning, match="began with processes 2, this is 1: it goes on, but not bit for bit"):
@@ -410,7 +392,7 @@ def test_an_error_in_one_process_ends_the_others_with_its_message(tmp_path: Path
 
 
 def torchrun(*words: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lora_lab", *map(str, words)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lora_lab", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

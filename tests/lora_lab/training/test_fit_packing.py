@@ -12,7 +12,7 @@ import llama_tools
 import pytest
 import torch
 from small_models import build
-from tiny_workshop import QUIET, exact_model, our_llama, same_bits, token_rows, weights
+from tiny_workshop import QUIET, exact_model, forgotten, our_llama, same_bits, token_rows, weights
 
 import lora_lab
 from lora_lab import LoraLabError, data, training
@@ -181,7 +181,7 @@ def test_packed_rows_are_drawn_anew_in_every_epoch() -> None:
 @pytest.mark.parametrize("settings", [{"micro_batch_size": 2}, {"max_tokens": 30}])
 def test_a_packed_run_that_was_stopped_goes_on_bit_for_bit(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"max_steps": 7, "packing": True, "grad_accum_steps": 2, "save_every": 2, **settings, **QUIET}
-    whole, stopped, resumed = (with_dropout() for _ in range(3))
+    whole, stopped, resumed = with_dropout(), with_dropout(), forgotten(with_dropout())
     expected = fit(whole, ROWS, {**config, "output_dir": tmp_path / "whole"})
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Run, "backward", stopping_at(5, Run.backward))

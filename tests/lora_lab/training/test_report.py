@@ -150,7 +150,7 @@ def test_numbers_that_are_none_are_left_out_of_a_line(tmp_path):
     assert "1 steps skipped" in summary([read_run(skipped)]) and charts([read_run(skipped)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1e9, 1e9)), min_size=1, max_size=40, unique_by=lambda point: point[0]))
 def test_every_point_is_inside_the_axes(points):
     svg = line_chart("x", [Line("run", sorted(points), dots=True)])
@@ -158,7 +158,7 @@ def test_every_point_is_inside_the_axes(points):
         assert LEFT - 0.01 <= x <= RIGHT + 0.01 and TOP - 0.01 <= y <= BOTTOM + 0.01
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
 @example(0.0, 5e-324)
 @example(1e9, 1e9 + 1.2e-7)
@@ -205,7 +205,7 @@ def test_the_peak_is_the_highest_though_a_resumed_run_counts_anew(tmp_path):
     assert "peak memory    1.50 GiB" in summary([read_run(folder)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.floats(-1e6, 1e6), max_size=200))
 def test_a_sparkline_has_a_bar_for_each_value_or_forty(values):
     line = sparkline(values)

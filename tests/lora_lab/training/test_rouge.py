@@ -29,13 +29,13 @@ def ours(prediction: str, reference: str, use_stemmer: bool) -> dict[str, tuple[
     return {kind: (score.precision, score.recall, score.f1) for kind, score in scores.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(FEW, FEW, st.booleans())
 def test_every_score_is_rouge_scores(prediction, reference, use_stemmer):
     assert ours(prediction, reference, use_stemmer) == theirs(prediction, reference, use_stemmer)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_any_characters_are_tokenised_alike(prediction, reference):
     assert ours(prediction, reference, True) == theirs(prediction, reference, True)
@@ -61,7 +61,7 @@ def test_of_several_references_the_best_counts_each_kind_by_itself():
     assert {kind: (score.precision, score.recall, score.f1) for kind, score in scores.items()} == {kind: tuple(s) for kind, s in scorer.items()}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from("abcd"), max_size=70), st.lists(st.sampled_from("abcde"), max_size=70))
 def test_the_bits_of_a_number_hold_the_table_of_subsequences(left, right):
     table = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
@@ -89,7 +89,7 @@ def test_stems_are_nltks():
     assert sum(stem(word) != word for word in given) > len(given) / 2
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("aeiouybcdlnstxz", max_size=12))
 def test_stems_of_anything_are_nltks(word):
     assert stem(word) == PORTER.stem(word)
