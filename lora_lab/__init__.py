@@ -10,9 +10,9 @@ True
 4,608 of 38,090 parameters are trainable (12.10 %)
 >>> model = lora_lab.eject(model)                                      # as if nothing had happened
 
-To read the code, begin with layers.py (``W x + scaling * B A x``) and delta.py (``scaling * B @ A``); then kinds.py and variants.py (for other layers,
-other methods), targets.py (which layers), injection.py (put them in), training/loop.py (train them), checkpoint.py (save them). The rest is special
-cases.
+To read the code, begin with layers.py (``W x + scaling * B A x``) and delta.py (``scaling * B @ A``); then kinds.py and variants.py (other layers,
+other methods), targets.py (which layers), injection.py (put them in), training/loop.py (train them), checkpoint.py (save them). The rest is
+special cases.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class GPT2Config:
     def from_dict(cls, source: dict[str, Any]) -> GPT2Config:
         """Read a Hugging Face config, of transformers 4 or 5. Raises LoraLabError for a missing or unsupported field."""
         source = {"n_positions": 1024, **source}
-        check_config(source, "GPT-2", ("vocab_size", "n_embd", "n_layer", "n_head"), ("n_positions", "n_inner"), "layer_norm_epsilon")
+        check_config(source, "GPT-2", ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"), ("n_inner",), "layer_norm_epsilon")
         check_heads(source["n_embd"], source["n_head"])
         if source.get("add_cross_attention"):
             raise LoraLabError("add_cross_attention=true: a GPT-2 that looks at an encoder, too, is not modelled here")

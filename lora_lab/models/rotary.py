@@ -59,6 +59,8 @@ class Rope:
             raise LoraLabError(f"rope_theta={theta!r}: expected a positive number (10000 in the first Llamas)")
         if not isinstance(kind, str) or kind not in KINDS:
             raise LoraLabError(f"rope_type={kind!r}: expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        if kind == "dynamic" and positions is None:
+            raise LoraLabError("max_position_embeddings=null in config.json: rope_type='dynamic' compares positions with it")
         rope = cls(float(theta), int(dim * share), positions, kind, numbers)
         rope._check(dim)
         return rope

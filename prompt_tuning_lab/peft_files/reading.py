@@ -59,11 +59,24 @@ def read_contents(base: nn.Module, folder: Path, trainable: bool) -> Contents:
     _check_rows(rows, shard.tensors[KEY].dtype, written, base, folder)
     heads = read_heads(base, tensors, written.heads, folder)
     plain = _plain(rows, written, base)
-    network = read_trainable(plain, folder, digest_of(rows)) if trainable else None
+    try:
+        network = read_trainable(plain, folder, digest_of(rows)) if trainable else None
+    except LoraLabError:
+        if not _is_replaced(rows, folder):
+            raise
+        network = None
+    if trainable and network is None and _is_replaced(rows, folder):
+        return read_contents(base, folder, trainable)
     _warn(base, folder, shard.metadata, written, trainable and network is None)
     prompt = plain if network is None else network
     prompt.placement, prompt.initialization = written.placement, initialization_in(shard.metadata, folder)
     return Contents(prompt, heads)
+
+
+def _is_replaced(rows: Tensor, folder: Path) -> bool:
+    """Whether another save has put other rows into the folder meanwhile, and taken the network of these away."""
+    now = read_shard(folder / TENSORS).tensors.get(KEY)
+    return now is None or digest_of(now.read()) != digest_of(rows)
 
 
 def rows_for_file(inserted: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from lora_lab.files import alone_in, write_file
 from lora_lab.streaming import shards
 from lora_lab.training import fit, snapshots
 from lora_lab.training.loop import Run
+from prompt_tuning_lab.peft_files import reading, trainable
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")
 ROUNDS = 8
@@ -79,7 +80,7 @@ def saved_by_two(folder: Path, first: Callable[[], Any], second: Callable[[], An
     other = read()
     children = together(again_and_again(first), again_and_again(second))
     reads = 0
-    while not any(map(is_over, children)):
+    while not all(map(is_over, children)):
         found, reads = read(), reads + 1
         assert savers.same(found, one) or savers.same(found, other)
     assert reads and codes(children) == [0, 0]
@@ -103,6 +104,24 @@ def test_two_prompts_in_one_folder_and_the_network_is_that_of_the_prompt(tmp_pat
     read = lambda: savers.read_prompt(tmp_path)["rows"]  # noqa: E731
     saved_by_two(tmp_path, *(lambda seed=seed: prompt_tuning_lab.save(savers.prompted(seed), tmp_path / "prompt") for seed in (0, 1)), read)
     assert savers.read_prompt(tmp_path)["kind"] == type(savers.prompted(0).prompt()).__name__
+
+
+@pytest.mark.parametrize(("module", "name"), [(reading, "read_trainable"), (trainable, "read_shard")])
+def test_a_prompt_that_is_replaced_before_its_network_is_read_is_read_again(module: Any, name: str, tmp_path: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The other save has removed the network of the rows that were read: the pair is read anew, and is a network."""
+    prompt_tuning_lab.save(savers.prompted(0), tmp_path / "prompt")
+    read, once = getattr(module, name), iter([None])
+
+    def after_another_save(*args: Any) -> Any:
+        for _ in once:
+            prompt_tuning_lab.save(savers.prompted(1), tmp_path / "prompt")
+        return read(*args)
+
+    monkeypatch.setattr(module, name, after_another_save)
+    found = savers.read_prompt(tmp_path)
+    assert found["kind"] == type(savers.prompted(1).prompt()).__name__
+    assert torch.equal(found["rows"], savers.prompted(1).prompt()().detach())
 
 
 def test_two_models_in_one_folder(tmp_path: Path) -> None:

@@ -254,6 +254,11 @@ def test_the_older_fsdp_is_refused_by_name(tmp_path: Path) -> None:
         for verb in (*TOO_LATE.values(), lora_lab.save):
             with pytest.raises(LoraLabError, match="this is torch's FullyShardedDataParallel|'FullyShardedDataParallel' is divided among processes"):
                 verb(model, str(tmp_path / "adapter"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flat = FullyShardedDataParallel(whole().requires_grad_(True), device_id=torch.device("cpu"))
+        with pytest.raises(LoraLabError, match="have no tensors any more: FullyShardedDataParallel"):
+            lora_lab.save(flat.module, tmp_path / "adapter")
         assert not (tmp_path / "adapter").exists()
     finally:
         dist.destroy_process_group()
