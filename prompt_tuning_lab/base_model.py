@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError
-from lora_lab.models.base import is_encoder_decoder
+from lora_lab.models.base import context_in, is_encoder_decoder
 from lora_lab.models.causal import CausalLM
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -88,11 +88,10 @@ def first_position(base: nn.Module) -> int:
 def context_length(base: nn.Module, kind: Kind) -> int | None:
     """Positions a row of text may take; None where the config sets no limit, as T5's, or one below 0, as XLNet's."""
     config = text_config(base)
-    length = getattr(config, "context_length", None)
-    if length is not None:
-        return int(length)
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None or int(positions) < 0 else int(positions) - kind.first_position
+    positions = context_in(config)
+    if positions is None or positions < 0:
+        return None
+    return positions if hasattr(config, "context_length") else positions - kind.first_position
 
 
 def text_config(base: nn.Module) -> Any:

@@ -102,9 +102,28 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def context_of(model: nn.Module) -> int | None:
     """Tokens of text a row may have, where the model says so: some of its positions are not for text, or taken by virtual tokens before it."""
-    config: Any = getattr(model, "config", None)
-    length: int | None = getattr(config, "context_length", getattr(config, "max_position_embeddings", None))
+    length = context_in(getattr(model, "config", None))
     return None if length is None else length - getattr(model, "virtual_tokens", 0)
+
+
+def context_in(config: Any) -> int | None:
+    """Positions that a config of ours or transformers' allows; None where it says nothing.
+
+    Rotary positions that are stretched (rope_type "linear" and "dynamic") go on beyond max_position_embeddings, which there says what the model was
+    trained on at first; with the other kinds it is the whole.
+    """
+    length = getattr(config, "context_length", getattr(config, "max_position_embeddings", None))
+    return None if length is None else int(length * _stretched(config))
+
+
+def _stretched(config: Any) -> float:
+    rope = getattr(config, "rope", None)
+    if rope is None:
+        given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kind, factor = given.get("rope_type", given.get("type")), given.get("factor")
+    else:
+        kind, factor = rope.kind, rope.numbers.get("factor")
+    return max(1.0, float(factor)) if kind in ("linear", "dynamic") and isinstance(factor, (int, float)) else 1.0
 
 
 def longest_row(model: nn.Module, *limits: int | None) -> int | None:

@@ -7,7 +7,8 @@ import torch
 from llama_tools import assert_same, compiled, config, ids, logits_of, ours, pair, relative_error, theirs
 from torch.testing import assert_close
 
-from lora_lab.models import LlamaConfig, LlamaForCausalLM
+from lora_lab.models import LlamaConfig, LlamaForCausalLM, generate
+from lora_lab.models.base import context_of
 from lora_lab.models.rotary import KINDS
 
 FACTORS = [1.0, 1.5, 2.0, 4.0]
@@ -69,6 +70,20 @@ def test_an_original_context_outside_the_rope_settings_has_the_last_word_as_in_t
     assert mine.config.rope.numbers["original_max_position_embeddings"] == 16
     tokens = ids(length=24)
     assert relative_error(logits_of(mine, input_ids=tokens), logits_of(reference, input_ids=tokens)) < 1e-4
+
+
+@pytest.mark.parametrize(("rope", "context"), [("linear", 48), ("dynamic", 64), ("yarn", 16), ("default", 16)])
+def test_texts_may_be_as_long_as_stretched_positions_reach(rope, context):
+    """A Vicuna of 16k says max_position_embeddings=4096 and factor=4; transformers generates beyond the 4,096, and so do we."""
+    reference = theirs(max_position_embeddings=16, rope_parameters={"rope_theta": 100.0, **ROPES[rope]})
+    mine = ours(reference)
+    assert context_of(mine) == context_of(reference) == context
+    prompt = ids(length=12)[:1]
+    if context > 16:
+        found = generate(mine, prompt.tolist(), max_new_tokens=20, stop_ids=[], temperature=0.0).ids[0]
+        more = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = reference.generate(prompt, **more)
+        assert found == expected[0, 12:].tolist()
 
 
 @pytest.mark.parametrize("how", ["cast", "default dtype"])
