@@ -29,7 +29,7 @@ from .checkpoint import load, save
 from .counting import count_parameters
 from .ensembling import Ensemble, ensemble
 from .initialization import Initialization
-from .injection import inject
+from .injection import eject, inject, remove
 from .insertion import insert_prompts
 from .interpretation import drift, nearest_tokens, similarity
 from .mixed_tasks import per_sample, use
@@ -42,8 +42,8 @@ from .summary import summary
 
 __all__ = [
     "Ensemble", "Initialization", "LoraLabError", "PTuning", "Prefix", "PrefixMLP", "Prompt", "PromptedModel", "ResidualPrompt", "SoftPrompt",
-    "count_parameters", "drift", "ensemble", "inject", "insert_prefixes", "insert_prompts", "learning_rate",
-    "load", "nearest_tokens", "per_sample", "picture", "save", "similarity", "summary", "training_config", "use",
+    "count_parameters", "drift", "eject", "ensemble", "inject", "insert_prefixes", "insert_prompts", "learning_rate",
+    "load", "nearest_tokens", "per_sample", "picture", "remove", "save", "similarity", "summary", "training_config", "use",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

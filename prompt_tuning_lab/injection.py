@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabError, did_you_mean
-from lora_lab.targets import ADAPTER_NAME
+from lora_lab.targets import ADAPTER_NAME, lora_layers
 from lora_lab.wrapping import refuse_sharded, refuse_wrapped
 
 from .base_model import base_kind, context_length, refuse_meta, refuse_words_in_layers
@@ -23,7 +23,7 @@ from .initialization import Initialization, Start, check_count, check_seed, chec
 from .layout import check_placement
 from .prefix import Prefix, from_rows, keys_and_values, random_prefix, to_rows
 from .prefix_cache import prefix_shape
-from .prompted_model import PromptedModel, check_module
+from .prompted_model import PromptedModel, check_module, check_prompted
 from .reparameterization import PrefixMLP, PTuning, ResidualPrompt
 from .soft_prompt import Prompt, SoftPrompt
 
@@ -65,6 +65,34 @@ def inject(model: nn.Module, num_virtual_tokens: int = 20, *, method: str = "pro
     prompted = model if isinstance(model, PromptedModel) else PromptedModel(model)
     prompted.add(task, prompt)
     return prompted
+
+
+def remove(prompted: PromptedModel, task: str) -> PromptedModel:
+    """Take a task out; the others stay. Where it was the active one, none is. Returns the same model.
+
+    Raises LoraLabError for a task the model does not have, and inside `per_sample`, whose rows may be its.
+    """
+    check_prompted(prompted, "remove")
+    prompted.check_tasks([task], f"remove({task!r})")
+    if prompted.rows is not None:
+        raise LoraLabError(f"remove({task!r}) inside per_sample({list(prompted.rows)!r:.60}): leave the block first")
+    del prompted.tasks[task]
+    prompted.active = None if prompted.active == task else prompted.active
+    return prompted
+
+
+def eject(prompted: PromptedModel) -> nn.Module:
+    """The base as it was before the first `inject`: trainable where it was trainable, in training mode if it was. Its tasks are with `prompted`.
+
+    Raises LoraLabError, nothing changed, where the base has LoRA layers, which remember it frozen: eject those first (lora_lab.eject).
+    """
+    check_prompted(prompted, "eject")
+    if lora_layers(prompted.base):
+        raise LoraLabError("eject: the base has LoRA layers, too, which would be left on a base that trains: call lora_lab.eject(prompted) first")
+    training, trained = prompted.base_began
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return prompted.base.train(training)
 
 
 def new_prompt(base: nn.Module, num_virtual_tokens: int, method: str, start: Start, hidden_size: int | None = None,

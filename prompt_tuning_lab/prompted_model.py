@@ -54,6 +54,7 @@ class PromptedModel(nn.Module):
         self.active: str | None = None
         self.rows: tuple[str | None, ...] | None = None
         self.inner_kind = base_kind(self.backbone) if self.kind.backbone else self.kind
+        self.base_began = base.training, [parameter for parameter in base.parameters() if parameter.requires_grad]  # for `eject`
         base.requires_grad_(False)
         self.train(base.training)
 

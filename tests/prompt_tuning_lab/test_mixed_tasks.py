@@ -14,8 +14,9 @@ from prompt_tools import EXACT, ROUNDED, ROWS, alone, padded, randomised, with_t
 from torch import nn
 from torch.testing import assert_close
 
+import lora_lab
 from lora_lab.errors import LoraLabError
-from prompt_tuning_lab import ensemble, inject, per_sample, use
+from prompt_tuning_lab import eject, ensemble, inject, per_sample, remove, use
 
 on_both_sides = pytest.mark.parametrize("side", ["ours", "theirs"])
 words, mask = padded(ROWS, "right")
@@ -199,3 +200,37 @@ def test_bad_requests_are_told_before_anything_runs() -> None:
             ask()
     with per_sample(prompted, ["a", "b"]), pytest.raises(LoraLabError, match="per_sample with 2 names, but the batch has 3 rows"):
         prompted(input_ids=words)
+
+
+# Out again ----------------------------------------------------------------------------------------------------------------------
+
+
+@on_both_sides
+def test_one_task_is_taken_out_and_the_others_answer_as_before(side: str) -> None:
+    prompted = with_tasks(model(side, "llama", torch.float32))
+    use(prompted, "a")
+    before = prompted(input_ids=words, attention_mask=mask).logits
+    assert remove(prompted, "b") is prompted and sorted(prompted.tasks) == ["a", "c"]
+    assert torch.equal(prompted(input_ids=words, attention_mask=mask).logits, before)
+    remove(prompted, "a")
+    assert prompted.active is None
+    assert torch.equal(prompted(input_ids=words, attention_mask=mask).logits, prompted.base(input_ids=words, attention_mask=mask).logits)
+    with pytest.raises(LoraLabError, match=r"remove\('a'\): this model has the tasks \['c'\]"):
+        remove(prompted, "a")
+    with per_sample(prompted, ["c", None, "c"]), pytest.raises(LoraLabError, match=r"remove\('c'\) inside per_sample"):
+        remove(prompted, "c")
+
+
+@on_both_sides
+def test_the_base_comes_back_as_it_was(side: str) -> None:
+    """Trainable where it was trainable, in training if it was in training."""
+    base = model(side, "llama", torch.float32).train()
+    frozen = base.get_input_embeddings().weight.requires_grad_(False)
+    prompted = inject(inject(base, 3), 2, task="more")
+    assert not base.training and not any(parameter.requires_grad for parameter in base.parameters())
+    lora_lab.inject(prompted, 2)
+    with pytest.raises(LoraLabError, match="LoRA layers, too.*lora_lab.eject"):
+        eject(prompted)
+    lora_lab.eject(prompted)
+    assert eject(prompted) is base and base.training
+    assert [parameter for parameter in base.parameters() if not parameter.requires_grad] == [frozen]
