@@ -23,7 +23,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     task_options(command)
     command.add_argument("--split", help="with --task: test (the default), validation, train, or all rows, which nobody divides then")
     command.add_argument("--metric", help="perplexity of the answers (the default); accuracy and F1; or rouge of generated answers")
-    command.add_argument("--limit", type=int, help="so many rows only: the first, with --task spread over all")
+    command.add_argument("--limit", type=int, help="so many rows only: the first, with --task some of each class")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--choices", nargs="+", metavar="ANSWER", help="accuracy of a language model: the answers to choose from, in the labels' "
                          "order; default: the outputs that occur in the data")  # fmt: skip

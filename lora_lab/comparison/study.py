@@ -15,7 +15,6 @@ from ..data.formats import Rows
 from ..data.tables import Table
 from ..errors import LoraLabError
 from ..models.base import context_of
-from ..tasks.base import spread
 from ..training import Sweep, Trial
 from ..training.guards import Diverged
 from .forgetting import ForgettingProbe
@@ -75,7 +74,7 @@ class Study:
     def rows(self, stage: str) -> Table:
         """For training. Which choice is best is asked of some of them."""
         train = self.bench.material.train
-        return train.only(spread(len(train), self.sweep_rows)) if stage == "validation" else train
+        return self.bench.material.some(train, self.sweep_rows) if stage == "validation" else train
 
     def once(self, method: Method, setting: Setting, measure: bool = False) -> Record:
         """The record of a run, which is done where it is not there."""

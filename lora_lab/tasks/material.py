@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..data.formats import Row
-from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts
+from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts, some_of
 from ..data.tables.folders import ALL, TEST, TRAIN, VALIDATION
 from ..data.tables.labels import without_secret
 from ..data.tables.parts import PARTS, Dropped
 from ..errors import LoraLabError, did_you_mean
 from ..models.base import longest_row
-from .base import Reader, Reading, Task, Unusable, spread
+from .base import Reader, Reading, Task, Unusable
 from .instruction import Instruction
 from .reviews import Reviews
 from .sentiment import Sentiment
@@ -70,8 +70,15 @@ class Material:
         return reader
 
     def first(self, **limits: int | None) -> Material:
-        """With so many rows of a part at most. The rows come in the file's order, so they are spread over it: every n-th."""
-        return self._only({part: spread(len(rows), limits.get(part)) for part, rows in self.parts.items()})
+        """With so many rows of a part at most, as `some` chooses them."""
+        return self._only({part: self._some(rows, limits.get(part)) for part, rows in self.parts.items()})
+
+    def some(self, rows: Table, most: int | None) -> Table:
+        """So many of these rows, by a hash of what may not be in two parts, each class with its share."""
+        return rows.only(self._some(rows, most))
+
+    def _some(self, rows: Table, most: int | None) -> list[int]:
+        return some_of(rows, most, self.task.key, (lambda row: row["label"]) if self.task.labelled else None)
 
     def within(self, reader: Reader, model: nn.Module, max_length: int | None = None) -> Material:
         """Without the rows that are longer than the model's context, or than max_length: the model cannot read them."""

@@ -23,13 +23,14 @@ from ..data.continuation import continuing_ids
 from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape
 from ..data.tables.labels import Classes, spoken, written
+from ..data.tables.parts import some_of
 from ..data.templates import has_chat_template
 from ..errors import LoraLabError
 from ..models.embedding import embed, pooling_of
 from ..models.pooled_classifier import with_pooled_head
 from ..training.evaluation import accuracy, auc, best_choices, class_logits, f1, score_choices
 from ..training.probing import linear_probe
-from .base import LABEL, Cells, Reader, Reading, Scores, Task, Unusable, Way, digest, model_kind, spread, text_in
+from .base import LABEL, Cells, Reader, Reading, Scores, Task, Unusable, Way, digest, model_kind, text_in
 
 TEXT = Role("text", (("text", "sentence", "review", "review_text", "review_body", "content", "comment", "tweet", "phrase", "body"),
                      ("document", "message", "description")), by_values="longest")  # fmt: skip
@@ -235,7 +236,7 @@ class NewHead(Head):
 
     def prepared(self, model: Any, rows: Sequence[Row]) -> Any:
         """Heads of several models, as a sweep makes them, begin from the same features, which are made once."""
-        rows = [rows[index] for index in spread(len(rows), MOST_PROBED)]
+        rows = [rows[index] for index in some_of(rows, MOST_PROBED, lambda row: digest(row["text"]), lambda row: row["label"])]
         if new := [text for text in dict.fromkeys(row["text"] for row in rows) if text not in self._frozen]:
             pooling = replace(pooling_of(model), normalize=False)
             self._frozen.update(zip(new, embed(model, self.tokenizer, new, EMBEDDED, pooling=pooling).cpu(), strict=True))

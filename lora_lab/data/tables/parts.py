@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ...errors import LoraLabError
@@ -74,11 +74,8 @@ def _once(table: Table, key: Callable[[Row], str], dropped: Dropped) -> Table:
 
 def _apart(table: Table, of: int, key: Callable[[Row], str], group: Callable[[Row], Any] | None) -> tuple[Table, Table]:
     """(the rest, about a tenth of `of` rows): of each group the first by the hash of their keys, and all that have the last one's key."""
-    groups: dict[Any, list[int]] = {}
-    for index, row in enumerate(table):
-        groups.setdefault(None if group is None else group(row), []).append(index)
     taken: list[int] = []
-    for members in groups.values():
+    for members in _grouped(table, group):
         order = sorted(members, key=lambda index: (_hash(key(table[index])), index))
         count = max(1, round(len(members) * of / len(table) / TENTH))
         while count < len(order) and key(table[order[count]]) == key(table[order[count - 1]]):
@@ -89,6 +86,34 @@ def _apart(table: Table, of: int, key: Callable[[Row], str], group: Callable[[Ro
         raise LoraLabError(f"{len(table)} rows are too few to hold some back for validation and a test: expected ten at least of each class, or a "
                            "source with parts of its own")  # fmt: skip
     return table.only(rest), table.only(sorted(taken))
+
+
+def some_of(rows: Sequence[Row], most: int | None, key: Callable[[Row], str], group: Callable[[Row], Any] | None = None) -> list[int]:
+    """The places of `most` rows, in the file's order: by the hash of their keys, as every n-th of a file that alternates would be of one kind.
+
+    Each group keeps its share, and has one at least where `most` are enough for that. Of rows with one key the first come before the second ones.
+
+    >>> some_of([{"text": str(n), "label": n % 2} for n in range(8)], 4, lambda row: row["text"], lambda row: row["label"])
+    [0, 1, 3, 4]
+    """
+    if most is None or most >= len(rows):
+        return [*range(len(rows))]
+    order: list[tuple[float, int, int]] = []
+    for members in _grouped(rows, group):
+        earlier, ranks = Counter[str](), list[tuple[int, str, int]]()
+        for index in members:
+            ranks.append((earlier[said := key(rows[index])], _hash(said), index))
+            earlier[said] += 1
+        order += [(rank / len(members), -len(members), index) for rank, (_, _, index) in enumerate(sorted(ranks))]
+    return sorted(index for _, _, index in sorted(order)[:most])
+
+
+def _grouped(rows: Sequence[Row], group: Callable[[Row], Any] | None) -> list[list[int]]:
+    """The places of each group's rows."""
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(None if group is None else group(row), []).append(index)
+    return [*groups.values()]
 
 
 def _hash(text: str) -> str:

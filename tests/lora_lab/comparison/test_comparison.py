@@ -9,7 +9,6 @@ from lora_lab import LoraLabError
 from lora_lab.comparison import ForgettingProbe, Results, Study, table
 from lora_lab.comparison.methods import Method, Taught
 from lora_lab.comparison.table import markdown, text
-from lora_lab.tasks.base import spread
 from lora_lab.training.guards import Diverged
 
 
@@ -130,10 +129,11 @@ def test_examples_that_leave_no_room_are_not_chosen(tmp_path):
     assert "the model's context is 160" in failed[0] and failed[1] is None and table(study, ["few-shot"])[2][-1] == "shots 1"
 
 
-def test_rows_of_a_choice_are_spread_over_the_training_rows(tmp_path):
+def test_rows_of_a_choice_have_the_classes_of_the_training_rows(tmp_path):
+    """They alternate: every second would be of one class."""
     study = Study(workbench(tmp_path), "tiny", sweep_rows=4)
-    train = study.bench.material.train
-    assert list(study.rows("validation")) == [train[index] for index in spread(len(train), 4)] and study.rows("test") is train
+    train, some = study.bench.material.train, list(study.rows("validation"))
+    assert sorted(row["label"] for row in some) == [0, 0, 1, 1] and all(row in train for row in some) and study.rows("test") is train
 
 
 # The table --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinions, t5, table
 
@@ -93,9 +95,25 @@ def test_too_few_rows_are_not_divided(tmp_path):
         gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct(2)))
 
 
-def test_rows_are_limited_evenly_over_the_file(tmp_path):
-    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct(30)), wanted=()).first(all=3)
-    assert [row["text"] for row in material.part("all")] == ["text 0", "text 10", "text 20"]
+def test_a_limit_takes_each_classs_share_in_whatever_order_the_rows_stand(tmp_path):
+    """Every n-th row of a file that alternates would be of one class. A few rows are among the more, and a rare class is there."""
+    rows = [{"text": f"text {number}", "label": "rare" if number == 50 else ("no", "yes")[number % 2]} for number in range(120)]
+    whole = gather("sentiment", jsonl(tmp_path / "a.jsonl", rows), wanted=())
+    few, more = ([row["text"] for row in whole.first(all=count).part("all")] for count in (8, 60))
+    labels = Counter(row["label"] for row in whole.first(all=60).part("all"))
+    assert labels == {0: 30, 1: 1, 2: 29} or labels == {0: 29, 1: 1, 2: 30}
+    assert {*few} < {*more} and more == sorted(more, key=lambda text: int(text.split()[1]))
+    again = gather("sentiment", jsonl(tmp_path / "b.jsonl", rows[::-1]), wanted=()).first(all=8)
+    assert {row["text"] for row in again.part("all")} == {*few}
+
+
+def test_rows_without_classes_are_limited_by_their_texts_and_of_one_text_first_one(tmp_path):
+    """The bundled reviews are positive, neutral, negative, and again: each third would be of one kind."""
+    kinds = Counter(row["instruction"].split()[2] for row in gather("reviews", "reviews", wanted=()).first(all=48).part("all"))
+    assert {*kinds} == {"positive", "neutral", "negative"} and min(kinds.values()) >= 8
+    thrice = [{**row, "summary": f"{row['summary']} {number}"} for row in dialogues(9) for number in range(3)]
+    some = gather("summarization", jsonl(tmp_path / "d.jsonl", thrice), wanted=()).first(all=9).part("all")
+    assert len({row["dialogue"] for row in some}) == 9
 
 
 # Rows -------------------------------------------------------------------------------------------------------------------------

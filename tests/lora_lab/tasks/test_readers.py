@@ -106,6 +106,13 @@ def test_features_are_made_once_for_several_heads(tmp_path, monkeypatch):
     assert torch.equal(reader.prepared(encoder()[0], rows).classifier.weight, first)
 
 
+def test_a_probe_of_some_rows_has_seen_every_class(tmp_path, monkeypatch):
+    """The opinions alternate: every second is of one class."""
+    monkeypatch.setattr("lora_lab.tasks.sentiment.MOST_PROBED", 15)
+    reader, model, rows = reading(tmp_path, "sentiment", encoder())
+    assert reader.score(reader.prepared(model, rows), rows) > 0.8
+
+
 def test_the_whole_classifier_learns_and_saves_with_its_adapter(tmp_path):
     reader, model, rows = reading(tmp_path, "sentiment", encoder())
     classifier = inject(reader.prepared(model, rows), 2, modules_to_save=["classifier"])
