@@ -76,6 +76,7 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
     from .. import models
     from ..comparison import Results, Study, Workbench
     from ..comparison.forgetting import forgetting_probe
+    from ..data.tables.parts import PARTS
     from ..tasks import Reading, preview
     from ..training import TrainConfig
 
@@ -90,6 +91,8 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
     task: dict[str, Any] = {"task": "feature-extraction"} if type(model).__name__.endswith("Model") else {}
     reader = material.reader(model, tokenizer, Reading(precision, options.micro_batch_size or 8, generation_of(options)), words)
     material = material.within(reader, model, options.max_length)
+    for part in PARTS:
+        material.part(part)
     material = material.first(train=options.rows, validation=options.held_out_rows, test=options.held_out_rows)
     print(preview(material, reader), end="\n\n", flush=True)
     elsewhere = None if options.no_forgetting else forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data)

@@ -17,11 +17,14 @@ ELSEWHERE = ("metric", "choices", "normalise", "stemmer")  # options of evaluati
 def run(options: argparse.Namespace) -> tuple[str, Columns]:
     """(what was evaluated, the scores of each column)."""
     from ..tasks import Reading, preview
+    from ..tasks.record import check_held_back
 
     _check(options)
     whole = {"wanted": ()} if options.split == "all" else {}
     material, words = gathered(options, options.adapter, **whole)
     material.part(options.split)
+    if options.adapter is not None:
+        check_held_back(options.adapter, material, options.split)
     precision = precision_of(options)
     model, tokenizer = load_for_task(options, precision)
     reader = material.reader(model, tokenizer, Reading(precision, options.batch_size, generation_of(options), progress=True), words)

@@ -116,7 +116,9 @@ def _examples(subject: Subject, config: Any) -> Any:
 
 def _save(options: argparse.Namespace, subject: Subject) -> None:
     from .. import save
+    from ..tasks.record import remove_record
 
+    remove_record(options.out)
     save(subject.model, options.out)
     subject.record(options.out)
 

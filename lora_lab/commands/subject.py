@@ -14,7 +14,10 @@ from .task_options import check_without_task, gathered, load_for_task
 
 @dataclass
 class Subject:
-    """rows, held_out: for `fit`.  own_modules: those that train beside the adapter.  told: of the data.  material, reader: of a task."""
+    """rows, held_out: for `fit`.  own_modules: those that train beside the adapter.  told: of the data.
+
+    material, reader: of a task.  eval_data: where the held-out rows are from, if from elsewhere.
+    """
 
     model: Any
     tokenizer: Any
@@ -24,13 +27,14 @@ class Subject:
     told: str | None = None
     material: Any = None
     reader: Any = None
+    eval_data: str | None = None
 
     def record(self, folder: Path) -> None:
         """Write beside the adapter what it was taught."""
         from ..tasks.record import write_record
 
         if self.material is not None:
-            write_record(folder, self.material, self.reader)
+            write_record(folder, self.material, self.reader, self.eval_data)
 
     def quality(self, model: Any) -> float | None:
         """On the held-out rows, where that is cheap: a class is one pass, a text many."""
@@ -67,4 +71,4 @@ def _of_task(options: argparse.Namespace, precision: str, device: str | None) ->
     material = material.within(reader, model, getattr(options, "max_length", None))
     model = reader.prepared(model, material.train)
     return Subject(model, tokenizer, reader.examples(material.train), reader.examples(material.validation),
-                   ["classifier"] if reader.new_head else None, preview(material, reader), material, reader)  # fmt: skip
+                   ["classifier"] if reader.new_head else None, preview(material, reader), material, reader, options.eval_data)  # fmt: skip

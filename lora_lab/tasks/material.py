@@ -13,7 +13,7 @@ from torch import nn
 from ..data.formats import Row
 from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts, some_of
 from ..data.tables.folders import ALL, TEST, TRAIN, VALIDATION
-from ..data.tables.labels import without_secret
+from ..data.tables.labels import in_the_order_of, without_secret
 from ..data.tables.parts import PARTS, Dropped
 from ..errors import LoraLabError, did_you_mean
 from ..models.base import longest_row
@@ -30,7 +30,7 @@ TASKS: dict[str, Task] = {each.name: each for each in (Sentiment(), Summarizatio
 class Material:
     """parts: "train", "validation" and "test", those that there are.  dropped: reason -> rows.  notes: what was decided about the parts.
 
-    lengths: part -> tokens of each row, once a reader has counted them (`within`).
+    lengths: part -> tokens of each row, once a reader has counted them (`within`).  made: the parts that were taken from the training rows.
     """
 
     task: Task
@@ -41,6 +41,7 @@ class Material:
     dropped: Dropped = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
     lengths: dict[str, list[int]] = field(default_factory=dict)
+    made: tuple[str, ...] = ()
 
     @property
     def train(self) -> Table:
@@ -106,8 +107,8 @@ def gather(name: str, source: str | Path, columns: Mapping[str, str] | None = No
     """The rows of a source for a task.
 
     name: of TASKS.  source: a bundled name, a file, a folder, or a hub data set.  columns: role -> column, where it is not plain.
-    labels: what the classes are called.  classes: those of an earlier run.  parts: "validation" or "test" -> a source of its own.
-    wanted: the parts to make where the source has none; none at all: "all" rows.
+    labels: what the classes are called.  classes: those of an earlier run, which keep their order.
+    parts: "validation" or "test" -> a source of its own.  wanted: the parts to make where the source has none; none at all: "all" rows.
     Raises LoraLabError, naming what was found and the option that decides, for what cannot be read or is not plain.
     """
     if name not in TASKS:
@@ -117,14 +118,14 @@ def gather(name: str, source: str | Path, columns: Mapping[str, str] | None = No
         tables = _with_part(tables, part, own)
     tables = {part: task.table(table, columns or {}) for part, table in tables.items()}
     found = _columns(task, tables, columns or {})
-    if task.labelled and classes is None:
-        classes = classes_of(without_secret([row.get(found["label"]) for row in table] for table in tables.values()), labels)
-    dropped: Dropped = Counter()
-    rows = {part: _usable(table, task, found, classes, dropped) for part, table in tables.items()}
-    if not any(map(len, rows.values())):
-        raise LoraLabError(f"no row of {source} can be used: {told(dropped)}")
-    tables, more, notes = divided(rows, task.key, (lambda row: row["label"]) if task.labelled else None, wanted)
-    return Material(task, str(source), found, classes if task.labelled else None, tables, dropped + more, tuple(notes))
+    classes = _classes(task, found, tables, labels, classes)
+    dropped: dict[str, Dropped] = {part: Counter() for part in tables}
+    rows = {part: _usable(table, task, found, classes, dropped[part]) for part, table in tables.items()}
+    _check_usable(source, parts or {}, rows, dropped)
+    tables, more, notes, made = divided(rows, task.key, (lambda row: row["label"]) if task.labelled else None, wanted)
+    classes = classes if task.labelled else None
+    counts = sum((*dropped.values(), more), Dropped())
+    return Material(task, str(source), found, classes, tables, counts, (*notes, *_absent(classes, tables)), made=tuple(made))
 
 
 def told(dropped: Mapping[str, int]) -> str:
@@ -158,6 +159,35 @@ def _columns(task: Task, tables: Mapping[str, Table], given: Mapping[str, str]) 
         if lacking and not secret:
             raise LoraLabError(f"the {part} rows have no column {lacking[0]!r}, theirs are {table.columns}")
     return found
+
+
+def _classes(task: Task, columns: Columns, tables: Mapping[str, Table], names: Sequence[str] | None, earlier: Classes | None) -> Classes | None:
+    """names: as the user calls them. Raises LoraLabError for names where there are no classes."""
+    if names is not None and "label" not in columns.of:
+        raise LoraLabError(f"--labels {' '.join(names)}: these rows of --task {task.name} have no classes")
+    if names is None and (earlier is not None or not task.labelled):
+        return earlier
+    found = classes_of(without_secret([row.get(columns["label"]) for row in table] for table in tables.values()), names)
+    return found if earlier is None else in_the_order_of(earlier, found)
+
+
+def _check_usable(source: str | Path, parts: Mapping[str, str | Path], rows: Mapping[str, Table], dropped: Mapping[str, Dropped]) -> None:
+    """Raise LoraLabError for a source without a row that can be used: rows of another would stand in its place."""
+    for part, own in parts.items():
+        if not rows[part]:
+            raise LoraLabError(f"no row of {own} can be used: {told(dropped[part])}")
+    if not any(map(len, rows.values())):
+        raise LoraLabError(f"no row of {source} can be used: {told(sum(dropped.values(), Dropped()))}")
+
+
+def _absent(classes: Classes | None, parts: Mapping[str, Table]) -> list[str]:
+    """A note on each class that nothing is trained of."""
+    if classes is None or not parts.get(TRAIN):
+        return []
+    trained = {row["label"] for row in parts[TRAIN]}
+    held = Counter(row["label"] for rows in parts.values() for row in rows)
+    return [f"no training row is {name}" + (f": all {held[number]} are held back, so it cannot be learned" if held[number] else "")
+            for number, name in enumerate(classes.names) if number not in trained]  # fmt: skip
 
 
 def _needed(columns: Columns, name: str) -> bool:

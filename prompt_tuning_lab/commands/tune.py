@@ -57,6 +57,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from lora_lab.files import check_writable
+    from lora_lab.tasks.record import remove_record
     from lora_lab.training import fit
 
     from .. import save, use
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
     print(_beginning(prompted, examples, config, options))
     before = lesson.effect(use(prompted, None), options.samples, config)
     result = fit(use(prompted, "default"), examples, config, tokenizer=lesson.tokenizer, eval_data=lesson.learned(lesson.held_out))
+    remove_record(options.output)
     save(prompted, options.output)
     print(story_of(result))
     print(_side_by_side(lesson, before, lesson.effect(prompted, options.samples, config)) + _files(options.output, prompted))

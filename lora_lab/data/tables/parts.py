@@ -26,27 +26,29 @@ Dropped = Counter[str]  # reason -> rows
 
 
 def divided(parts: Parts, key: Callable[[Row], str], group: Callable[[Row], Any] | None = None,
-            wanted: Collection[str] = PARTS) -> tuple[Parts, Dropped, list[str]]:  # fmt: skip
-    """({"train": ..., "validation": ..., "test": ...}, what was dropped and why, what was decided). A source that is a test alone stays that.
+            wanted: Collection[str] = PARTS) -> tuple[Parts, Dropped, list[str], list[str]]:  # fmt: skip
+    """({"train": ..., "validation": ..., "test": ...}, what was dropped and why, what was decided, the parts that were taken from the training rows).
+    A source that is a test alone stays that.
 
     key: rows with the same are never in two parts.  group: of each its tenth, such as the row's class.
     wanted: parts to make where they are missing; none at all: {"all": every row}.
     Raises LoraLabError for too few rows to divide.
     """
-    dropped, notes = Dropped(), list[str]()
+    dropped, notes, made = Dropped(), list[str](), list[str]()
     parts = {part: table for part, table in parts.items() if len(table)}
     if not wanted:
-        return {ALL: Table.joined(parts.values())}, dropped, notes
+        return {ALL: Table.joined(parts.values())}, dropped, notes, made
     if ALL in parts:
         parts = {TRAIN: parts.pop(ALL), **parts}
     if TRAIN in parts:
         parts = _without_leaks({**parts, TRAIN: _once(parts[TRAIN], key, dropped)}, key, dropped)
-        parts = _completed(parts, key, group, wanted, notes)
-    return _without_leaks(parts, key, dropped), dropped, notes  # one text may have been in two groups
+        parts, made = _completed(parts, key, group, wanted, notes)
+    return _without_leaks(parts, key, dropped), dropped, notes, made  # one text may have been in two groups
 
 
-def _completed(parts: Parts, key: Callable[[Row], str], group: Callable[[Row], Any] | None, wanted: Collection[str], notes: list[str]) -> Parts:
-    """With the parts that are missing, taken from the training rows."""
+def _completed(parts: Parts, key: Callable[[Row], str], group: Callable[[Row], Any] | None, wanted: Collection[str],
+               notes: list[str]) -> tuple[Parts, list[str]]:  # fmt: skip
+    """With the parts that are missing, taken from the training rows; and which those are."""
     if TEST not in parts and VALIDATION in parts and TEST in wanted:
         notes.append("there is no test: the validation rows are it")
         parts = {TRAIN: parts[TRAIN], TEST: parts[VALIDATION]}
@@ -57,7 +59,7 @@ def _completed(parts: Parts, key: Callable[[Row], str], group: Callable[[Row], A
     if missing:
         each = " each" if len(missing) > 1 else ""
         notes.append(f"a tenth{each} of the rows is held back for {' and '.join(missing)}, by a hash of the texts")
-    return parts
+    return parts, missing
 
 
 def _once(table: Table, key: Callable[[Row], str], dropped: Dropped) -> Table:

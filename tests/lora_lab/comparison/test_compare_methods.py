@@ -72,6 +72,13 @@ def test_a_method_that_cannot_do_it_does_not_keep_the_others_from_it(shop, capsy
     check_refusal(code, capsys, "no method could do it: few-shot: .*the model's context is 64")
 
 
+def test_a_part_that_no_row_of_fits_is_told_before_anything_is_trained(shop, capsys):
+    """All rows of a test of their own are too long."""
+    long = jsonl(shop.folder / "long.jsonl", [{"text": f"{text} film " * 90, "label": label} for label, text in enumerate(("bad", "good"))])
+    message = r"error: \S*rows.jsonl has no test rows \(it has: train .*2 longer than 512 tokens \(test\)"
+    check_refusal(shop.compare(methods="lora", **{"test-data": long}), capsys, message)
+
+
 def test_an_encoder_is_compared_by_its_head(shop, capsys):
     saved(shop.folder / "encoder", *encoder())
     other = jsonl(shop.folder / "d.jsonl", [{"dialogue": "the cat sat", "summary": "cat"}, {"dialogue": "bad film", "summary": "film"}])

@@ -121,6 +121,38 @@ def test_the_command_that_evaluates_is_told_with_rows_that_were_not_trained_on(s
         capsys.readouterr()
 
 
+def test_rows_that_were_trained_on_are_no_test(shop, capsys):
+    """With other held-out rows nothing of --data is held back, whatever a new division of it says."""
+    other = jsonl(shop.folder / "other.jsonl", [{"Review Text": f"{stars} cat", "Stars": stars} for stars in ("fine", "poor")])
+    named = {"label-column": "Stars"}
+    assert shop.finetune(**{"eval-data": other, **named}) == 0
+    for split in ("test", "validation"):
+        message = f"the {split} rows of .*opinions.csv would be rows that .*out was trained on"
+        check_refusal(shop.evaluate(adapter=shop.out, split=split, **named), capsys, message)
+    assert shop.evaluate(adapter=shop.out, split="all", **named) == shop.evaluate(adapter=shop.out, split="all", data=other, **named) == 0
+    record = json.loads((shop.out / RECORD).read_text())
+    (shop.out / RECORD).write_text(json.dumps({name: record[name] for name in ("task", "words", "columns", "classes")}))  # as of an older version
+    assert shop.evaluate(adapter=shop.out, **named) == 0
+
+
+def test_classes_keep_their_order_whatever_they_are_called_later(shop, capsys):
+    assert shop.finetune(model=shop.encoder, **{"label-column": "Stars", "labels": ["fine", "poor"]}) == 0
+    scores = []
+    for labels in (None, ["fine", "poor"], ["poor", "fine"]):
+        capsys.readouterr()
+        assert shop.evaluate(model=shop.encoder, adapter=shop.out, **{"label-column": "Stars", "labels": labels}) == 0
+        scores.append(capsys.readouterr().out)
+    assert scores[0] == scores[1] == scores[2]
+    others = {"label-column": "Stars", "labels": ["fine=great", "poor=dull"]}
+    check_refusal(shop.evaluate(model=shop.encoder, adapter=shop.out, **others), capsys, "'great' is none of the classes that the adapter")
+
+
+def test_no_record_of_an_earlier_adapter_stays_beside_another(shop):
+    rows = jsonl(shop.folder / "rows.jsonl", instructions(6))
+    assert shop.finetune(**{"label-column": "Stars"}) == 0 and (shop.out / RECORD).exists()
+    assert shop.finetune(task=None, data=rows) == 0 and not (shop.out / RECORD).exists()
+
+
 def test_the_words_that_are_asked_in_can_be_chosen_and_are_remembered(shop, capsys):
     assert shop.finetune(template="{text} Verdict:", **{"label-column": "Stars"}) == 0
     assert shop.evaluate(adapter=shop.out, **{"label-column": "Stars"}) == 0
