@@ -112,6 +112,8 @@ def _rouge(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace, p
 
 def _accuracy(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace, precision: str) -> Scores:
     """By the model's head where it has one, else by the likelier answer."""
+    from ..data.verbalizing import one_begins_another
+    from ..models.base import is_encoder_decoder
     from ..training.evaluation import accuracy, best_choices, f1, predict_classes, score_choices
 
     settings: dict[str, Any] = {"batch_size": options.batch_size, "precision": precision}
@@ -122,8 +124,10 @@ def _accuracy(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace
             raise LoraLabError(f"{options.model} predicts numbers, not classes: they have no accuracy")
     else:
         choices, labels = _choices(rows, options)
-        prompts = [_prompt(row, options.template or "{text}") for row in rows]
-        predictions = best_choices(score_choices(model, prompts, tokenizer, choices, normalise=options.normalise, **settings))
+        encodes = is_encoder_decoder(model)
+        prompts = [_prompt(row, options.template or "{text}", with_tokenizer(options, tokenizer), encodes) for row in rows]
+        end = tokenizer.eos_token_id is not None and one_begins_another(choices, tokenizer, encodes)
+        predictions = best_choices(score_choices(model, prompts, tokenizer, choices, normalise=options.normalise, end=end, **settings))
     score = f1(predictions, labels)
     return {"accuracy": accuracy(predictions, labels), "F1 (macro)": score.macro}
 
@@ -151,11 +155,12 @@ def _label(row: Any, where: str) -> Any:
     return row["label"]
 
 
-def _prompt(row: Any, template: str) -> Any:
+def _prompt(row: Any, template: str, tokenizer: Any, encodes: bool) -> Any:
     """Text/label rows in the template's place; others are rendered as for training."""
     from ..data import filled
+    from ..data.verbalizing import read_ids
 
-    return filled(template, row) if "label" in row else row
+    return read_ids(filled(template, row), tokenizer, encodes) if "label" in row else row
 
 
 def _choices(rows: Any, options: argparse.Namespace) -> tuple[Sequence[str], list[int]]:

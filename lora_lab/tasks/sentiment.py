@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ..data import Rows, filled, prompt_of, verbalize
 from ..data.classification import encode_labelled
-from ..data.continuation import continuing_ids
 from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape
 from ..data.tables.labels import Classes, spoken, written
 from ..data.tables.parts import some_of
 from ..data.templates import has_chat_template
+from ..data.verbalizing import answer_ids, one_begins_another, read_ids
 from ..errors import LoraLabError
 from ..models.embedding import embed, pooling_of
 from ..models.pooled_classifier import with_pooled_head
@@ -111,12 +111,16 @@ class Named(Reader):
 
 
 class Words(Named):
-    """The likeliest of the classes' names after the text (Schick & Schuetze 2021, arXiv:2001.07676: pattern and verbalizer)."""
+    """The likeliest of the classes' names after the text (Schick & Schuetze 2021, arXiv:2001.07676: pattern and verbalizer).
+
+    end: they are taught and scored with the stop token behind them, as an encoder-decoder's are, and names of which one begins another.
+    """
 
     def __init__(self, tokenizer: Any, reading: Reading, classes: Classes, encodes: bool) -> None:
         super().__init__(tokenizer, reading, classes)
         self.encodes = encodes
         self.answers = [name if encodes else f" {name}" for name in classes.names]
+        self.end = getattr(tokenizer, "eos_token_id", None) is not None and (encodes or one_begins_another(self.answers, tokenizer))
         self.way = self.ways()[0]
 
     def ways(self) -> list[Way]:
@@ -135,20 +139,20 @@ class Words(Named):
         return shown + filled(way.words, row)
 
     def examples(self, rows: Sequence[Row]) -> Any:
-        return verbalize(rows, self.tokenizer, self.way.words, self.answers, end=False, encodes=self.encodes)
+        return verbalize(rows, self.tokenizer, self.way.words, self.answers, end=self.end, encodes=self.encodes)
 
     def shown(self, row: Row) -> str:
         return f"{self.asked(row, self.way)}[{self.answers[row['label']]}]"
 
     def questions(self, rows: Sequence[Row], way: Way | None = None) -> list[list[int]]:
-        return [[*self.tokenizer.encode(self.asked(row, way or self.way), add_special_tokens=self.encodes)] for row in rows]
+        return [read_ids(self.asked(row, way or self.way), self.tokenizer, self.encodes) for row in rows]
 
     def longest(self, rows: Sequence[Row], way: Way | None = None) -> int:
-        answer = 0 if self.encodes else max(len(continuing_ids(self.tokenizer, answer)) for answer in self.answers)
+        answer = 0 if self.encodes else max(len(answer_ids(answer, self.tokenizer)) for answer in self.answers) + self.end
         return max(map(len, self.questions(rows, way))) + answer
 
     def answered(self, model: nn.Module, rows: Sequence[Row], way: Way | None) -> Tensor:
-        return score_choices(model, self.questions(rows, way), self.tokenizer, self.answers, batch_size=self.reading.batch_size,
+        return score_choices(model, self.questions(rows, way), self.tokenizer, self.answers, end=self.end, batch_size=self.reading.batch_size,
                              precision=self.reading.precision, progress=self.reading.progress)  # fmt: skip
 
 
