@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..errors import LoraLabError, did_you_mean
 from .shared import generation_of, precision_of, targets_of
 from .task_options import DATA, gathered, load_for_task, task_options
 
+VIRTUAL_TOKENS = 20
 USUAL = "zero-shot,few-shot,prompt,lora,full"
 # Options of this comparison alone: without --methods they do nothing
 OPTIONS = ("data", "test_data", "template", "rows", "sweep_rows", "held_out_rows", "seeds", "epochs", "max_steps", "micro_batch_size", "max_length",
@@ -27,7 +28,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for name, says in (("rows", "training rows, at most"), ("sweep-rows", "training rows where settings are chosen, at most; default: a quarter"),
                        ("held-out-rows", "validation rows, and test rows, at most"), ("max-steps", "optimizer steps; default: --epochs"),
                        ("max-length", "tokens a row may have; longer ones are dropped"), ("micro-batch-size", "rows in a step; default: 8"),
-                       ("rank", "of LoRA; default: 8"), ("num-virtual-tokens", "of prompts; default: 20")):  # fmt: skip
+                       ("rank", "of LoRA; default: 8"), ("num-virtual-tokens", f"of prompts; default: {VIRTUAL_TOKENS}")):  # fmt: skip
         own.add_argument(f"--{name}", type=int, help=says)
     own.add_argument("--epochs", type=float, help="passes over the training rows; default: 2")
     own.add_argument("--seeds", type=int, nargs="+", help="of the test runs, the first of the choices, too; default: 0 1 2")
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace, others: Mapping[str, Any]) -> Any:
 
     methods = {**METHODS, **others}
     names = _names(options.methods, methods)
-    study = _study(options, methods)
+    study = _study(options, methods, names)
     failed: dict[str, str] = {}
     for name in names:
         try:
@@ -72,7 +73,7 @@ def _names(text: str, methods: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
+def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Sequence[str]) -> Any:
     from .. import models
     from ..comparison import Results, Study, Workbench
     from ..comparison.forgetting import forgetting_probe
@@ -90,17 +91,27 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
     model, tokenizer = load_for_task(options, precision)
     task: dict[str, Any] = {"task": "feature-extraction"} if type(model).__name__.endswith("Model") else {}
     reader = material.reader(model, tokenizer, Reading(precision, options.micro_batch_size or 8, generation_of(options)), words)
-    material = material.within(reader, model, options.max_length)
+    longest = _longest(options, model, names)
+    material = material.within(reader, model, longest)
     for part in PARTS:
         material.part(part)
     material = material.first(train=options.rows, validation=options.held_out_rows, test=options.held_out_rows)
     print(preview(material, reader), end="\n\n", flush=True)
-    elsewhere = None if options.no_forgetting else forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data)
+    elsewhere = None if options.no_forgetting else forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data,
+                                                                        max_length=longest)  # fmt: skip
     bench = Workbench(lambda dtype: models.load(options.model, dtype=dtype, device=options.device, **task)[0], material, reader, training,
-                      options.rank or 8, targets_of(options.target_modules or ["all-linear"]), options.num_virtual_tokens or 20,
+                      options.rank or 8, targets_of(options.target_modules or ["all-linear"]), options.num_virtual_tokens or VIRTUAL_TOKENS,
                       tuple(options.shots or (1, 2, 4)), elsewhere)  # fmt: skip
     return Study(bench, options.model, methods, Results(options.results), tuple(options.seeds or (0, 1, 2)),
                  options.sweep_rows or max(1, len(material.train) // 4), _tell)  # fmt: skip
+
+
+def _longest(options: argparse.Namespace, model: Any, names: Sequence[str]) -> int | None:
+    """Tokens of a row that all methods can read: a prompt's virtual tokens take some of the context."""
+    from ..models.base import context_of, longest_row
+
+    context = context_of(model) if "prompt" in names else None
+    return longest_row(model, options.max_length, None if context is None else context - (options.num_virtual_tokens or VIRTUAL_TOKENS))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -36,8 +36,9 @@ class ForgettingProbe:
     measure: Callable[[Any], float]
 
 
-def forgetting_probe(model: Any, tokenizer: Any, reader: Reader, task: str, source: str | None = None, limit: int = LIMIT) -> ForgettingProbe:
-    """What this model is likely to forget while it learns `task`. source: other data than the bundled.  limit: rows of it.
+def forgetting_probe(model: Any, tokenizer: Any, reader: Reader, task: str, source: str | None = None, limit: int = LIMIT,
+                     max_length: int | None = None) -> ForgettingProbe:  # fmt: skip
+    """What this model is likely to forget while it learns `task`. source: other data than the bundled.  limit: rows of it.  max_length: their tokens.
 
     Raises LoraLabError for a classifier: its head can do nothing else.
     """
@@ -49,7 +50,7 @@ def forgetting_probe(model: Any, tokenizer: Any, reader: Reader, task: str, sour
     if kind == "encoder":
         return ForgettingProbe(f"own summary nearest, {name}", lambda taught: own_nearest(taught, tokenizer, material.part(ALL), reader))
     there = material.reader(model, tokenizer, reader.reading)
-    fitting = material.within(there, model).part(ALL)
+    fitting = material.within(there, model, max_length).part(ALL)
     settings: dict[str, Any] = {"batch_size": reader.reading.batch_size, "precision": reader.reading.precision, "progress": False}
     return ForgettingProbe(f"perplexity, {name}", lambda taught: perplexity(taught, there.examples(fitting), tokenizer, **settings))
 

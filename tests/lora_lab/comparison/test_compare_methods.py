@@ -79,6 +79,18 @@ def test_a_part_that_no_row_of_fits_is_told_before_anything_is_trained(shop, cap
     check_refusal(shop.compare(methods="lora", **{"test-data": long}), capsys, message)
 
 
+def test_rows_leave_room_for_a_prompt_where_one_is_asked_for(shop, capsys):
+    """Of 80 positions 12 are the prompt's, so no row has more than 68 tokens, nor one of what is measured elsewhere."""
+    saved(shop.folder / "short", *decoder(max_position_embeddings=80))
+    jsonl(shop.rows, [{"text": f"{row['text']} {number}" + " and" * (number % 10), "label": row["label"]} for number, row in enumerate(opinions(60))])
+    jsonl(shop.other, [{"instruction": "Say it.", "output": "It. " * (1 + number)} for number in range(8)])
+    given = {"model": shop.folder / "short", "methods": "prompt,zero-shot", "num-virtual-tokens": 12, "rows": None, "seeds": [0]}
+    assert shop.compare(**given) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"longer than 68 tokens \(train\)", printed) and re.search(r"^soft prompt ", printed, re.MULTILINE)
+    assert shop.compare(**{**given, "methods": "zero-shot"}) == 0 and "longer than 80 tokens" in capsys.readouterr().out
+
+
 def test_an_encoder_is_compared_by_its_head(shop, capsys):
     saved(shop.folder / "encoder", *encoder())
     other = jsonl(shop.folder / "d.jsonl", [{"dialogue": "the cat sat", "summary": "cat"}, {"dialogue": "bad film", "summary": "film"}])
