@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraLabError, did_you_mean
-from .shared import generation_of, precision_of, targets_of
+from .shared import check_file, generation_of, precision_of, targets_of
 from .task_options import DATA, gathered, load_for_task, task_options
 
 VIRTUAL_TOKENS = 20
@@ -47,12 +47,12 @@ def check_unused(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, others: Mapping[str, Any]) -> Any:
-    """The table, a list of cells for each line. others: methods of another lab, by name."""
+    """(the table, a list of cells for each line; what is not in it -> why). others: methods of another lab, by name."""
     from ..comparison import METHODS, table
 
     methods = {**METHODS, **others}
     names = _names(options.methods, methods)
-    study = _study(options, methods, names)
+    study, notes = _study(options, methods, names)
     failed: dict[str, str] = {}
     for name in names:
         try:
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, others: Mapping[str, Any]) -> Any:
             print(f"{name}: {error}", file=sys.stderr)
     if len(failed) == len(names):
         raise LoraLabError(f"no method could do it: {'; '.join(f'{name}: {reason}' for name, reason in failed.items())}")
-    return table(study, [name for name in names if name not in failed]), failed
+    return table(study, [name for name in names if name not in failed]), {**failed, **notes}
 
 
 def _names(text: str, methods: Mapping[str, Any]) -> list[str]:
@@ -74,11 +74,11 @@ def _names(text: str, methods: Mapping[str, Any]) -> list[str]:
 
 
 def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Sequence[str]) -> Any:
-    from .. import models
+    from .. import models, plan
     from ..comparison import Results, Study, Workbench
     from ..comparison.forgetting import forgetting_probe
     from ..data.tables.parts import PARTS
-    from ..tasks import Reading, preview
+    from ..tasks import Reading, model_kind, preview
     from ..training import TrainConfig
 
     _check(options)
@@ -91,19 +91,26 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Seque
     model, tokenizer = load_for_task(options, precision)
     task: dict[str, Any] = {"task": "feature-extraction"} if type(model).__name__.endswith("Model") else {}
     reader = material.reader(model, tokenizer, Reading(precision, options.micro_batch_size or 8, generation_of(options)), words)
+    targets = targets_of(options.target_modules or ["all-linear"])
+    if "lora" in names:  # a name that none of its modules has is told now
+        plan(reader.restored(model) if reader.new_head else model, options.rank or 8, target_modules=targets)
     longest = _longest(options, model, names)
     material = material.within(reader, model, longest)
     for part in PARTS:
         material.part(part)
     material = material.first(train=options.rows, validation=options.held_out_rows, test=options.held_out_rows)
     print(preview(material, reader), end="\n\n", flush=True)
-    elsewhere = None if options.no_forgetting else forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data,
-                                                                        max_length=longest)  # fmt: skip
+    own_head = options.forgetting_data is None and model_kind(model) == "classifier"
+    notes = {"forgetting": f"a {type(model).__name__} does nothing but its classes"} if own_head and not options.no_forgetting else {}
+    elsewhere = None
+    if not options.no_forgetting and not own_head:
+        elsewhere = forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data, max_length=longest)
     bench = Workbench(lambda dtype: models.load(options.model, dtype=dtype, device=options.device, **task)[0], material, reader, training,
-                      options.rank or 8, targets_of(options.target_modules or ["all-linear"]), options.num_virtual_tokens or VIRTUAL_TOKENS,
-                      tuple(options.shots or (1, 2, 4)), elsewhere)  # fmt: skip
-    return Study(bench, options.model, methods, Results(options.results), tuple(options.seeds or (0, 1, 2)),
+                      options.rank or 8, targets, options.num_virtual_tokens or VIRTUAL_TOKENS,
+                      tuple(options.shots or (1, 2, 4)), elsewhere, model.base_sha256)  # fmt: skip
+    study = Study(bench, options.model, methods, Results(options.results), tuple(options.seeds or (0, 1, 2)),
                  options.sweep_rows or max(1, len(material.train) // 4), _tell)  # fmt: skip
+    return study, notes
 
 
 def _longest(options: argparse.Namespace, model: Any, names: Sequence[str]) -> int | None:
@@ -125,6 +132,10 @@ def _check(options: argparse.Namespace) -> None:
             raise LoraLabError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if options.no_forgetting and options.forgetting_data:
         raise LoraLabError(f"--no-forgetting with --forgetting-data {options.forgetting_data}: one of them")
+    if any(seed < 0 for seed in options.seeds or ()):
+        raise LoraLabError(f"--seeds {' '.join(map(str, options.seeds))}: expected whole numbers of at least 0")
+    if options.results is not None:
+        check_file(options.results)
     if any(count < 1 for count in options.shots or ()):
         raise LoraLabError(f"--shots {' '.join(map(str, options.shots))}: expected at least 1 of each class")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import LoraLabError, did_you_mean
 from . import evaluate_task
-from .shared import generation_of, generation_options, load_model, model_options, precision_of, with_tokenizer
+from .shared import check_adapter, generation_of, generation_options, load_model, model_options, precision_of, with_tokenizer
 from .task_options import DATA, check_without_task, task_options
 
 MOST_CHOICES = 50  # distinct answers in the data that are taken for classes without being named
@@ -54,6 +54,7 @@ def _by_metric(options: argparse.Namespace) -> None:
         raise LoraLabError(f"--metric {options.metric}: expected one of {', '.join(METRICS)}{did_you_mean(options.metric, METRICS)}")
     if unread := [name for name, metric in READ_BY.items() if getattr(options, name) and options.metric != metric]:
         raise LoraLabError(f"--{unread[0]} with --metric {options.metric}: it is for {READ_BY[unread[0]]} alone")
+    check_adapter(options.adapter)
     train, held_out = data.load(options.data)
     rows = _first(train if held_out is None else held_out, options.limit)
     precision = precision_of(options)

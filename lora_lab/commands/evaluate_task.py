@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import LoraLabError
-from .shared import generation_of, precision_of
+from .shared import check_adapter, generation_of, precision_of
 from .task_options import gathered, load_for_task
 
 Columns = dict[str, dict[str, float]]
@@ -20,6 +20,7 @@ def run(options: argparse.Namespace) -> tuple[str, Columns]:
     from ..tasks.record import check_held_back
 
     _check(options)
+    check_adapter(options.adapter)
     whole = {"wanted": ()} if options.split == "all" else {}
     material, words = gathered(options, options.adapter, **whole)
     material.part(options.split)

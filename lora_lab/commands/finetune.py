@@ -10,7 +10,7 @@ from typing import Any
 
 import memory_math
 
-from .shared import model_options, precision_of, story_of, targets_of
+from .shared import check_can_begin, model_options, precision_of, story_of, targets_of
 from .subject import Subject, subject_of
 from .task_options import DATA, columns_given, task_options
 
@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
     precision, everyone = precision_of(options), world(options.device)
     precision, say = everyone.gather(precision)[0], print if everyone.first else _nothing
     config = _config(options, precision)
+    everyone.first_does(lambda: check_can_begin(options.out, config.resume))
     divided = config.distributed == "fsdp" and everyone.size > 1
     subject = subject_of(options, precision, "cpu" if divided else options.device)
     if subject.told:

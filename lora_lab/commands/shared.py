@@ -116,6 +116,36 @@ def check_new_folder(folder: Path) -> None:
     check_writable(folder)
 
 
+def check_file(path: Path) -> None:
+    """Raise LoraLabError where this file could not be written, or gone on with."""
+    from ..files import check_writable, saving
+
+    check_writable(path.parent)
+    if path.exists():
+        with saving("anything", path), path.open("ab"):
+            pass
+
+
+def check_adapter(folder: Path | None) -> None:
+    """Raise LoraLabError for a folder without an adapter in it, before anything else is done."""
+    from ..peft_files.config import TENSORS, what_is_missing
+
+    if folder is not None and not (folder / TENSORS).is_file():
+        raise LoraLabError(what_is_missing(folder))
+
+
+def check_can_begin(folder: Path, resume: bool) -> None:
+    """Raise LoraLabError where another process trains in this folder, or a run was stopped there that a new one would throw away."""
+    from ..files import IN_USE, in_use
+    from ..training import snapshots, state
+
+    if (folder / IN_USE).is_dir():
+        with in_use(folder, "trains"):
+            pass
+    if not resume and snapshots.any_in(folder):
+        state.refuse_unfinished(folder)
+
+
 def story_of(result: Any) -> str:
     """What a run of training gave, in a few lines."""
     lines = []

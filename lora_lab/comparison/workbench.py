@@ -23,7 +23,7 @@ class Workbench:
     """training: fields of TrainConfig that all trained methods have: epochs or max_steps, micro_batch_size, ...
 
     shots: how many examples few-shot tries.  rank, target_modules: of LoRA.  num_virtual_tokens: of prompts.
-    elsewhere: another metric on other data, which tells what was forgotten.
+    elsewhere: another metric on other data, which tells what was forgotten.  base_sha256: of the model's weights, which results are of.
     """
 
     source: Source
@@ -35,6 +35,7 @@ class Workbench:
     num_virtual_tokens: int = 20
     shots: tuple[int, ...] = (1, 2, 4)
     elsewhere: ForgettingProbe | None = None
+    base_sha256: str | None = None
 
     @property
     def precision(self) -> str:
@@ -52,7 +53,8 @@ class Workbench:
         rows = {part: len(table) for part, table in material.parts.items()}
         texts = [json.dumps(row, sort_keys=True) for table in material.parts.values() for row in table]
         classes = None if material.classes is None else list(material.classes.names)
-        return {"task": material.task.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16], "classes": classes,
+        base = {} if self.base_sha256 is None else {"base_sha256": self.base_sha256}
+        return {**base, "task": material.task.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16], "classes": classes,
                 "words": self.reader.way.words, "training": {**self.training}, "precision": self.precision, "generation": {**reading.generation},
                 "rank": self.rank, "target_modules": self.target_modules, "num_virtual_tokens": self.num_virtual_tokens}  # fmt: skip
 

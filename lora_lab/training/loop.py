@@ -61,6 +61,8 @@ class Run:
         self.saved_step: int | None = None
         self.folder = Path(config.output_dir) if config.output_dir is not None else None
         self.steps = config.max_steps or count_steps(examples, config, world.size)
+        if config.warmup_steps >= self.steps > 1:
+            warnings.warn(f"warmup_steps={config.warmup_steps} of {self.steps} steps: the learning rate rises to the end of the run", stacklevel=4)
         self.call: nn.Module = model
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:

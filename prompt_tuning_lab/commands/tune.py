@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lora_lab.commands.shared import model_options, precision_of, story_of
+from lora_lab.commands.shared import check_can_begin, model_options, precision_of, story_of
 from lora_lab.errors import LoraLabError
 
 from .lessons import Effect, Lesson, lesson_of
@@ -86,6 +86,7 @@ def _lesson(options: argparse.Namespace) -> tuple[Lesson, dict[str, Any]]:
     given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__ if hasattr(options, name)}
     given |= {"precision": precision_of(options), "output_dir": options.output}
     TrainConfig.of(given)  # what makes no sense is told before anything is loaded
+    check_can_begin(options.output, bool(given.get("resume")))
     rows, held_out = data.load(options.data)
     if options.eval_data:
         held_out = data.load(options.eval_data)[0]

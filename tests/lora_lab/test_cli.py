@@ -251,6 +251,12 @@ def test_a_use_that_makes_no_sense_is_refused(shop, capsys, command, change, mes
     assert shop.contents() == before
 
 
+def test_the_demo_refuses_a_folder_that_cannot_be_written_before_it_loads_anything(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_lab.demo.data.load", None)
+    (tmp_path / "file").write_text("")
+    check_refusal(run("demo", precision="fp32", out=tmp_path / "file" / "demo"), capsys, "could not save anything to")
+
+
 def test_the_demo_refuses_an_unknown_precision_before_it_loads_anything(capsys, tmp_path):
     check_refusal(run("demo", precision="fp8", out=tmp_path / "demo"), capsys, "precision='fp8': expected one of")
     assert list(tmp_path.iterdir()) == []

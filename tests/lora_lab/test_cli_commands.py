@@ -365,6 +365,10 @@ def test_resuming_with_other_settings_is_refused(shop, capsys):
     check_refusal(other, capsys, "learning_rate=0.1: the run began with 0.0005")
 
 
+def test_a_patience_without_evaluations_is_refused(shop, capsys):
+    check_refusal(shop.finetune(out=shop.folder / "new", **{"eval-data": shop.rows, "early-stopping": 2}), capsys, "early_stopping=2 needs eval_every")
+
+
 def test_keep_best_and_early_stopping_are_told(shop, capsys):
     assert shop.finetune(out=shop.folder / "new", **{"eval-data": shop.rows, "eval-every": 1, "keep-best": True, "early-stopping": 1, "max-steps": 9,
                                                      "learning-rate": 3.0, "optimizer": "sgd", "schedule": "constant"}) == 0  # fmt: skip

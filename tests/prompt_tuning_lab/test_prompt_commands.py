@@ -27,6 +27,7 @@ from lora_lab.data import filled, prompt_of, verbalize
 from lora_lab.models import loading
 from lora_lab.training import TrainConfig, accuracy, best_choices, fit, predict_classes, score_choices
 from lora_lab.training.loop import Run
+from lora_lab.training.snapshots import Snapshot
 from prompt_tuning_lab.__main__ import main
 from prompt_tuning_lab.commands.memory import memory_of_a_step
 from prompt_tuning_lab.commands.nearest import table
@@ -118,6 +119,12 @@ def test_every_command_explains_its_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and "usage: prompt-tuning-lab" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_is_told_before_anything_is_read(shop, capsys, monkeypatch):
+    (shop.folder / "new" / "snapshots" / "step-000002").mkdir(parents=True)
+    monkeypatch.setattr("lora_lab.training.snapshots._read", lambda folder: Snapshot({}, {"step": 2, "steps": 4}))
+    check_refusal(shop.tune(data="nowhere.jsonl"), capsys, "holds a run that was stopped after step 2 of 4: the same command with --resume")
 
 
 def test_what_an_earlier_adapter_was_taught_is_not_said_of_a_prompt(shop):

@@ -8,6 +8,7 @@ import pytest
 from command_line import Folder, check_refusal, run
 from task_tools import decoder, encoder, jsonl, opinions, saved
 
+from lora_lab import models
 from lora_lab.comparison import Results
 
 SHORT = {"precision": "fp32", "max-steps": 1, "seeds": [0, 1], "rank": 2, "num-virtual-tokens": 3, "shots": [1], "rows": 8, "held-out-rows": 4,
@@ -91,6 +92,29 @@ def test_rows_leave_room_for_a_prompt_where_one_is_asked_for(shop, capsys):
     assert shop.compare(**{**given, "methods": "zero-shot"}) == 0 and "longer than 80 tokens" in capsys.readouterr().out
 
 
+def test_other_weights_at_the_same_place_are_another_model(shop, capsys):
+    given = {"methods": "zero-shot", "results": shop.folder / "runs.jsonl", "no-forgetting": True, "forgetting-data": None}
+    runs = []
+    for seed in (1, 1, 2):
+        if seed == 2:
+            saved(shop.model, *decoder(seed=2))
+        assert shop.compare(**given) == 0
+        runs.append(capsys.readouterr().err.count("zero-shot  "))
+    assert runs[0] == runs[2] > 0 and runs[1] == 0
+
+
+def test_a_models_own_head_has_nothing_else_to_forget(shop, capsys):
+    """Which is said below the table; data that is given for it is refused."""
+    model, tokenizer = encoder()
+    head = {**model.config.to_dict(), "num_labels": 2, "id2label": {0: "negative", 1: "positive"}, "architectures": ["BertForSequenceClassification"]}
+    saved(shop.folder / "head", models.BertForSequenceClassification(models.BertConfig.from_dict(head)).eval(), tokenizer)
+    given = {"model": shop.folder / "head", "methods": "lora", "seeds": [0]}
+    assert shop.compare(**given, **{"forgetting-data": None}) == 0
+    printed = capsys.readouterr().out
+    assert "\nLoRA " in printed and printed.endswith("forgetting: a BertForSequenceClassification does nothing but its classes\n")
+    check_refusal(shop.compare(**given), capsys, "so nothing else can be forgotten")
+
+
 def test_an_encoder_is_compared_by_its_head(shop, capsys):
     saved(shop.folder / "encoder", *encoder())
     other = jsonl(shop.folder / "d.jsonl", [{"dialogue": "the cat sat", "summary": "cat"}, {"dialogue": "bad film", "summary": "film"}])
@@ -102,12 +126,21 @@ BAD = {
     "unknown method": ({"methods": "lora,qlora"}, "'qlora' is none of zero-shot, few-shot, lora, full, prompt.*did you mean 'lora'"),
     "no task": ({"task": None}, "--methods needs --task"), "no data": ({"data": None}, "--methods needs --data"),
     "an adapter": ({"adapter": "x"}, "--methods compares ways to learn a task"), "no rows": ({"rows": 0}, "--rows 0: expected at least 1"),
-    "no shots": ({"shots": [0]}, "--shots 0"),
+    "no shots": ({"shots": [0]}, "--shots 0"), "no such seed": ({"seeds": [0, -1]}, "--seeds 0 -1: expected whole numbers of at least 0"),
+    "no such module": ({"target-modules": ["q_prj"]}, "error: .*'q_prj'"),
     "no passes": ({"epochs": 0, "max-steps": None}, "epochs=0"), "no batch": ({"micro-batch-size": 0}, "--micro-batch-size 0"),
     "another table": ({"out": "t.html"}, "a file that ends in .md"), "nothing elsewhere": ({"no-forgetting": True}, "--no-forgetting with --forget"),
     "no steps": ({"max-steps": 0}, "max_steps=0"), "rows without methods": ({"methods": None}, "--data needs --methods"),
     "nothing to do": ({"methods": None, "task": None, "data": None, **dict.fromkeys(SHORT), "forgetting-data": None}, "needs --adapter and --prompt"),
 }  # fmt: skip
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_read(shop, capsys):
+    (shop.folder / "file").write_text("")
+    (shop.folder / "folder.md").mkdir()
+    for change in ({"results": shop.folder / "file" / "r.jsonl"}, {"results": shop.folder / "folder.md"}, {"out": shop.folder / "folder.md"},
+                   {"out": shop.folder / "file" / "t.md"}):  # fmt: skip
+        check_refusal(shop.compare(data="nowhere.csv", **change), capsys, "could not save anything to ")
 
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)

@@ -13,8 +13,10 @@ from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinion
 
 import lora_lab
 import lora_lab.__main__
+from lora_lab.files import in_use
 from lora_lab.tasks import gather
 from lora_lab.tasks.record import RECORD
+from lora_lab.training.snapshots import Snapshot
 
 
 class Shop(Folder):
@@ -193,6 +195,23 @@ def test_an_evaluation_that_makes_no_sense_is_refused(shop, capsys):
                             ({"task": None, "split": "test", "data": jsonl(shop.folder / "r.jsonl", instructions(3))}, "--split test needs --task"),
                             ({"task": "summarization"}, "--task sentiment")):  # fmt: skip
         check_refusal(shop.evaluate(**change), capsys, message)
+
+
+def test_an_adapter_that_is_not_there_is_told_before_anything_is_scored(shop, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lab.models.load", None)
+    for changes in ({}, {"task": None, "data": jsonl(shop.folder / "r.jsonl", instructions(3))}):
+        named = {"label-column": "Stars"} if not changes else {}
+        check_refusal(shop.evaluate(adapter=shop.folder / "typo", **named, **changes), capsys, "typo' does not exist")
+
+
+def test_a_run_that_was_stopped_is_told_before_anything_is_read(shop, capsys, monkeypatch):
+    """And one that still trains there, too."""
+    (shop.out / "snapshots" / "step-000002").mkdir(parents=True)
+    monkeypatch.setattr("lora_lab.training.snapshots._read", lambda folder: Snapshot({}, {"step": 2, "steps": 4}))
+    check_refusal(shop.finetune(data="nowhere.csv"), capsys, "holds a run that was stopped after step 2 of 4: the same command with --resume")
+    check_refusal(shop.finetune(data="nowhere.csv", resume=True), capsys, "no data at 'nowhere.csv'")
+    with in_use(shop.out, "trains"):
+        check_refusal(shop.finetune(data="nowhere.csv", resume=True), capsys, "another process trains in")
 
 
 def test_an_adapter_of_another_task_is_refused(shop, capsys):

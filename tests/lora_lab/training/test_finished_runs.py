@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 
 import pytest
 from tiny_workshop import QUIET, exact_model, token_rows
@@ -41,3 +42,12 @@ def test_a_run_that_was_interrupted_resumed_and_finished_is_over(tmp_path, monke
 def test_a_run_that_nothing_interrupts_leaves_no_snapshot_unasked(tmp_path):
     fit(exact_model(), ROWS, {"max_steps": 2, "output_dir": tmp_path / "run", **QUIET})
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+
+
+def test_a_warm_up_that_never_ends_is_warned_of():
+    for warmup_steps, steps in ((3, 3), (9, 3)):
+        with pytest.warns(UserWarning, match=f"warmup_steps={warmup_steps} of 3 steps"):
+            fit(exact_model(), ROWS, {"max_steps": steps, "warmup_steps": warmup_steps, **QUIET})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(exact_model(), ROWS, {"max_steps": 3, "warmup_steps": 2, **QUIET})
