@@ -24,7 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     command.add_argument("--out", type=Path, help="write the table into this .html or .md file, too")
     command.add_argument("--width", type=int, default=120, help="of the printed table, in characters")
-    generation_options(command, seed=0)
+    generation_options(command, seed=0, seed_says="of the texts that are written; with --methods the seeds of the runs are --seeds")
     command.set_defaults(temperature=None, repetition_penalty=None)
     compare_methods.add_options(command)
 

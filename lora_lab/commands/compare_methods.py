@@ -13,10 +13,11 @@ from .shared import check_file, generation_of, precision_of, targets_of
 from .task_options import DATA, gathered, load_for_task, task_options
 
 VIRTUAL_TOKENS = 20
+SPARE = 4  # times as many rows as are wanted have their tokens counted, for some are too long
 USUAL = "zero-shot,few-shot,prompt,lora,full"
 # Options of this comparison alone: without --methods they do nothing
 OPTIONS = ("data", "test_data", "template", "rows", "sweep_rows", "held_out_rows", "seeds", "epochs", "max_steps", "micro_batch_size", "max_length",
-           "rank", "target_modules", "num_virtual_tokens", "shots", "forgetting_data", "no_forgetting", "results")  # fmt: skip
+           "rank", "target_modules", "num_virtual_tokens", "shots", "forgetting_data", "no_forgetting", "results", "task")  # fmt: skip
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -77,7 +78,6 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Seque
     from .. import models, plan
     from ..comparison import Results, Study, Workbench
     from ..comparison.forgetting import forgetting_probe
-    from ..data.tables.parts import PARTS
     from ..tasks import Reading, model_kind, preview
     from ..training import TrainConfig
 
@@ -90,15 +90,12 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Seque
     material, words = gathered(options, **parts)
     model, tokenizer = load_for_task(options, precision)
     task: dict[str, Any] = {"task": "feature-extraction"} if type(model).__name__.endswith("Model") else {}
-    reader = material.reader(model, tokenizer, Reading(precision, options.micro_batch_size or 8, generation_of(options)), words)
+    reader = material.reader(model, tokenizer, Reading(precision, options.micro_batch_size or 8, generation_of(options), progress=True), words)
     targets = targets_of(options.target_modules or ["all-linear"])
     if "lora" in names:  # a name that none of its modules has is told now
         plan(reader.restored(model) if reader.new_head else model, options.rank or 8, target_modules=targets)
     longest = _longest(options, model, names)
-    material = material.within(reader, model, longest)
-    for part in PARTS:
-        material.part(part)
-    material = material.first(train=options.rows, validation=options.held_out_rows, test=options.held_out_rows)
+    material = _fitting(options, material, reader, model, longest)
     print(preview(material, reader), end="\n\n", flush=True)
     own_head = options.forgetting_data is None and model_kind(model) == "classifier"
     notes = {"forgetting": f"a {type(model).__name__} does nothing but its classes"} if own_head and not options.no_forgetting else {}
@@ -111,6 +108,19 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Seque
     study = Study(bench, options.model, methods, Results(options.results), tuple(options.seeds or (0, 1, 2)),
                  options.sweep_rows or max(1, len(material.train) // 4), _tell)  # fmt: skip
     return study, notes
+
+
+def _fitting(options: argparse.Namespace, material: Any, reader: Any, model: Any, longest: int | None) -> Any:
+    """As many rows as are asked for that the model can read, all parts there. The tokens of some more are counted, of all where that is too few."""
+    from ..data.tables.parts import PARTS
+
+    wanted = {"train": options.rows, "validation": options.held_out_rows, "test": options.held_out_rows}
+    more = material.first(**{part: SPARE * most for part, most in wanted.items() if most}).within(reader, model, longest).first(**wanted)
+    if any(most and len(more.parts.get(part, ())) < min(most, len(material.parts.get(part, ()))) for part, most in wanted.items()):
+        more = material.within(reader, model, longest).first(**wanted)
+    for part in PARTS:
+        more.part(part)
+    return more
 
 
 def _longest(options: argparse.Namespace, model: Any, names: Sequence[str]) -> int | None:

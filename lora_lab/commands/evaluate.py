@@ -39,8 +39,7 @@ def run(options: argparse.Namespace) -> None:
         _by_metric(options)
         return
     options.split = options.split or "test"
-    told, columns = evaluate_task.run(options)
-    print(f"{told}\n{table(columns)}")
+    print(table(evaluate_task.run(options)))
 
 
 def _by_metric(options: argparse.Namespace) -> None:

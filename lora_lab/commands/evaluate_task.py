@@ -14,8 +14,8 @@ SPLITS = ("test", "validation", "train", "all")
 ELSEWHERE = ("metric", "choices", "normalise", "stemmer")  # options of evaluation without a task
 
 
-def run(options: argparse.Namespace) -> tuple[str, Columns]:
-    """(what was evaluated, the scores of each column)."""
+def run(options: argparse.Namespace) -> Columns:
+    """The scores of each column. What is evaluated is printed before they are computed."""
     from ..tasks import Reading, preview
     from ..tasks.record import check_held_back
 
@@ -29,10 +29,11 @@ def run(options: argparse.Namespace) -> tuple[str, Columns]:
     precision = precision_of(options)
     model, tokenizer = load_for_task(options, precision)
     reader = material.reader(model, tokenizer, Reading(precision, options.batch_size, generation_of(options), progress=True), words)
-    material = material.first(**{options.split: options.limit}).within(reader, model)
+    material = material.first(**{options.split: options.limit}).within(reader, model, only=options.split)
     rows = material.part(options.split)
-    told = f"{preview(material, reader)}\n\n{material.source}, {options.split} rows: {len(rows)}, {precision}{_without_model(reader, rows)}"
-    return told, _scores(model, reader, rows, options)
+    print(f"{preview(material, reader)}\n\n{material.source}, {options.split} rows: {len(rows)}, {precision}{_without_model(reader, rows)}",
+          flush=True)  # fmt: skip
+    return _scores(model, reader, rows, options)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -68,12 +68,12 @@ def run(options: argparse.Namespace) -> None:
     from ..training.distributed import own_device, world
 
     options.device = own_device(options.device)
-    precision, everyone = precision_of(options), world(options.device)
+    precision, everyone = precision_of(options, options.out if hasattr(options, "resume") else None), world(options.device)
     precision, say = everyone.gather(precision)[0], print if everyone.first else _nothing
     config = _config(options, precision)
     everyone.first_does(lambda: check_can_begin(options.out, config.resume))
     divided = config.distributed == "fsdp" and everyone.size > 1
-    subject = subject_of(options, precision, "cpu" if divided else options.device)
+    subject = subject_of(options, precision, "cpu" if divided else options.device, everyone.first)
     if subject.told:
         say(subject.told)
     _adapt(options, subject, config, say)

@@ -43,11 +43,11 @@ class Subject:
         return float(self.reader.score(model, self.material.validation))
 
 
-def subject_of(options: argparse.Namespace, precision: str, device: str | None) -> Subject:
-    """Raises LoraLabError, before a model is loaded, for data that cannot be learned from."""
+def subject_of(options: argparse.Namespace, precision: str, device: str | None, progress: bool = True) -> Subject:
+    """progress: bars on stderr. Raises LoraLabError, before a model is loaded, for data that cannot be learned from."""
     check_without_task(options)
     if options.task is not None:
-        return _of_task(options, precision, device)
+        return _of_task(options, precision, device, progress)
     if options.template is not None:
         raise LoraLabError(f"--template {options.template!r} needs --task")
     from .. import data
@@ -59,7 +59,7 @@ def subject_of(options: argparse.Namespace, precision: str, device: str | None) 
     return Subject(model, tokenizer, rows, held_out)
 
 
-def _of_task(options: argparse.Namespace, precision: str, device: str | None) -> Subject:
+def _of_task(options: argparse.Namespace, precision: str, device: str | None, progress: bool) -> Subject:
     from ..data.tables.folders import TRAIN, VALIDATION
     from ..tasks import Reading, preview
 
@@ -67,7 +67,7 @@ def _of_task(options: argparse.Namespace, precision: str, device: str | None) ->
     material, words = gathered(options, **settings)
     material.part(TRAIN)
     model, tokenizer = load_for_task(options, precision, device)
-    reader = material.reader(model, tokenizer, Reading(precision), words)
+    reader = material.reader(model, tokenizer, Reading(precision, progress=progress), words)
     material = material.within(reader, model, getattr(options, "max_length", None))
     model = reader.prepared(model, material.train)
     return Subject(model, tokenizer, reader.examples(material.train), reader.examples(material.validation),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..models.base import context_of
 from ..tasks import Material, Reader
 from ..tasks.base import digest
 from ..training.precision import storage_dtype
@@ -24,6 +25,7 @@ class Workbench:
 
     shots: how many examples few-shot tries.  rank, target_modules: of LoRA.  num_virtual_tokens: of prompts.
     elsewhere: another metric on other data, which tells what was forgotten.  base_sha256: of the model's weights, which results are of.
+    file_bytes: of what was saved already.
     """
 
     source: Source
@@ -36,6 +38,7 @@ class Workbench:
     shots: tuple[int, ...] = (1, 2, 4)
     elsewhere: ForgettingProbe | None = None
     base_sha256: str | None = None
+    file_bytes: dict[Any, int] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
@@ -45,6 +48,11 @@ class Workbench:
     def parameters(self) -> int:
         """Of the model as it was published."""
         return sum(parameter.numel() for parameter in self.fresh().parameters())
+
+    @functools.cached_property
+    def context(self) -> int | None:
+        """Tokens that the model as it was published can read."""
+        return context_of(self.fresh())
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:

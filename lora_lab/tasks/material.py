@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from ..data.formats import Row
 from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts, some_of
@@ -17,12 +18,14 @@ from ..data.tables.labels import in_the_order_of, without_secret
 from ..data.tables.parts import PARTS, Dropped
 from ..errors import LoraLabError, did_you_mean
 from ..models.base import longest_row
+from ..training.evaluation.passes import PATIENCE_SECONDS
 from .base import Reader, Reading, Task, Unusable
 from .instruction import Instruction
 from .reviews import Reviews
 from .sentiment import Sentiment
 from .summarization import Summarization
 
+COUNTED = 256  # rows whose tokens are counted at once
 TASKS: dict[str, Task] = {each.name: each for each in (Sentiment(), Summarization(), Instruction(), Reviews())}
 
 
@@ -81,11 +84,11 @@ class Material:
     def _some(self, rows: Table, most: int | None) -> list[int]:
         return some_of(rows, most, self.task.key, (lambda row: row["label"]) if self.task.labelled else None)
 
-    def within(self, reader: Reader, model: nn.Module, max_length: int | None = None) -> Material:
-        """Without the rows that are longer than the model's context, or than max_length: the model cannot read them."""
+    def within(self, reader: Reader, model: nn.Module, max_length: int | None = None, only: str | None = None) -> Material:
+        """Without the rows that are longer than the model's context, or than max_length: the model cannot read them.  only: of this part."""
         limit = longest_row(model, max_length)
         dropped, refused = self.dropped.copy(), list[LoraLabError]()
-        tokens = {part: _counted(reader, rows, dropped, refused) for part, rows in self.parts.items()}
+        tokens = {part: _counted(reader, rows, dropped, refused) for part, rows in self.parts.items() if only in (None, part)}
         fits = {part: [place for place, each in enumerate(counts) if each and (limit is None or max(each) <= limit)]
                 for part, counts in tokens.items()}  # fmt: skip
         for part, counts in tokens.items():
@@ -97,8 +100,8 @@ class Material:
         return replace(self, dropped=dropped, lengths=lengths)._only(fits)
 
     def _only(self, places: Mapping[str, Sequence[int]]) -> Material:
-        """With these rows of each part."""
-        parts = {part: rows.only(places[part]) for part, rows in self.parts.items()}
+        """With these rows of each part that is named."""
+        parts = {part: rows.only(places[part]) if part in places else rows for part, rows in self.parts.items()}
         return replace(self, parts=parts, lengths={part: [counts[i] for i in places[part]] for part, counts in self.lengths.items()})
 
 
@@ -223,8 +226,13 @@ def _usable(table: Table, task: Task, columns: Columns, classes: Classes | None,
 def _counted(reader: Reader, rows: Table, dropped: Dropped, refused: list[LoraLabError]) -> list[tuple[int, int] | None]:
     """The tokens of each row; None of one that cannot be put to the model, such as a talk that its template refuses: counted in `dropped`, and why
     added to `refused`."""
-    if not rows:
-        return []
+    starts = range(0, len(rows), COUNTED)
+    bar = tqdm(starts, "count tokens", delay=PATIENCE_SECONDS, leave=False, disable=not reader.reading.progress)
+    return [each for start in bar for each in _counted_together(reader, rows.only(range(len(rows))[start : start + COUNTED]), dropped, refused)]
+
+
+def _counted_together(reader: Reader, rows: Table, dropped: Dropped, refused: list[LoraLabError]) -> list[tuple[int, int] | None]:
+    """The same, where one of them is refused one by one."""
     try:
         return [_tokens(example) for example in reader.examples(rows)]
     except LoraLabError:

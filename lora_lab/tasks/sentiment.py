@@ -243,7 +243,8 @@ class NewHead(Head):
         rows = [rows[index] for index in some_of(rows, MOST_PROBED, lambda row: digest(row["text"]), lambda row: row["label"])]
         if new := [text for text in dict.fromkeys(row["text"] for row in rows) if text not in self._frozen]:
             pooling = replace(pooling_of(model), normalize=False)
-            self._frozen.update(zip(new, embed(model, self.tokenizer, new, EMBEDDED, pooling=pooling).cpu(), strict=True))
+            vectors = embed(model, self.tokenizer, new, EMBEDDED, pooling=pooling, progress=self.reading.progress).cpu()
+            self._frozen.update(zip(new, vectors, strict=True))
         features, labels = torch.stack([self._frozen[row["text"]] for row in rows]), torch.tensor([row["label"] for row in rows])
         return with_pooled_head(model, linear_probe(features, labels, len(self.classes)))
 
@@ -251,7 +252,8 @@ class NewHead(Head):
         return with_pooled_head(model, nn.Linear(model.config.hidden_size, len(self.classes)))
 
     def _vectors(self, model: nn.Module, texts: list[str]) -> Tensor:
-        return embed(model, self.tokenizer, texts, EMBEDDED, pooling=replace(pooling_of(model), normalize=True)).cpu()
+        pooling = replace(pooling_of(model), normalize=True)
+        return embed(model, self.tokenizer, texts, EMBEDDED, pooling=pooling, progress=self.reading.progress).cpu()
 
     def _called(self, model: nn.Module, way: Way) -> Tensor:
         """[classes, H], of a text for each class."""

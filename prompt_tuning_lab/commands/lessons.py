@@ -126,6 +126,8 @@ def _with_head(options: argparse.Namespace, rows: Any, held_out: Any, precision:
     labels = [row.get("label") for row in [*rows, *(held_out or ())]]
     if not all(isinstance(label, int) and label >= 0 for label in labels):
         raise LoraLabError("a new head is for classes, numbers from 0 on: the rows have other labels. Give a model folder that has a head for them")
+    if len({*labels}) < 2:
+        raise LoraLabError(f"all rows have the label {labels[0]}: expected two classes at least, for there is nothing to tell apart")
     torch.manual_seed(options.seed)
     return models.load(options.model, dtype=storage_dtype(precision), device=options.device, task="sequence-classification",
                        num_labels=max(labels) + 1)  # fmt: skip

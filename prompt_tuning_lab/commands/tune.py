@@ -84,7 +84,7 @@ def _lesson(options: argparse.Namespace) -> tuple[Lesson, dict[str, Any]]:
     if options.samples < 0:
         raise LoraLabError(f"--samples {options.samples}: expected a number of rows, or 0 for none")
     given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__ if hasattr(options, name)}
-    given |= {"precision": precision_of(options), "output_dir": options.output}
+    given |= {"precision": precision_of(options, options.output if given.get("resume") else None), "output_dir": options.output}
     TrainConfig.of(given)  # what makes no sense is told before anything is loaded
     check_can_begin(options.output, bool(given.get("resume")))
     rows, held_out = data.load(options.data)
@@ -152,7 +152,8 @@ def _side_by_side(lesson: Lesson, before: Effect, after: Effect) -> str:
 
     said = ""
     if not math.isnan(before.accuracy):
-        said = f"held-out accuracy {before.accuracy:.4f} without the prompt, {after.accuracy:.4f} with it ({len(lesson.held_out)} rows)\n"
+        drawn = ", its head drawn at random" if lesson.new_head else ""
+        said = f"held-out accuracy {before.accuracy:.4f} without the prompt{drawn}, {after.accuracy:.4f} with it ({len(lesson.held_out)} rows)\n"
     if before.texts:
         said += f"\n{Samples(before.questions, {'without the prompt': before.texts, 'with it': after.texts})}\n\n"
     return said

@@ -366,7 +366,8 @@ def test_resuming_with_other_settings_is_refused(shop, capsys):
 
 
 def test_a_patience_without_evaluations_is_refused(shop, capsys):
-    check_refusal(shop.finetune(out=shop.folder / "new", **{"eval-data": shop.rows, "early-stopping": 2}), capsys, "early_stopping=2 needs eval_every")
+    code = shop.finetune(out=shop.folder / "new", **{"eval-data": shop.rows, "early-stopping": 2})
+    check_refusal(code, capsys, "early_stopping=2 needs eval_every")
 
 
 def test_keep_best_and_early_stopping_are_told(shop, capsys):

@@ -236,6 +236,14 @@ def test_texts_with_labels_become_a_template_and_a_word(shop, capsys):
     assert f"{12 * sum(len(row['input_ids']) for row in rows):,} tokens" in printed
 
 
+def test_a_head_that_was_drawn_is_said_and_one_class_refused(shop, capsys):
+    given, texts = saved_bert(shop, "BertModel")
+    assert shop.tune(**given, **{"eval-data": given["data"], "num-virtual-tokens": 3}) == 0
+    assert re.search(r"held-out accuracy [\d.]+ without the prompt, its head drawn at random, [\d.]+ with it", capsys.readouterr().out)
+    alone = shop.file("alone.jsonl", "\n".join(json.dumps({**row, "label": 0}) for row in texts))
+    check_refusal(shop.tune(**{**given, "data": alone}), capsys, "all rows have the label 0: expected two classes at least")
+
+
 def test_words_are_scored_with_the_end_that_they_are_taught(shop, monkeypatch):
     """Of " no" and " no, yes" the longer would never be the likelier without."""
     ends = []

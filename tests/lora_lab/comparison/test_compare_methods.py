@@ -10,6 +10,7 @@ from task_tools import decoder, encoder, jsonl, opinions, saved
 
 from lora_lab import models
 from lora_lab.comparison import Results
+from lora_lab.tasks.sentiment import Words
 
 SHORT = {"precision": "fp32", "max-steps": 1, "seeds": [0, 1], "rank": 2, "num-virtual-tokens": 3, "shots": [1], "rows": 8, "held-out-rows": 4,
          "max-new-tokens": 3, "micro-batch-size": 4}  # fmt: skip
@@ -115,6 +116,22 @@ def test_a_models_own_head_has_nothing_else_to_forget(shop, capsys):
     check_refusal(shop.compare(**given), capsys, "so nothing else can be forgotten")
 
 
+def test_few_rows_are_counted_where_few_are_wanted_and_all_where_too_many_are_too_long(shop, capsys, monkeypatch):
+    counted, examples = [], Words.examples
+    monkeypatch.setattr(Words, "examples", lambda reader, rows: counted.append(len(rows)) or examples(reader, rows))
+    given = {"methods": "zero-shot", "rows": 2, "held-out-rows": 2, "no-forgetting": True, "forgetting-data": None}
+    assert shop.compare(**given) == 0 and counted[:4] == [8, 6, 6]
+    capsys.readouterr()
+    jsonl(shop.rows, [{**row, "text": f"{row['text']} {number}" + " and" * (150 * (number % 12 > 1))} for number, row in enumerate(opinions(120))])
+    assert shop.compare(**given) == 0 and re.search(r"^  train       2 rows", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_comparison_shows_how_far_it_is(shop, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lab.tasks.material.PATIENCE_SECONDS", 0)
+    assert shop.compare(methods="zero-shot", **{"no-forgetting": True, "forgetting-data": None}) == 0
+    assert "count tokens: " in capsys.readouterr().err
+
+
 def test_an_encoder_is_compared_by_its_head(shop, capsys):
     saved(shop.folder / "encoder", *encoder())
     other = jsonl(shop.folder / "d.jsonl", [{"dialogue": "the cat sat", "summary": "cat"}, {"dialogue": "bad film", "summary": "film"}])
@@ -131,6 +148,8 @@ BAD = {
     "no passes": ({"epochs": 0, "max-steps": None}, "epochs=0"), "no batch": ({"micro-batch-size": 0}, "--micro-batch-size 0"),
     "another table": ({"out": "t.html"}, "a file that ends in .md"), "nothing elsewhere": ({"no-forgetting": True}, "--no-forgetting with --forget"),
     "no steps": ({"max-steps": 0}, "max_steps=0"), "rows without methods": ({"methods": None}, "--data needs --methods"),
+    "a task without methods": ({"methods": None, "data": None, **dict.fromkeys(SHORT), "forgetting-data": None, "adapter": "x", "prompt": "y"},
+                               "--task needs --methods"),
     "nothing to do": ({"methods": None, "task": None, "data": None, **dict.fromkeys(SHORT), "forgetting-data": None}, "needs --adapter and --prompt"),
 }  # fmt: skip
 

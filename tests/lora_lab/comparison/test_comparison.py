@@ -9,6 +9,7 @@ from lora_lab import LoraLabError
 from lora_lab.comparison import ForgettingProbe, Results, Study, table
 from lora_lab.comparison.methods import Method, Taught
 from lora_lab.comparison.table import markdown, text
+from lora_lab.tasks import Way
 from lora_lab.training.guards import Diverged
 
 
@@ -127,6 +128,16 @@ def test_examples_that_leave_no_room_are_not_chosen(tmp_path):
     study.run("few-shot")
     failed = [record["failed"] for record in study.results.of(method="few-shot", stage="validation")]
     assert "the model's context is 160" in failed[0] and failed[1] is None and table(study, ["few-shot"])[2][-1] == "shots 1"
+
+
+def test_examples_that_leave_another_seeds_test_no_room_are_not_chosen(tmp_path, monkeypatch):
+    """The first seed's would do, and the second's fail after all choices were made."""
+    bench = workbench(tmp_path, lambda: decoder(max_position_embeddings=160), shots=(3, 1))
+    monkeypatch.setattr(bench.reader, "few", lambda rows, count, seed: Way(bench.reader.way.words, tuple(rows[: count if seed else 1])))
+    study = Study(bench, "tiny", seeds=(0, 1))
+    study.run("few-shot")
+    failed = [record["failed"] for record in study.results.of(method="few-shot", stage="validation")]
+    assert "show fewer (--shots), or leave longer rows out (--max-length)" in failed[0] and study.chosen(study.methods["few-shot"]) == {"shots": 1}
 
 
 def test_rows_of_a_choice_have_the_classes_of_the_training_rows(tmp_path):

@@ -16,6 +16,7 @@ import lora_lab.__main__
 from lora_lab.files import in_use
 from lora_lab.tasks import gather
 from lora_lab.tasks.record import RECORD
+from lora_lab.tasks.sentiment import Words
 from lora_lab.training.snapshots import Snapshot
 
 
@@ -153,6 +154,31 @@ def test_no_record_of_an_earlier_adapter_stays_beside_another(shop):
     rows = jsonl(shop.folder / "rows.jsonl", instructions(6))
     assert shop.finetune(**{"label-column": "Stars"}) == 0 and (shop.out / RECORD).exists()
     assert shop.finetune(task=None, data=rows) == 0 and not (shop.out / RECORD).exists()
+
+
+def test_what_was_understood_is_told_before_it_is_computed_and_no_other_row_is_read(shop, capsys, monkeypatch):
+    """--limit 2 is of the test rows alone."""
+    said, counted, scores, examples = [], [], Words.scores, Words.examples
+    monkeypatch.setattr(Words, "scores", lambda *given: said.append(capsys.readouterr().out) or scores(*given))
+    monkeypatch.setattr(Words, "examples", lambda reader, rows: counted.append(len(rows)) or examples(reader, rows))
+    assert shop.evaluate(limit=2, **{"label-column": "Stars"}) == 0
+    assert "test rows: 2, fp32" in said[0] and "the first row as the model reads it" in said[0] and counted == [2]
+
+
+def test_counting_and_embedding_show_how_far_they_are(shop, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lab.tasks.material.PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("lora_lab.models.embedding.PATIENCE_SECONDS", 0)
+    assert shop.finetune(model=shop.encoder, **{"label-column": "Stars"}) == 0
+    shown = capsys.readouterr().err
+    assert "count tokens: " in shown and "embed: " in shown
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(shop, monkeypatch):
+    """Whatever is faster at the moment."""
+    given = {"label-column": "Stars", "save-every": 1, "precision": "auto"}
+    for fastest in ("fp32", "bf16-mixed"):
+        monkeypatch.setattr("lora_lab.training.fastest_precision", lambda device, fastest=fastest: fastest)
+        assert shop.finetune(resume=True if fastest == "bf16-mixed" else None, **given) == 0
 
 
 def test_the_words_that_are_asked_in_can_be_chosen_and_are_remembered(shop, capsys):
