@@ -45,8 +45,6 @@ def _methods(options: argparse.Namespace) -> None:
 
     if options.out is not None and options.out.suffix != ".md":
         raise LoraLabError(f"--out {options.out}: the table of --methods is written into a file that ends in .md")
-    if options.out is not None:
-        check_file(options.out)
     lines, missing = compare_methods.run(options, options.other_methods())
     if options.out is not None:  # before anything is printed, which may fail
         _write(markdown(lines), options.out)

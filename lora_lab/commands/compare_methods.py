@@ -74,11 +74,11 @@ def _names(text: str, methods: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Sequence[str]) -> Any:
+def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, dict[str, str]]:
+    """(the study, what it leaves out -> why)."""
     from .. import models, plan
     from ..comparison import Results, Study, Workbench
-    from ..comparison.forgetting import forgetting_probe
-    from ..tasks import Reading, model_kind, preview
+    from ..tasks import Reading, preview
     from ..training import TrainConfig
 
     _check(options)
@@ -97,17 +97,25 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Seque
     longest = _longest(options, model, names)
     material = _fitting(options, material, reader, model, longest)
     print(preview(material, reader), end="\n\n", flush=True)
-    own_head = options.forgetting_data is None and model_kind(model) == "classifier"
-    notes = {"forgetting": f"a {type(model).__name__} does nothing but its classes"} if own_head and not options.no_forgetting else {}
-    elsewhere = None
-    if not options.no_forgetting and not own_head:
-        elsewhere = forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data, max_length=longest)
+    elsewhere, notes = _elsewhere(options, model, tokenizer, reader, longest)
     bench = Workbench(lambda dtype: models.load(options.model, dtype=dtype, device=options.device, **task)[0], material, reader, training,
                       options.rank or 8, targets, options.num_virtual_tokens or VIRTUAL_TOKENS,
                       tuple(options.shots or (1, 2, 4)), elsewhere, model.base_sha256)  # fmt: skip
     study = Study(bench, options.model, methods, Results(options.results), tuple(options.seeds or (0, 1, 2)),
                  options.sweep_rows or max(1, len(material.train) // 4), _tell)  # fmt: skip
     return study, notes
+
+
+def _elsewhere(options: argparse.Namespace, model: Any, tokenizer: Any, reader: Any, longest: int | None) -> tuple[Any, dict[str, str]]:
+    """(what else is measured before and after, or None; why not)."""
+    from ..comparison.forgetting import forgetting_probe
+    from ..tasks import model_kind
+
+    if options.no_forgetting:
+        return None, {}
+    if options.forgetting_data is None and model_kind(model) == "classifier":
+        return None, {"forgetting": f"a {type(model).__name__} does nothing but its classes"}
+    return forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data, max_length=longest), {}
 
 
 def _fitting(options: argparse.Namespace, material: Any, reader: Any, model: Any, longest: int | None) -> Any:
@@ -144,10 +152,11 @@ def _check(options: argparse.Namespace) -> None:
         raise LoraLabError(f"--no-forgetting with --forgetting-data {options.forgetting_data}: one of them")
     if any(seed < 0 for seed in options.seeds or ()):
         raise LoraLabError(f"--seeds {' '.join(map(str, options.seeds))}: expected whole numbers of at least 0")
-    if options.results is not None:
-        check_file(options.results)
     if any(count < 1 for count in options.shots or ()):
         raise LoraLabError(f"--shots {' '.join(map(str, options.shots))}: expected at least 1 of each class")
+    for path in (options.results, options.out):
+        if path is not None:
+            check_file(path)
 
 
 def _tell(record: Any) -> None:
