@@ -46,6 +46,7 @@ class Study:
         method = self.methods[name]
         choice = self.chosen(method)
         self._check_read_once(method, choice)
+        self._check_tests_fit(method, choice)
         for seed in self.seeds_of(method):
             self.once(method, self.setting(method, "test", choice, seed), measure=seed == self.seeds[0])
 

@@ -93,7 +93,8 @@ def classes_of(cells: Iterable[Any], names: Sequence[str] | None = None) -> Clas
     if not any(map(is_number, labels)):
         return Classes(tuple(labels), {label: number for number, label in enumerate(labels)})
     if len(labels) not in OF_NUMBERS or not all(map(is_number, labels)):
-        raise LoraLabError(f"the labels are {', '.join(labels)}: --labels says what they are called, in this order")
+        how = "in this order" if all(map(is_number, labels)) else f"label=name for each ({labels[0]}=... {labels[1]}=...)"
+        raise LoraLabError(f"the labels are {', '.join(labels)}: --labels says what they are called, {how}")
     return Classes(OF_NUMBERS[len(labels)], {label: number for number, label in enumerate(labels)})
 
 

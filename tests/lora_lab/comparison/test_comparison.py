@@ -140,6 +140,15 @@ def test_examples_that_leave_another_seeds_test_no_room_are_not_chosen(tmp_path,
     assert "show fewer (--shots), or leave longer rows out (--max-length)" in failed[0] and study.chosen(study.methods["few-shot"]) == {"shots": 1}
 
 
+def test_the_only_choice_is_refused_at_once_where_a_seeds_test_has_no_room(tmp_path, monkeypatch):
+    bench = workbench(tmp_path, lambda: decoder(max_position_embeddings=160), shots=(3,))
+    monkeypatch.setattr(bench.reader, "few", lambda rows, count, seed: Way(bench.reader.way.words, tuple(rows[: count if seed else 1])))
+    study = Study(bench, "tiny", seeds=(0, 1))
+    with pytest.raises(LoraLabError, match="the model's context is 160"):
+        study.run("few-shot")
+    assert not study.results.records
+
+
 def test_rows_of_a_choice_have_the_classes_of_the_training_rows(tmp_path):
     """They alternate: every second would be of one class."""
     study = Study(workbench(tmp_path), "tiny", sweep_rows=4)
