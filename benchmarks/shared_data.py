@@ -12,3 +12,14 @@ def folder_of(name: str) -> Path:
     if not folder.is_dir():
         raise SystemExit(f"{folder} is not there: set LORA_LAB_DATA to the folder that holds {name}")
     return folder
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """`most` of so many places, evenly.
+
+    >>> spread(10, 4), spread(3, 5)
+    ([0, 2, 5, 7], [0, 1, 2])
+    """
+    if most is None or most >= count:
+        return [*range(count)]
+    return [place * count // most for place in range(most)]

@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from interleaved import setting as machine
-from shared_data import folder_of
+from shared_data import folder_of, spread
 from tasks_data import TASKS, cut
 from tasks_readers import ASKED
 from tasks_table import NAMES, Group, groups, told
@@ -37,6 +37,7 @@ from lora_lab import models
 from lora_lab.comparison import Results, Study, Workbench
 from lora_lab.comparison.methods import LoRAMethod, Method, ZeroShot
 from lora_lab.comparison.results import Record, Setting
+from lora_lab.data.tables import Table
 from lora_lab.tasks import Reading
 from lora_lab.training import fastest_precision
 from lora_lab.training.evaluation import Samples
@@ -62,6 +63,14 @@ class Dated(Results):
         self.since = now
 
 
+class Evenly(Study):
+    """Choices are made on rows that are spread over the training rows: the kept results are of these."""
+
+    def rows(self, stage: str) -> Table:
+        train = self.bench.material.train
+        return train.only(spread(len(train), self.sweep_rows)) if stage == "validation" else train
+
+
 def study_of(name: str, given: argparse.Namespace, results: Results) -> Study:
     task, folder = TASKS[name], folder_of(TASKS[name].folder)
     precision, settings = given.precision or fastest_precision(), {} if given.max_steps is None else {"max_steps": given.max_steps}
@@ -72,7 +81,7 @@ def study_of(name: str, given: argparse.Namespace, results: Results) -> Study:
     reader = task.reader(plain, material)
     material = cut(material, task, reader, given.rows or task.rows, given.held_out)
     bench = Workbench(lambda dtype: models.load(MODEL, dtype=dtype)[0], material, reader, {**task.training, **settings})
-    return Study(bench, MODEL, METHODS, results, tuple(given.seeds), min(task.sweep_rows, given.rows or task.rows), tell)
+    return Evenly(bench, MODEL, METHODS, results, tuple(given.seeds), min(task.sweep_rows, given.rows or task.rows), tell)
 
 
 def tell(record: Record) -> None:

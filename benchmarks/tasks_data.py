@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared_data import spread
 from tasks_readers import SENTIMENTS, Answers, Reviews, Summaries, Writes
 
 from lora_lab.data.tables import Table
 from lora_lab.tasks import Material, gather
-from lora_lab.tasks.base import digest, spread
+from lora_lab.tasks.base import digest
 
 Means = dict[str, dict[str, float]]  # line of the table -> measure -> mean
 OF_TWENTY = {"test": 3, "validation": 1, "judge": 8, "train": 8}  # products; the judge learns from others than the generator

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from shared_data import spread
 
 import lora_lab
 from lora_lab.data import Rows
 from lora_lab.data.tables import Classes, Table
 from lora_lab.tasks import Material, Reading
-from lora_lab.tasks.base import spread
-from lora_lab.tasks.sentiment import NewHead
+from lora_lab.tasks.sentiment import MOST_PROBED, NewHead
 from lora_lab.tasks.summarization import Summarizer, wrong_facts
 from lora_lab.tasks.writing import Writer
 from lora_lab.training import best_choices, fit, rouge
@@ -133,7 +133,8 @@ class Judge:
         self.reader = NewHead(tokenizer, Reading(reading.precision, 32), Classes(self.names, {name: i for i, name in enumerate(self.names)}))
         taught = Rows([{"text": row["output"], "label": self.names.index(asked_for(row))} for row in rows])
         torch.manual_seed(0)
-        self.model = lora_lab.inject(self.reader.prepared(model, taught), modules_to_save=["classifier"])
+        begun = self.reader.prepared(model, [taught[place] for place in spread(len(taught), MOST_PROBED)])
+        self.model = lora_lab.inject(begun, modules_to_save=["classifier"])
         fit(self.model, self.reader.examples(taught), {**JUDGE, "precision": reading.precision, "progress": reading.progress})
 
     def reads(self, texts: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from .adapters import disabled
 from .analysis import count_parameters
 from .checkpoint import load, save
 from .errors import LoraLabError
+from .files import check_writable
 from .injection import inject, plan
 from .peft_files.config import TENSORS
 from .training import FitResult, TrainConfig, fastest_precision, fit
@@ -50,6 +51,7 @@ def run(settings: Settings) -> None:
     started = time.perf_counter()
     precision = fastest_precision() if settings.precision == "auto" else settings.precision
     config = settings.training(precision)
+    check_writable(settings.out)
     train_rows, held_out_rows = data.load("reviews")
     assert held_out_rows is not None
     title(f"1. The model: {settings.model}, {precision}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}")

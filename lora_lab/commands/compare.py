@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import LoraLabError
 from . import compare_methods
-from .shared import generation_of, generation_options, load_model, model_options, precision_of, prompts_of, with_tokenizer
+from .shared import check_file, generation_of, generation_options, load_model, model_options, precision_of, prompts_of, with_tokenizer
 from .task_options import check_without_task
 
 SAMPLED, GREEDY = {"temperature": 0.7, "repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.0}
@@ -24,7 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     command.add_argument("--out", type=Path, help="write the table into this .html or .md file, too")
     command.add_argument("--width", type=int, default=120, help="of the printed table, in characters")
-    generation_options(command, seed=0)
+    generation_options(command, seed=0, seed_says="of the texts that are written; with --methods the seeds of the runs are --seeds")
     command.set_defaults(temperature=None, repetition_penalty=None)
     compare_methods.add_options(command)
 
@@ -45,11 +45,13 @@ def _methods(options: argparse.Namespace) -> None:
 
     if options.out is not None and options.out.suffix != ".md":
         raise LoraLabError(f"--out {options.out}: the table of --methods is written into a file that ends in .md")
-    lines, failed = compare_methods.run(options, options.other_methods())
-    print(text(lines))
-    print("".join(f"\n{name}: {reason}" for name, reason in failed.items()), end="\n" * bool(failed))
-    if options.out is not None:
+    lines, missing = compare_methods.run(options, options.other_methods())
+    if options.out is not None:  # before anything is printed, which may fail
         _write(markdown(lines), options.out)
+    print(text(lines))
+    print("".join(f"\n{name}: {reason}" for name, reason in missing.items()), end="\n" * bool(missing))
+    if options.out is not None:
+        print(f"\nwritten to {options.out}")
 
 
 def _adapters(options: argparse.Namespace) -> None:
@@ -66,9 +68,11 @@ def _adapters(options: argparse.Namespace) -> None:
     prompts = prompts_of(options.prompt, options.raw, model, tokenizer)
     written = samples(model, prompts, tokenizer, adapters=columns, **generation_of(options))
     table = Samples(options.prompt, written.columns)  # the prompts as they were asked, without the template around them
-    print(table.table(options.width))
     if options.out is not None:
         _write(getattr(table, WRITERS[options.out.suffix])(), options.out)
+    print(table.table(options.width))
+    if options.out is not None:
+        print(f"\nwritten to {options.out}")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -81,6 +85,8 @@ def _check(options: argparse.Namespace) -> None:
             raise LoraLabError(f"--adapter {folder} is given twice: each adapter has one column")
     if options.out is not None and options.out.suffix not in WRITERS:
         raise LoraLabError(f"--out {options.out}: expected a file that ends in {' or '.join(WRITERS)}")
+    if options.out is not None:
+        check_file(options.out)
 
 
 def _write(text: str, path: Path) -> None:
@@ -88,7 +94,6 @@ def _write(text: str, path: Path) -> None:
 
     with saving("the table", path):
         write_file(path, lambda temporary: _put(temporary, text))
-    print(f"\nwritten to {path}")
 
 
 def _put(path: Path, text: str) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoraLabError, did_you_mean
-from .shared import generation_of, precision_of, targets_of
+from .shared import check_file, generation_of, precision_of, targets_of
 from .task_options import DATA, gathered, load_for_task, task_options
 
+VIRTUAL_TOKENS = 20
+SPARE = 4  # times as many rows as are wanted have their tokens counted, for some are too long
 USUAL = "zero-shot,few-shot,prompt,lora,full"
 # Options of this comparison alone: without --methods they do nothing
 OPTIONS = ("data", "test_data", "template", "rows", "sweep_rows", "held_out_rows", "seeds", "epochs", "max_steps", "micro_batch_size", "max_length",
-           "rank", "target_modules", "num_virtual_tokens", "shots", "forgetting_data", "no_forgetting", "results")  # fmt: skip
+           "rank", "target_modules", "num_virtual_tokens", "shots", "forgetting_data", "no_forgetting", "results", "task")  # fmt: skip
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     for name, says in (("rows", "training rows, at most"), ("sweep-rows", "training rows where settings are chosen, at most; default: a quarter"),
                        ("held-out-rows", "validation rows, and test rows, at most"), ("max-steps", "optimizer steps; default: --epochs"),
                        ("max-length", "tokens a row may have; longer ones are dropped"), ("micro-batch-size", "rows in a step; default: 8"),
-                       ("rank", "of LoRA; default: 8"), ("num-virtual-tokens", "of prompts; default: 20")):  # fmt: skip
+                       ("rank", "of LoRA; default: 8"), ("num-virtual-tokens", f"of prompts; default: {VIRTUAL_TOKENS}")):  # fmt: skip
         own.add_argument(f"--{name}", type=int, help=says)
     own.add_argument("--epochs", type=float, help="passes over the training rows; default: 2")
     own.add_argument("--seeds", type=int, nargs="+", help="of the test runs, the first of the choices, too; default: 0 1 2")
@@ -46,12 +48,12 @@ def check_unused(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace, others: Mapping[str, Any]) -> Any:
-    """The table, a list of cells for each line. others: methods of another lab, by name."""
+    """(the table, a list of cells for each line; what is not in it -> why). others: methods of another lab, by name."""
     from ..comparison import METHODS, table
 
     methods = {**METHODS, **others}
     names = _names(options.methods, methods)
-    study = _study(options, methods)
+    study, notes = _study(options, methods, names)
     failed: dict[str, str] = {}
     for name in names:
         try:
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace, others: Mapping[str, Any]) -> Any:
             print(f"{name}: {error}", file=sys.stderr)
     if len(failed) == len(names):
         raise LoraLabError(f"no method could do it: {'; '.join(f'{name}: {reason}' for name, reason in failed.items())}")
-    return table(study, [name for name in names if name not in failed]), failed
+    return table(study, [name for name in names if name not in failed]), {**failed, **notes}
 
 
 def _names(text: str, methods: Mapping[str, Any]) -> list[str]:
@@ -72,10 +74,10 @@ def _names(text: str, methods: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
-    from .. import models
+def _study(options: argparse.Namespace, methods: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, dict[str, str]]:
+    """(the study, what it leaves out -> why)."""
+    from .. import models, plan
     from ..comparison import Results, Study, Workbench
-    from ..comparison.forgetting import forgetting_probe
     from ..tasks import Reading, preview
     from ..training import TrainConfig
 
@@ -88,16 +90,53 @@ def _study(options: argparse.Namespace, methods: Mapping[str, Any]) -> Any:
     material, words = gathered(options, **parts)
     model, tokenizer = load_for_task(options, precision)
     task: dict[str, Any] = {"task": "feature-extraction"} if type(model).__name__.endswith("Model") else {}
-    reader = material.reader(model, tokenizer, Reading(precision, options.micro_batch_size or 8, generation_of(options)), words)
-    material = material.within(reader, model, options.max_length)
-    material = material.first(train=options.rows, validation=options.held_out_rows, test=options.held_out_rows)
+    reader = material.reader(model, tokenizer, Reading(precision, options.micro_batch_size or 8, generation_of(options), progress=True), words)
+    targets = targets_of(options.target_modules or ["all-linear"])
+    if "lora" in names:  # a name that none of its modules has is told now
+        plan(reader.restored(model) if reader.new_head else model, options.rank or 8, target_modules=targets)
+    longest = _longest(options, model, names)
+    material = _fitting(options, material, reader, model, longest)
     print(preview(material, reader), end="\n\n", flush=True)
-    elsewhere = None if options.no_forgetting else forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data)
+    elsewhere, notes = _elsewhere(options, model, tokenizer, reader, longest)
     bench = Workbench(lambda dtype: models.load(options.model, dtype=dtype, device=options.device, **task)[0], material, reader, training,
-                      options.rank or 8, targets_of(options.target_modules or ["all-linear"]), options.num_virtual_tokens or 20,
-                      tuple(options.shots or (1, 2, 4)), elsewhere)  # fmt: skip
-    return Study(bench, options.model, methods, Results(options.results), tuple(options.seeds or (0, 1, 2)),
+                      options.rank or 8, targets, options.num_virtual_tokens or VIRTUAL_TOKENS,
+                      tuple(options.shots or (1, 2, 4)), elsewhere, model.base_sha256)  # fmt: skip
+    study = Study(bench, options.model, methods, Results(options.results), tuple(options.seeds or (0, 1, 2)),
                  options.sweep_rows or max(1, len(material.train) // 4), _tell)  # fmt: skip
+    return study, notes
+
+
+def _elsewhere(options: argparse.Namespace, model: Any, tokenizer: Any, reader: Any, longest: int | None) -> tuple[Any, dict[str, str]]:
+    """(what else is measured before and after, or None; why not)."""
+    from ..comparison.forgetting import forgetting_probe
+    from ..tasks import model_kind
+
+    if options.no_forgetting:
+        return None, {}
+    if options.forgetting_data is None and model_kind(model) == "classifier":
+        return None, {"forgetting": f"a {type(model).__name__} does nothing but its classes"}
+    return forgetting_probe(model, tokenizer, reader, options.task, options.forgetting_data, max_length=longest), {}
+
+
+def _fitting(options: argparse.Namespace, material: Any, reader: Any, model: Any, longest: int | None) -> Any:
+    """As many rows as are asked for that the model can read, all parts there. The tokens of some more are counted, of all where that is too few."""
+    from ..data.tables.parts import PARTS
+
+    wanted = {"train": options.rows, "validation": options.held_out_rows, "test": options.held_out_rows}
+    more = material.first(**{part: SPARE * most for part, most in wanted.items() if most}).within(reader, model, longest).first(**wanted)
+    if any(most and len(more.parts.get(part, ())) < min(most, len(material.parts.get(part, ()))) for part, most in wanted.items()):
+        more = material.within(reader, model, longest).first(**wanted)
+    for part in PARTS:
+        more.part(part)
+    return more
+
+
+def _longest(options: argparse.Namespace, model: Any, names: Sequence[str]) -> int | None:
+    """Tokens of a row that all methods can read: a prompt's virtual tokens take some of the context."""
+    from ..models.base import context_of, longest_row
+
+    context = context_of(model) if "prompt" in names else None
+    return longest_row(model, options.max_length, None if context is None else context - (options.num_virtual_tokens or VIRTUAL_TOKENS))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -111,8 +150,13 @@ def _check(options: argparse.Namespace) -> None:
             raise LoraLabError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if options.no_forgetting and options.forgetting_data:
         raise LoraLabError(f"--no-forgetting with --forgetting-data {options.forgetting_data}: one of them")
+    if any(seed < 0 for seed in options.seeds or ()):
+        raise LoraLabError(f"--seeds {' '.join(map(str, options.seeds))}: expected whole numbers of at least 0")
     if any(count < 1 for count in options.shots or ()):
         raise LoraLabError(f"--shots {' '.join(map(str, options.shots))}: expected at least 1 of each class")
+    for path in (options.results, options.out):
+        if path is not None:
+            check_file(path)
 
 
 def _tell(record: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import LoraLabError, did_you_mean
 from . import evaluate_task
-from .shared import generation_of, generation_options, load_model, model_options, precision_of, with_tokenizer
+from .shared import check_adapter, generation_of, generation_options, load_model, model_options, precision_of, with_tokenizer
 from .task_options import DATA, check_without_task, task_options
 
 MOST_CHOICES = 50  # distinct answers in the data that are taken for classes without being named
@@ -23,7 +23,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     task_options(command)
     command.add_argument("--split", help="with --task: test (the default), validation, train, or all rows, which nobody divides then")
     command.add_argument("--metric", help="perplexity of the answers (the default); accuracy and F1; or rouge of generated answers")
-    command.add_argument("--limit", type=int, help="so many rows only: the first, with --task spread over all")
+    command.add_argument("--limit", type=int, help="so many rows only: the first, with --task some of each class")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--choices", nargs="+", metavar="ANSWER", help="accuracy of a language model: the answers to choose from, in the labels' "
                          "order; default: the outputs that occur in the data")  # fmt: skip
@@ -39,8 +39,7 @@ def run(options: argparse.Namespace) -> None:
         _by_metric(options)
         return
     options.split = options.split or "test"
-    told, columns = evaluate_task.run(options)
-    print(f"{told}\n{table(columns)}")
+    print(table(evaluate_task.run(options)))
 
 
 def _by_metric(options: argparse.Namespace) -> None:
@@ -54,6 +53,7 @@ def _by_metric(options: argparse.Namespace) -> None:
         raise LoraLabError(f"--metric {options.metric}: expected one of {', '.join(METRICS)}{did_you_mean(options.metric, METRICS)}")
     if unread := [name for name, metric in READ_BY.items() if getattr(options, name) and options.metric != metric]:
         raise LoraLabError(f"--{unread[0]} with --metric {options.metric}: it is for {READ_BY[unread[0]]} alone")
+    check_adapter(options.adapter)
     train, held_out = data.load(options.data)
     rows = _first(train if held_out is None else held_out, options.limit)
     precision = precision_of(options)
@@ -112,6 +112,8 @@ def _rouge(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace, p
 
 def _accuracy(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace, precision: str) -> Scores:
     """By the model's head where it has one, else by the likelier answer."""
+    from ..data.verbalizing import one_begins_another
+    from ..models.base import is_encoder_decoder
     from ..training.evaluation import accuracy, best_choices, f1, predict_classes, score_choices
 
     settings: dict[str, Any] = {"batch_size": options.batch_size, "precision": precision}
@@ -122,8 +124,10 @@ def _accuracy(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace
             raise LoraLabError(f"{options.model} predicts numbers, not classes: they have no accuracy")
     else:
         choices, labels = _choices(rows, options)
-        prompts = [_prompt(row, options.template or "{text}") for row in rows]
-        predictions = best_choices(score_choices(model, prompts, tokenizer, choices, normalise=options.normalise, **settings))
+        encodes = is_encoder_decoder(model)
+        prompts = [_prompt(row, options.template or "{text}", with_tokenizer(options, tokenizer), encodes) for row in rows]
+        end = tokenizer.eos_token_id is not None and one_begins_another(choices, tokenizer, encodes)
+        predictions = best_choices(score_choices(model, prompts, tokenizer, choices, normalise=options.normalise, end=end, **settings))
     score = f1(predictions, labels)
     return {"accuracy": accuracy(predictions, labels), "F1 (macro)": score.macro}
 
@@ -151,11 +155,12 @@ def _label(row: Any, where: str) -> Any:
     return row["label"]
 
 
-def _prompt(row: Any, template: str) -> Any:
+def _prompt(row: Any, template: str, tokenizer: Any, encodes: bool) -> Any:
     """Text/label rows in the template's place; others are rendered as for training."""
     from ..data import filled
+    from ..data.verbalizing import read_ids
 
-    return filled(template, row) if "label" in row else row
+    return read_ids(filled(template, row), tokenizer, encodes) if "label" in row else row
 
 
 def _choices(rows: Any, options: argparse.Namespace) -> tuple[Sequence[str], list[int]]:

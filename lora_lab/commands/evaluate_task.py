@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import LoraLabError
-from .shared import generation_of, precision_of
+from .shared import check_adapter, generation_of, precision_of
 from .task_options import gathered, load_for_task
 
 Columns = dict[str, dict[str, float]]
@@ -14,21 +14,26 @@ SPLITS = ("test", "validation", "train", "all")
 ELSEWHERE = ("metric", "choices", "normalise", "stemmer")  # options of evaluation without a task
 
 
-def run(options: argparse.Namespace) -> tuple[str, Columns]:
-    """(what was evaluated, the scores of each column)."""
+def run(options: argparse.Namespace) -> Columns:
+    """The scores of each column. What is evaluated is printed before they are computed."""
     from ..tasks import Reading, preview
+    from ..tasks.record import check_held_back
 
     _check(options)
+    check_adapter(options.adapter)
     whole = {"wanted": ()} if options.split == "all" else {}
     material, words = gathered(options, options.adapter, **whole)
     material.part(options.split)
+    if options.adapter is not None:
+        check_held_back(options.adapter, material, options.split)
     precision = precision_of(options)
     model, tokenizer = load_for_task(options, precision)
     reader = material.reader(model, tokenizer, Reading(precision, options.batch_size, generation_of(options), progress=True), words)
-    material = material.first(**{options.split: options.limit}).within(reader, model)
+    material = material.first(**{options.split: options.limit}).within(reader, model, only=options.split)
     rows = material.part(options.split)
-    told = f"{preview(material, reader)}\n\n{material.source}, {options.split} rows: {len(rows)}, {precision}{_without_model(reader, rows)}"
-    return told, _scores(model, reader, rows, options)
+    print(f"{preview(material, reader)}\n\n{material.source}, {options.split} rows: {len(rows)}, {precision}{_without_model(reader, rows)}",
+          flush=True)  # fmt: skip
+    return _scores(model, reader, rows, options)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import memory_math
 
-from .shared import model_options, precision_of, story_of, targets_of
+from .shared import check_can_begin, model_options, precision_of, story_of, targets_of
 from .subject import Subject, subject_of
 from .task_options import DATA, columns_given, task_options
 
@@ -70,11 +70,12 @@ def run(options: argparse.Namespace) -> None:
     from ..training.distributed import own_device, world
 
     options.device = own_device(options.device)
-    precision, everyone = precision_of(options), world(options.device)
+    precision, everyone = precision_of(options, options.out if hasattr(options, "resume") else None), world(options.device)
     precision, say = everyone.gather(precision)[0], print if everyone.first else _nothing
     config = _config(options, precision)
+    everyone.first_does(lambda: check_can_begin(options.out, config.resume))
     divided = config.distributed == "fsdp" and everyone.size > 1
-    subject = subject_of(options, precision, "cpu" if divided else options.device)
+    subject = subject_of(options, precision, "cpu" if divided else options.device, everyone.first)
     if subject.told:
         say(subject.told)
     _adapt(options, subject, config, say)
@@ -118,7 +119,9 @@ def _examples(subject: Subject, config: Any) -> Any:
 
 def _save(options: argparse.Namespace, subject: Subject) -> None:
     from .. import save
+    from ..tasks.record import remove_record
 
+    remove_record(options.out)
     save(subject.model, options.out)
     subject.record(options.out)
 

@@ -16,6 +16,8 @@ from ..errors import LoraLabError, did_you_mean
 
 def exit_code(parsed: argparse.Namespace) -> int:
     """Run the command that was parsed. A mistake in what was asked for is one line on stderr and 2, Ctrl-C is 130, the rest 0."""
+    if sys.stdout.encoding and "utf" not in sys.stdout.encoding.lower() and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a pipe of Windows, which has no letters for what models write
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -45,29 +47,47 @@ def model_options(command: argparse.ArgumentParser, precision: str = "auto") -> 
 
 
 def generation_options(command: argparse.ArgumentParser, max_new_tokens: int = 128, temperature: float = 0.7, repetition_penalty: float = 1.1,
-                       seed: int | None = None) -> None:  # fmt: skip
+                       seed: int | None = None, seed_says: str | None = None) -> None:  # fmt: skip
     command.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     command.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
     command.add_argument("--top-k", type=int, default=0)
     command.add_argument("--top-p", type=float, default=0.9)
     command.add_argument("--repetition-penalty", type=float, default=repetition_penalty)
-    command.add_argument("--seed", type=int, default=seed)
+    command.add_argument("--seed", type=int, default=seed, help=seed_says)
 
 
 def generation_of(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")}
 
 
-def precision_of(options: argparse.Namespace) -> str:
+def precision_of(options: argparse.Namespace, resumed: Path | None = None) -> str:
+    """resumed: the folder of a run that goes on, whose precision "auto" is then, whatever is faster at the moment."""
     from ..training import fastest_precision
     from ..training.precision import PRECISIONS
 
     _check_device(options.device)
     if options.precision == "auto":
-        return fastest_precision(options.device)
+        return _precision_in(resumed) or fastest_precision(options.device)
     if options.precision not in PRECISIONS:
         raise LoraLabError(f"--precision {options.precision}: expected auto, {', '.join(PRECISIONS)}{did_you_mean(options.precision, PRECISIONS)}")
     return str(options.precision)
+
+
+def _precision_in(folder: Path | None) -> str | None:
+    """Of the run whose snapshots are there."""
+    from ..training import snapshots
+    from ..training.precision import PRECISIONS
+
+    if folder is None or not snapshots.any_in(folder):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # going on will tell
+        try:
+            settings = snapshots.newest(folder).state.get("settings")
+        except LoraLabError:
+            return None
+    found = settings.get("precision") if isinstance(settings, dict) else None
+    return found if found in PRECISIONS else None
 
 
 def _check_device(device: str | None) -> None:
@@ -116,6 +136,36 @@ def check_new_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LoraLabError(f"--out {folder} is there and not empty: choose a new folder (nothing is overwritten)")
     check_writable(folder)
+
+
+def check_file(path: Path) -> None:
+    """Raise LoraLabError where this file could not be written, or gone on with."""
+    from ..files import check_writable, saving
+
+    check_writable(path.parent)
+    if path.exists():
+        with saving("anything", path), path.open("ab"):
+            pass
+
+
+def check_adapter(folder: Path | None) -> None:
+    """Raise LoraLabError for a folder without an adapter in it, before anything else is done."""
+    from ..peft_files.config import TENSORS, what_is_missing
+
+    if folder is not None and not (folder / TENSORS).is_file():
+        raise LoraLabError(what_is_missing(folder))
+
+
+def check_can_begin(folder: Path, resume: bool) -> None:
+    """Raise LoraLabError where another process trains in this folder, or a run was stopped there that a new one would throw away."""
+    from ..files import IN_USE, in_use
+    from ..training import snapshots, state
+
+    if (folder / IN_USE).is_dir():
+        with in_use(folder, "trains"):
+            pass
+    if not resume and snapshots.any_in(folder):
+        state.refuse_unfinished(folder)
 
 
 def story_of(result: Any) -> str:

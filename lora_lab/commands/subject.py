@@ -14,7 +14,10 @@ from .task_options import check_without_task, gathered, load_for_task
 
 @dataclass
 class Subject:
-    """rows, held_out: for `fit`.  own_modules: those that train beside the adapter.  told: of the data.  material, reader: of a task."""
+    """rows, held_out: for `fit`.  own_modules: those that train beside the adapter.  told: of the data.
+
+    material, reader: of a task.  eval_data: where the held-out rows are from, if from elsewhere.
+    """
 
     model: Any
     tokenizer: Any
@@ -24,13 +27,14 @@ class Subject:
     told: str | None = None
     material: Any = None
     reader: Any = None
+    eval_data: str | None = None
 
     def record(self, folder: Path) -> None:
         """Write beside the adapter what it was taught."""
         from ..tasks.record import write_record
 
         if self.material is not None:
-            write_record(folder, self.material, self.reader)
+            write_record(folder, self.material, self.reader, self.eval_data)
 
     def quality(self, model: Any) -> float | None:
         """On the held-out rows, where that is cheap: a class is one pass, a text many."""
@@ -39,11 +43,11 @@ class Subject:
         return float(self.reader.score(model, self.material.validation))
 
 
-def subject_of(options: argparse.Namespace, precision: str, device: str | None) -> Subject:
-    """Raises LoraLabError, before a model is loaded, for data that cannot be learned from."""
+def subject_of(options: argparse.Namespace, precision: str, device: str | None, progress: bool = True) -> Subject:
+    """progress: bars on stderr. Raises LoraLabError, before a model is loaded, for data that cannot be learned from."""
     check_without_task(options)
     if options.task is not None:
-        return _of_task(options, precision, device)
+        return _of_task(options, precision, device, progress)
     if options.template is not None:
         raise LoraLabError(f"--template {options.template!r} needs --task")
     from .. import data
@@ -55,7 +59,7 @@ def subject_of(options: argparse.Namespace, precision: str, device: str | None) 
     return Subject(model, tokenizer, rows, held_out)
 
 
-def _of_task(options: argparse.Namespace, precision: str, device: str | None) -> Subject:
+def _of_task(options: argparse.Namespace, precision: str, device: str | None, progress: bool) -> Subject:
     from ..data.tables.folders import TRAIN, VALIDATION
     from ..tasks import Reading, preview
 
@@ -63,8 +67,8 @@ def _of_task(options: argparse.Namespace, precision: str, device: str | None) ->
     material, words = gathered(options, **settings)
     material.part(TRAIN)
     model, tokenizer = load_for_task(options, precision, device)
-    reader = material.reader(model, tokenizer, Reading(precision), words)
+    reader = material.reader(model, tokenizer, Reading(precision, progress=progress), words)
     material = material.within(reader, model, getattr(options, "max_length", None))
     model = reader.prepared(model, material.train)
     return Subject(model, tokenizer, reader.examples(material.train), reader.examples(material.validation),
-                   ["classifier"] if reader.new_head else None, preview(material, reader), material, reader)  # fmt: skip
+                   ["classifier"] if reader.new_head else None, preview(material, reader), material, reader, options.eval_data)  # fmt: skip

@@ -21,7 +21,8 @@ def task_options(command: argparse.ArgumentParser) -> None:
     own = command.add_argument_group("with --task, where it is not plain")
     for role, says in ROLES.items():
         own.add_argument(f"--{role}-column", metavar="NAME", help=f"the column of {says}" if role != "label" else "the column of the classes")
-    own.add_argument("--labels", nargs="+", metavar="NAME", help="what the classes are called, those of numbers in the numbers' order")
+    own.add_argument("--labels", nargs="+", metavar="NAME", help="what the classes are called, in their order: the labels' own words, the names of "
+                     "numbers in the numbers' order, or label=name for each")
 
 
 def columns_given(options: argparse.Namespace) -> dict[str, str]:
@@ -55,7 +56,7 @@ def gathered(options: argparse.Namespace, folder: Path | None = None, **settings
     from ..tasks.record import read_record
 
     record = None if folder is None else read_record(folder, options.task)
-    if record is not None and options.labels is None:
+    if record is not None:
         settings["classes"] = record.classes
     words = options.template if options.template is not None else None if record is None else record.words
     return gather(options.task, options.data, columns_given(options), options.labels, **settings), words

@@ -36,8 +36,9 @@ class ForgettingProbe:
     measure: Callable[[Any], float]
 
 
-def forgetting_probe(model: Any, tokenizer: Any, reader: Reader, task: str, source: str | None = None, limit: int = LIMIT) -> ForgettingProbe:
-    """What this model is likely to forget while it learns `task`. source: other data than the bundled.  limit: rows of it.
+def forgetting_probe(model: Any, tokenizer: Any, reader: Reader, task: str, source: str | None = None, limit: int = LIMIT,
+                     max_length: int | None = None) -> ForgettingProbe:  # fmt: skip
+    """What this model is likely to forget while it learns `task`. source: other data than the bundled.  limit: rows of it.  max_length: their tokens.
 
     Raises LoraLabError for a classifier: its head can do nothing else.
     """
@@ -49,8 +50,8 @@ def forgetting_probe(model: Any, tokenizer: Any, reader: Reader, task: str, sour
     if kind == "encoder":
         return ForgettingProbe(f"own summary nearest, {name}", lambda taught: own_nearest(taught, tokenizer, material.part(ALL), reader))
     there = material.reader(model, tokenizer, reader.reading)
-    fitting = material.within(there, model).part(ALL)
-    settings: dict[str, Any] = {"batch_size": reader.reading.batch_size, "precision": reader.reading.precision, "progress": False}
+    fitting = material.within(there, model, max_length).part(ALL)
+    settings: dict[str, Any] = {"batch_size": reader.reading.batch_size, "precision": reader.reading.precision, "progress": reader.reading.progress}
     return ForgettingProbe(f"perplexity, {name}", lambda taught: perplexity(taught, there.examples(fitting), tokenizer, **settings))
 
 
@@ -65,12 +66,12 @@ def own_nearest(model: Any, tokenizer: Any, rows: Sequence[Row], reader: Reader)
 def pooled(model: Any, tokenizer: Any, texts: Sequence[str], reader: Reader) -> torch.Tensor:
     """[n, H], float32: of an encoder, or of one that got a head, whatever stands before its text; a text beyond the context is cut."""
     if model_kind(model) == "encoder":
-        return embed(model, tokenizer, texts).float().cpu()
+        return embed(model, tokenizer, texts, progress=reader.reading.progress).float().cpu()
     limit = longest_row(model, pooling_of(model).max_length)
     cut = {"truncation": True, "max_length": limit} if limit is not None else {}
     rows = [{"input_ids": [int(i) for i in tokenizer(text, **cut)["input_ids"]]} for text in texts]
     with without_head(base_of(model)):
-        return class_logits(model, rows, tokenizer, precision=reader.reading.precision, progress=False)
+        return class_logits(model, rows, tokenizer, precision=reader.reading.precision, progress=reader.reading.progress)
 
 
 @contextlib.contextmanager

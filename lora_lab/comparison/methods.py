@@ -54,6 +54,10 @@ class Method:
     def choices(self, bench: Workbench) -> list[Choice]:
         raise NotImplementedError
 
+    def ways(self, bench: Workbench, choice: Choice, seed: int) -> list[Way]:
+        """Those in which the test rows will be asked that may leave them no room."""
+        return []
+
     def teach(self, bench: Workbench, rows: Sequence[Row], choice: Choice, seed: int, measure: bool = False) -> Taught:
         """A model that answers, after these rows. measure: its memory, too, which takes two more steps."""
         raise NotImplementedError
@@ -82,6 +86,9 @@ class FewShot(Method):
 
     def choices(self, bench: Workbench) -> list[Choice]:
         return [{"shots": count} for count in bench.shots]
+
+    def ways(self, bench: Workbench, choice: Choice, seed: int) -> list[Way]:
+        return [bench.reader.few(bench.material.train, choice["shots"], seed)]
 
     def teach(self, bench: Workbench, rows: Sequence[Row], choice: Choice, seed: int, measure: bool = False) -> Taught:
         return asked(bench, bench.reader.few(rows, choice["shots"], seed), rows, measure)
@@ -145,7 +152,9 @@ def trained(bench: Workbench, model: nn.Module, rows: Sequence[Row], learning_ra
         memory = Memory(foreseen, measured_step(model, batch, config))
     result = fit(model, examples, config, tokenizer=bench.reader.tokenizer)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Taught(model, None, count, file_bytes(model, save), result.seconds, memory)
+    if (save, count) not in bench.file_bytes:  # the same for every choice and seed
+        bench.file_bytes[save, count] = file_bytes(model, save)
+    return Taught(model, None, count, bench.file_bytes[save, count], result.seconds, memory)
 
 
 def file_bytes(model: nn.Module, save: Save) -> int:

@@ -15,7 +15,7 @@ from ..data.formats import Rows
 from ..data.tables import Table
 from ..errors import LoraLabError
 from ..models.base import context_of
-from ..tasks.base import spread
+from ..tasks import Way
 from ..training import Sweep, Trial
 from ..training.guards import Diverged
 from .forgetting import ForgettingProbe
@@ -46,6 +46,7 @@ class Study:
         method = self.methods[name]
         choice = self.chosen(method)
         self._check_read_once(method, choice)
+        self._check_tests_fit(method, choice)
         for seed in self.seeds_of(method):
             self.once(method, self.setting(method, "test", choice, seed), measure=seed == self.seeds[0])
 
@@ -75,7 +76,7 @@ class Study:
     def rows(self, stage: str) -> Table:
         """For training. Which choice is best is asked of some of them."""
         train = self.bench.material.train
-        return train.only(spread(len(train), self.sweep_rows)) if stage == "validation" else train
+        return self.bench.material.some(train, self.sweep_rows) if stage == "validation" else train
 
     def once(self, method: Method, setting: Setting, measure: bool = False) -> Record:
         """The record of a run, which is done where it is not there."""
@@ -91,6 +92,8 @@ class Study:
         """In the test stage a failure is one; among choices it is a reason not to take this one."""
         stage, choice = setting["stage"], setting["choice"]
         try:
+            if stage == "validation":
+                self._check_tests_fit(method, choice)
             taught = method.teach(self.bench, self.rows(stage), choice, setting["seed"], measure)
             validation = self._score(taught)
             return {"validation": validation, "failed": None, **(self._tested(taught) if stage == "test" else {})}
@@ -126,10 +129,20 @@ class Study:
             self._before = self.bench.elsewhere.measure(self.bench.fresh())
         return self._before
 
+    def _check_tests_fit(self, method: Method, choice: Choice) -> None:
+        """A choice that leaves a seed's test no room is not made."""
+        for seed in self.seeds_of(method):
+            for way in method.ways(self.bench, choice, seed):
+                for rows in (self.bench.material.validation, self.bench.material.test):
+                    self._check_room(self.bench.context, rows, way)
+
     def _check_fits(self, taught: Taught, rows: Rows) -> None:
-        limit = context_of(taught.model)
-        if limit is not None and (tokens := self.bench.reader.longest(rows, taught.way)) > limit:
-            raise DoesNotFit(f"{tokens} tokens with what is shown before the longest row, the model's context is {limit}")
+        self._check_room(context_of(taught.model), rows, taught.way)
+
+    def _check_room(self, limit: int | None, rows: Rows, way: Way | None) -> None:
+        if limit is not None and (tokens := self.bench.reader.longest(rows, way)) > limit:
+            raise DoesNotFit(f"{tokens} tokens with what is shown before the longest row, the model's context is {limit}: show fewer (--shots), or "
+                             "leave longer rows out (--max-length)")  # fmt: skip
 
     def _check_read_once(self, method: Method, choice: Choice) -> None:
         """A second look at the test rows, for another choice, would choose by them."""

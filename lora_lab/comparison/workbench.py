@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..models.base import context_of
 from ..tasks import Material, Reader
 from ..tasks.base import digest
 from ..training.precision import storage_dtype
@@ -23,7 +24,8 @@ class Workbench:
     """training: fields of TrainConfig that all trained methods have: epochs or max_steps, micro_batch_size, ...
 
     shots: how many examples few-shot tries.  rank, target_modules: of LoRA.  num_virtual_tokens: of prompts.
-    elsewhere: another metric on other data, which tells what was forgotten.
+    elsewhere: another metric on other data, which tells what was forgotten.  base_sha256: of the model's weights, which results are of.
+    file_bytes: of what was saved already.
     """
 
     source: Source
@@ -35,6 +37,8 @@ class Workbench:
     num_virtual_tokens: int = 20
     shots: tuple[int, ...] = (1, 2, 4)
     elsewhere: ForgettingProbe | None = None
+    base_sha256: str | None = None
+    file_bytes: dict[Any, int] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:
@@ -46,13 +50,19 @@ class Workbench:
         return sum(parameter.numel() for parameter in self.fresh().parameters())
 
     @functools.cached_property
+    def context(self) -> int | None:
+        """Tokens that the model as it was published can read."""
+        return context_of(self.fresh())
+
+    @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """What a result depends on, whatever the method; the rows by a digest of all that they say, the answers, too."""
         material, reading = self.material, self.reader.reading
         rows = {part: len(table) for part, table in material.parts.items()}
         texts = [json.dumps(row, sort_keys=True) for table in material.parts.values() for row in table]
         classes = None if material.classes is None else list(material.classes.names)
-        return {"task": material.task.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16], "classes": classes,
+        base = {} if self.base_sha256 is None else {"base_sha256": self.base_sha256}
+        return {**base, "task": material.task.name, "source": material.source, "rows": rows, "digest": digest(*texts)[:16], "classes": classes,
                 "words": self.reader.way.words, "training": {**self.training}, "precision": self.precision, "generation": {**reading.generation},
                 "rank": self.rank, "target_modules": self.target_modules, "num_virtual_tokens": self.num_virtual_tokens}  # fmt: skip
 

@@ -26,6 +26,14 @@ def continuing_ids(tokenizer: Any, text: str, behind: str = SEAM) -> list[int]:
     return ids
 
 
+def beginning_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that nothing stands before: behind the token that a text begins with, where the tokenizer puts one there unasked."""
+    ids: list[int] = list(tokenizer.encode(text, add_special_tokens=False))
+    begin: list[Any] = [getattr(tokenizer, "bos_token_id", None)]
+    unasked = begin != [None] and ids[:1] != begin and list(tokenizer.encode(SEAM))[:1] == begin
+    return [*begin, *ids] if unasked else ids
+
+
 def marks_beginnings(tokenizer: Any) -> bool:
     """Whether a letter behind a line break is another token than by itself."""
     before, whole, alone = (list(tokenizer.encode(text, add_special_tokens=False)) for text in (SEAM, f"{SEAM}a", "a"))

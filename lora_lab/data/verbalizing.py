@@ -2,19 +2,21 @@
 
     template = "Review: {text}\\nSentiment:"      answers = [" negative", " positive"]
     rows = verbalize(rows, tokenizer, template, answers)                        for `fit`: only the answer has labels
-    scores = score_choices(model, [filled(template, row) for row in rows], tokenizer, answers)
+    questions = [read_ids(filled(template, row), tokenizer) for row in rows]
+    scores = score_choices(model, questions, tokenizer, answers, end=True)      taught with the end, so scored with it
 
 Source: Schick & Schuetze 2021 (arXiv:2001.07676), section 3: pattern and verbalizer.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import LoraLabError
-from .continuation import continuing_ids
+from .continuation import beginning_ids, continuing_ids
 from .formats import Row, Rows, check_labelled, each_encoded
 from .templates import IGNORE, Example, need_tokenizer
 
@@ -42,15 +44,34 @@ def verbalize(rows: Sequence[Row], tokenizer: Any, template: str, answers: Seque
         check_labelled(row, where)
         need_tokenizer(tokenizer, where)
         text = answers[place_of(row.get("label"), answers, where)]
-        answer = tokenizer.encode(text, add_special_tokens=False) if encodes else continuing_ids(tokenizer, text)
+        answer = answer_ids(text, tokenizer, encodes)
         stop = [tokenizer.eos_token_id] if (end or encodes) and getattr(tokenizer, "eos_token_id", None) is not None else []
-        read = list(tokenizer.encode(filled(template, row), add_special_tokens=encodes))
+        read = read_ids(filled(template, row), tokenizer, encodes)
         if encodes:
             return {"input_ids": read, "labels": [*answer, *stop]}
         return {"input_ids": [*read, *answer, *stop], "labels": [IGNORE] * len(read) + [*answer, *stop]}
 
     encoded = each_encoded(rows, encode)
     return Rows(encoded, rows.source, rows.lines) if isinstance(rows, Rows) else Rows(encoded)
+
+
+def read_ids(text: str, tokenizer: Any, encodes: bool = False) -> list[int]:
+    """A filled template as the model reads it: a causal model's begins as its tokenizer begins every text (Llama's with <s>)."""
+    return list(tokenizer.encode(text)) if encodes else beginning_ids(tokenizer, text)
+
+
+def answer_ids(text: str, tokenizer: Any, encodes: bool = False) -> list[int]:
+    """An answer's tokens, without its end. An encoder-decoder's text begins with it."""
+    return list(tokenizer.encode(text, add_special_tokens=False)) if encodes else continuing_ids(tokenizer, text)
+
+
+def one_begins_another(answers: Sequence[str], tokenizer: Any, encodes: bool = False) -> bool:
+    """Whether the tokens of one answer are the first ones of another, such as of " billing" and " billing dispute".
+
+    The longer one is never the likelier then: answers have to be taught and scored with their end.
+    """
+    ids = [answer_ids(answer, tokenizer, encodes) for answer in answers]
+    return any(left == right[: len(left)] for left, right in itertools.permutations(ids, 2))
 
 
 def place_of(label: Any, answers: Sequence[str], where: str) -> int:

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from ..errors import LoraLabError, did_you_mean
 from ..files import json_object, read_json
 from ..wrapping import base_of
 from .base import PretrainedModel, in_mode, longest_row, pad_id_of
 
+PATIENCE_SECONDS = 2.0  # after which a progress bar appears
 MODES = ("mean", "cls", "max", "mean_sqrt_len")
 # sentence-transformers' name for each, in 1_Pooling/config.json
 FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
@@ -80,13 +82,15 @@ class Pooling:
         return cls(mode, normalize, longest)
 
 
-def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 32, *, pooling: Pooling | None = None) -> Tensor:
+def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: int = 32, *, pooling: Pooling | None = None,
+          progress: bool = False) -> Tensor:  # fmt: skip
     """One vector a text: [n, H], float32, on the model's device, without gradients.
 
     model: an encoder (its output has .last_hidden_state), e.g. `models.load("all-minilm-l6-v2")[0]`.
     texts: each is taken without the blanks around it and cut to the pooling's max_length and the model's context, as sentence-transformers
         does. Texts of like length are computed together, so that little of the work is padding.
-    pooling: None is what the model's folder says (modules.json), else the mean over the text, normalised.
+    pooling: None is what the model's folder says (modules.json), else the mean over the text, normalised.  progress: a bar on stderr where it
+        takes long.
     Raises LoraLabError for a single text, a model without .last_hidden_state, no tokenizer, and a layout that is not modelled here.
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
@@ -102,7 +106,8 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: in
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)  # if memory is short, it shows at once
     pad, batches = pad_id_of(tokenizer), [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     with in_mode(model, training=False), torch.no_grad():
-        vectors = [_vectors(model, [rows[index] for index in batch], pad, pooling) for batch in batches]
+        vectors = [_vectors(model, [rows[index] for index in batch], pad, pooling)
+                   for batch in tqdm(batches, "embed", delay=PATIENCE_SECONDS, leave=False, disable=not progress)]  # fmt: skip
     if not vectors:
         return torch.zeros(0, model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     return torch.cat(vectors)[torch.tensor(order, device=vectors[0].device).argsort()]

@@ -187,14 +187,3 @@ def digest(*texts: str) -> str:
     True
     """
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def spread(count: int, most: int | None) -> list[int]:
-    """`most` of so many places, evenly.
-
-    >>> spread(10, 4), spread(3, 5)
-    ([0, 2, 5, 7], [0, 1, 2])
-    """
-    if most is None or most >= count:
-        return [*range(count)]
-    return [place * count // most for place in range(most)]

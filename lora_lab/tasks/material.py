@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from ..data.formats import Row
-from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts
+from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts, some_of
 from ..data.tables.folders import ALL, TEST, TRAIN, VALIDATION
-from ..data.tables.labels import without_secret
+from ..data.tables.labels import in_the_order_of, without_secret
 from ..data.tables.parts import PARTS, Dropped
 from ..errors import LoraLabError, did_you_mean
 from ..models.base import longest_row
-from .base import Reader, Reading, Task, Unusable, spread
+from ..training.evaluation.passes import PATIENCE_SECONDS
+from .base import Reader, Reading, Task, Unusable
 from .instruction import Instruction
 from .reviews import Reviews
 from .sentiment import Sentiment
 from .summarization import Summarization
 
+COUNTED = 256  # rows whose tokens are counted at once
 TASKS: dict[str, Task] = {each.name: each for each in (Sentiment(), Summarization(), Instruction(), Reviews())}
 
 
@@ -30,7 +33,7 @@ TASKS: dict[str, Task] = {each.name: each for each in (Sentiment(), Summarizatio
 class Material:
     """parts: "train", "validation" and "test", those that there are.  dropped: reason -> rows.  notes: what was decided about the parts.
 
-    lengths: part -> tokens of each row, once a reader has counted them (`within`).
+    lengths: part -> tokens of each row, once a reader has counted them (`within`).  made: the parts that were taken from the training rows.
     """
 
     task: Task
@@ -41,6 +44,7 @@ class Material:
     dropped: Dropped = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
     lengths: dict[str, list[int]] = field(default_factory=dict)
+    made: tuple[str, ...] = ()
 
     @property
     def train(self) -> Table:
@@ -70,14 +74,21 @@ class Material:
         return reader
 
     def first(self, **limits: int | None) -> Material:
-        """With so many rows of a part at most. The rows come in the file's order, so they are spread over it: every n-th."""
-        return self._only({part: spread(len(rows), limits.get(part)) for part, rows in self.parts.items()})
+        """With so many rows of a part at most, as `some` chooses them."""
+        return self._only({part: self._some(rows, limits.get(part)) for part, rows in self.parts.items()})
 
-    def within(self, reader: Reader, model: nn.Module, max_length: int | None = None) -> Material:
-        """Without the rows that are longer than the model's context, or than max_length: the model cannot read them."""
+    def some(self, rows: Table, most: int | None) -> Table:
+        """So many of these rows, by a hash of what may not be in two parts, each class with its share."""
+        return rows.only(self._some(rows, most))
+
+    def _some(self, rows: Table, most: int | None) -> list[int]:
+        return some_of(rows, most, self.task.key, (lambda row: row["label"]) if self.task.labelled else None)
+
+    def within(self, reader: Reader, model: nn.Module, max_length: int | None = None, only: str | None = None) -> Material:
+        """Without the rows that are longer than the model's context, or than max_length: the model cannot read them.  only: of this part."""
         limit = longest_row(model, max_length)
         dropped, refused = self.dropped.copy(), list[LoraLabError]()
-        tokens = {part: _counted(reader, rows, dropped, refused) for part, rows in self.parts.items()}
+        tokens = {part: _counted(reader, rows, dropped, refused) for part, rows in self.parts.items() if only in (None, part)}
         fits = {part: [place for place, each in enumerate(counts) if each and (limit is None or max(each) <= limit)]
                 for part, counts in tokens.items()}  # fmt: skip
         for part, counts in tokens.items():
@@ -89,8 +100,8 @@ class Material:
         return replace(self, dropped=dropped, lengths=lengths)._only(fits)
 
     def _only(self, places: Mapping[str, Sequence[int]]) -> Material:
-        """With these rows of each part."""
-        parts = {part: rows.only(places[part]) for part, rows in self.parts.items()}
+        """With these rows of each part that is named."""
+        parts = {part: rows.only(places[part]) if part in places else rows for part, rows in self.parts.items()}
         return replace(self, parts=parts, lengths={part: [counts[i] for i in places[part]] for part, counts in self.lengths.items()})
 
 
@@ -99,8 +110,8 @@ def gather(name: str, source: str | Path, columns: Mapping[str, str] | None = No
     """The rows of a source for a task.
 
     name: of TASKS.  source: a bundled name, a file, a folder, or a hub data set.  columns: role -> column, where it is not plain.
-    labels: what the classes are called.  classes: those of an earlier run.  parts: "validation" or "test" -> a source of its own.
-    wanted: the parts to make where the source has none; none at all: "all" rows.
+    labels: what the classes are called.  classes: those of an earlier run, which keep their order.
+    parts: "validation" or "test" -> a source of its own.  wanted: the parts to make where the source has none; none at all: "all" rows.
     Raises LoraLabError, naming what was found and the option that decides, for what cannot be read or is not plain.
     """
     if name not in TASKS:
@@ -110,14 +121,14 @@ def gather(name: str, source: str | Path, columns: Mapping[str, str] | None = No
         tables = _with_part(tables, part, own)
     tables = {part: task.table(table, columns or {}) for part, table in tables.items()}
     found = _columns(task, tables, columns or {})
-    if task.labelled and classes is None:
-        classes = classes_of(without_secret([row.get(found["label"]) for row in table] for table in tables.values()), labels)
-    dropped: Dropped = Counter()
-    rows = {part: _usable(table, task, found, classes, dropped) for part, table in tables.items()}
-    if not any(map(len, rows.values())):
-        raise LoraLabError(f"no row of {source} can be used: {told(dropped)}")
-    tables, more, notes = divided(rows, task.key, (lambda row: row["label"]) if task.labelled else None, wanted)
-    return Material(task, str(source), found, classes if task.labelled else None, tables, dropped + more, tuple(notes))
+    classes = _classes(task, found, tables, labels, classes)
+    dropped: dict[str, Dropped] = {part: Counter() for part in tables}
+    rows = {part: _usable(table, task, found, classes, dropped[part]) for part, table in tables.items()}
+    _check_usable(source, parts or {}, rows, dropped)
+    tables, more, notes, made = divided(rows, task.key, (lambda row: row["label"]) if task.labelled else None, wanted)
+    classes = classes if task.labelled else None
+    counts = sum((*dropped.values(), more), Dropped())
+    return Material(task, str(source), found, classes, tables, counts, (*notes, *_absent(classes, tables)), made=tuple(made))
 
 
 def told(dropped: Mapping[str, int]) -> str:
@@ -153,6 +164,35 @@ def _columns(task: Task, tables: Mapping[str, Table], given: Mapping[str, str]) 
     return found
 
 
+def _classes(task: Task, columns: Columns, tables: Mapping[str, Table], names: Sequence[str] | None, earlier: Classes | None) -> Classes | None:
+    """names: as the user calls them. Raises LoraLabError for names where there are no classes."""
+    if names is not None and "label" not in columns.of:
+        raise LoraLabError(f"--labels {' '.join(names)}: these rows of --task {task.name} have no classes")
+    if names is None and (earlier is not None or not task.labelled):
+        return earlier
+    found = classes_of(without_secret([row.get(columns["label"]) for row in table] for table in tables.values()), names)
+    return found if earlier is None else in_the_order_of(earlier, found)
+
+
+def _check_usable(source: str | Path, parts: Mapping[str, str | Path], rows: Mapping[str, Table], dropped: Mapping[str, Dropped]) -> None:
+    """Raise LoraLabError for a source without a row that can be used: rows of another would stand in its place."""
+    for part, own in parts.items():
+        if not rows[part]:
+            raise LoraLabError(f"no row of {own} can be used: {told(dropped[part])}")
+    if not any(map(len, rows.values())):
+        raise LoraLabError(f"no row of {source} can be used: {told(sum(dropped.values(), Dropped()))}")
+
+
+def _absent(classes: Classes | None, parts: Mapping[str, Table]) -> list[str]:
+    """A note on each class that nothing is trained of."""
+    if classes is None or not parts.get(TRAIN):
+        return []
+    trained = {row["label"] for row in parts[TRAIN]}
+    held = Counter(row["label"] for rows in parts.values() for row in rows)
+    return [f"no training row is {name}" + (f": all {held[number]} are held back, so it cannot be learned" if held[number] else "")
+            for number, name in enumerate(classes.names) if number not in trained]  # fmt: skip
+
+
 def _needed(columns: Columns, name: str) -> bool:
     return any(role.name == name and role.needed for role in columns.shape.roles)
 
@@ -186,8 +226,13 @@ def _usable(table: Table, task: Task, columns: Columns, classes: Classes | None,
 def _counted(reader: Reader, rows: Table, dropped: Dropped, refused: list[LoraLabError]) -> list[tuple[int, int] | None]:
     """The tokens of each row; None of one that cannot be put to the model, such as a talk that its template refuses: counted in `dropped`, and why
     added to `refused`."""
-    if not rows:
-        return []
+    starts = range(0, len(rows), COUNTED)
+    bar = tqdm(starts, "count tokens", delay=PATIENCE_SECONDS, leave=False, disable=not reader.reading.progress)
+    return [each for start in bar for each in _counted_together(reader, rows.only(range(len(rows))[start : start + COUNTED]), dropped, refused)]
+
+
+def _counted_together(reader: Reader, rows: Table, dropped: Dropped, refused: list[LoraLabError]) -> list[tuple[int, int] | None]:
+    """The same, where one of them is refused one by one."""
     try:
         return [_tokens(example) for example in reader.examples(rows)]
     except LoraLabError:

@@ -24,7 +24,7 @@ def preview(material: Material, reader: Reader) -> str:
     lines += [f"  {part:<12}{_part(part, material)}" for part, rows in material.parts.items() if rows]
     lines += [f"  dropped     {told(material.dropped)}"] if material.dropped else []
     lines += [f"  note        {note}" for note in material.notes]
-    first = next(rows for rows in material.parts.values() if rows)
+    first = next(rows for part, rows in material.parts.items() if rows and (part in material.lengths or not material.lengths))
     return "\n".join([*lines, "  the first row as the model reads it, what it is to answer in brackets:", _shortened(reader.shown(first[0]))])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..data.tables import Classes
 from ..errors import LoraLabError
-from ..files import json_object, write_json
+from ..files import json_object, saving, write_json
 from .base import Reader
 from .material import Material
 
@@ -18,17 +19,30 @@ RECORD = "lora_lab_task.json"
 
 @dataclass(frozen=True)
 class Record:
-    """task: of TASKS.  words: how the model was asked.  classes: of a labelled task."""
+    """task: of TASKS.  words: how the model was asked.  classes: of a labelled task.
+
+    source: of the rows.  held_back: the parts that were taken from its training rows; None where nobody has written it down.
+    """
 
     task: str
     words: str
     classes: Classes | None = None
+    source: str | None = None
+    held_back: tuple[str, ...] | None = None
 
 
-def write_record(folder: Path, material: Material, reader: Reader) -> None:
+def write_record(folder: Path, material: Material, reader: Reader, held_out: str | None = None) -> None:
+    """held_out: another source, of the rows that were watched."""
     classes = material.classes
     write_json(folder / RECORD, {"task": material.task.name, "words": reader.way.words, "columns": material.columns.of,
+                                 "source": material.source, "held_back": material.made, "eval_data": held_out,
                                  "classes": None if classes is None else {"names": classes.names, "of": classes.of}})  # fmt: skip
+
+
+def remove_record(folder: Path) -> None:
+    """Before another adapter takes the place of the one that it is of."""
+    with saving("an adapter", folder):
+        (folder / RECORD).unlink(missing_ok=True)
 
 
 def read_record(folder: Path, task: str) -> Record | None:
@@ -39,7 +53,19 @@ def read_record(folder: Path, task: str) -> Record | None:
     found = json_object(path.read_bytes(), path)
     if found.get("task") != task:
         raise LoraLabError(f"--task {task}: {folder} was taught {found.get('task')!r}")
-    return Record(task, str(found.get("words")), _classes(found.get("classes"), path))
+    source, held_back = found.get("source"), found.get("held_back")
+    return Record(task, str(found.get("words")), _classes(found.get("classes"), path), source if isinstance(source, str) else None,
+                  tuple(map(str, held_back)) if isinstance(held_back, list) else None)  # fmt: skip
+
+
+def check_held_back(folder: Path, material: Material, part: str) -> None:
+    """Raise LoraLabError where the adapter in this folder was trained on these rows, which a new division of its source would call held back."""
+    record = read_record(folder, material.task.name)
+    if record is None or record.held_back is None or part not in material.made or part in record.held_back:
+        return
+    if record.source is not None and os.path.abspath(record.source) == os.path.abspath(material.source):
+        raise LoraLabError(f"the {part} rows of {material.source} would be rows that {folder} was trained on: it was given held-out rows of another "
+                           "source (--eval-data), and none of these were held back. Give --data that it has not seen, and --split all")  # fmt: skip
 
 
 def _classes(found: Any, path: Path) -> Classes | None:

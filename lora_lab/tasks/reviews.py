@@ -24,7 +24,7 @@ class Reviews(Task):
     def row(self, cells: Cells, classes: Classes | None) -> Row:
         if "instruction" in cells:
             return instructed(cells)
-        instruction = f"Write a {_wanted(cells)} review of the following product."
+        instruction = f"Write a {_wanted(cells, classes)} review of the following product."
         return {"instruction": instruction, "input": text_in(cells, "product"), "output": text_in(cells, "text")}
 
     def key(self, row: Row) -> str:
@@ -38,9 +38,11 @@ class Reviews(Task):
         return writer_of(self, model, tokenizer, reading)
 
 
-def _wanted(cells: Cells) -> str:
-    """The label as a word of the instruction. Raises Unusable for a number: what it stands for is not known."""
+def _wanted(cells: Cells, classes: Classes | None) -> str:
+    """The label as a word of the instruction. Raises Unusable for a number that has no name: what it stands for is not known."""
     label = written(cells.get("label"))
+    if classes is not None and label in classes.of:
+        return classes.names[classes.of[label]].lower()
     if is_number(label):
-        raise Unusable("the label is a number, expected a word such as positive")
+        raise Unusable("the label is a number, expected a word such as positive (--labels says what the numbers are called)")
     return SPOKEN.get(label, text_in(cells, "label").lower())

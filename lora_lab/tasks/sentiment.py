@@ -19,17 +19,18 @@ from torch import Tensor, nn
 
 from ..data import Rows, filled, prompt_of, verbalize
 from ..data.classification import encode_labelled
-from ..data.continuation import continuing_ids
 from ..data.formats import Row
 from ..data.tables.columns import Columns, Role, Shape
 from ..data.tables.labels import Classes, spoken, written
+from ..data.tables.parts import some_of
 from ..data.templates import has_chat_template
+from ..data.verbalizing import answer_ids, one_begins_another, read_ids
 from ..errors import LoraLabError
 from ..models.embedding import embed, pooling_of
 from ..models.pooled_classifier import with_pooled_head
 from ..training.evaluation import accuracy, auc, best_choices, class_logits, f1, score_choices
 from ..training.probing import linear_probe
-from .base import LABEL, Cells, Reader, Reading, Scores, Task, Unusable, Way, digest, model_kind, spread, text_in
+from .base import LABEL, Cells, Reader, Reading, Scores, Task, Unusable, Way, digest, model_kind, text_in
 
 TEXT = Role("text", (("text", "sentence", "review", "review_text", "review_body", "content", "comment", "tweet", "phrase", "body"),
                      ("document", "message", "description")), by_values="longest")  # fmt: skip
@@ -110,12 +111,16 @@ class Named(Reader):
 
 
 class Words(Named):
-    """The likeliest of the classes' names after the text (Schick & Schuetze 2021, arXiv:2001.07676: pattern and verbalizer)."""
+    """The likeliest of the classes' names after the text (Schick & Schuetze 2021, arXiv:2001.07676: pattern and verbalizer).
+
+    end: they are taught and scored with the stop token behind them, as an encoder-decoder's are, and names of which one begins another.
+    """
 
     def __init__(self, tokenizer: Any, reading: Reading, classes: Classes, encodes: bool) -> None:
         super().__init__(tokenizer, reading, classes)
         self.encodes = encodes
         self.answers = [name if encodes else f" {name}" for name in classes.names]
+        self.end = getattr(tokenizer, "eos_token_id", None) is not None and (encodes or one_begins_another(self.answers, tokenizer))
         self.way = self.ways()[0]
 
     def ways(self) -> list[Way]:
@@ -134,20 +139,20 @@ class Words(Named):
         return shown + filled(way.words, row)
 
     def examples(self, rows: Sequence[Row]) -> Any:
-        return verbalize(rows, self.tokenizer, self.way.words, self.answers, end=False, encodes=self.encodes)
+        return verbalize(rows, self.tokenizer, self.way.words, self.answers, end=self.end, encodes=self.encodes)
 
     def shown(self, row: Row) -> str:
         return f"{self.asked(row, self.way)}[{self.answers[row['label']]}]"
 
     def questions(self, rows: Sequence[Row], way: Way | None = None) -> list[list[int]]:
-        return [[*self.tokenizer.encode(self.asked(row, way or self.way), add_special_tokens=self.encodes)] for row in rows]
+        return [read_ids(self.asked(row, way or self.way), self.tokenizer, self.encodes) for row in rows]
 
     def longest(self, rows: Sequence[Row], way: Way | None = None) -> int:
-        answer = 0 if self.encodes else max(len(continuing_ids(self.tokenizer, answer)) for answer in self.answers)
+        answer = 0 if self.encodes else max(len(answer_ids(answer, self.tokenizer)) for answer in self.answers) + self.end
         return max(map(len, self.questions(rows, way))) + answer
 
     def answered(self, model: nn.Module, rows: Sequence[Row], way: Way | None) -> Tensor:
-        return score_choices(model, self.questions(rows, way), self.tokenizer, self.answers, batch_size=self.reading.batch_size,
+        return score_choices(model, self.questions(rows, way), self.tokenizer, self.answers, end=self.end, batch_size=self.reading.batch_size,
                              precision=self.reading.precision, progress=self.reading.progress)  # fmt: skip
 
 
@@ -235,10 +240,11 @@ class NewHead(Head):
 
     def prepared(self, model: Any, rows: Sequence[Row]) -> Any:
         """Heads of several models, as a sweep makes them, begin from the same features, which are made once."""
-        rows = [rows[index] for index in spread(len(rows), MOST_PROBED)]
+        rows = [rows[index] for index in some_of(rows, MOST_PROBED, lambda row: digest(row["text"]), lambda row: row["label"])]
         if new := [text for text in dict.fromkeys(row["text"] for row in rows) if text not in self._frozen]:
             pooling = replace(pooling_of(model), normalize=False)
-            self._frozen.update(zip(new, embed(model, self.tokenizer, new, EMBEDDED, pooling=pooling).cpu(), strict=True))
+            vectors = embed(model, self.tokenizer, new, EMBEDDED, pooling=pooling, progress=self.reading.progress).cpu()
+            self._frozen.update(zip(new, vectors, strict=True))
         features, labels = torch.stack([self._frozen[row["text"]] for row in rows]), torch.tensor([row["label"] for row in rows])
         return with_pooled_head(model, linear_probe(features, labels, len(self.classes)))
 
@@ -246,7 +252,8 @@ class NewHead(Head):
         return with_pooled_head(model, nn.Linear(model.config.hidden_size, len(self.classes)))
 
     def _vectors(self, model: nn.Module, texts: list[str]) -> Tensor:
-        return embed(model, self.tokenizer, texts, EMBEDDED, pooling=replace(pooling_of(model), normalize=True)).cpu()
+        pooling = replace(pooling_of(model), normalize=True)
+        return embed(model, self.tokenizer, texts, EMBEDDED, pooling=pooling, progress=self.reading.progress).cpu()
 
     def _called(self, model: nn.Module, way: Way) -> Tensor:
         """[classes, H], of a text for each class."""

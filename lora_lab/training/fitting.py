@@ -178,6 +178,8 @@ def _check_settings(model: nn.Module, config: TrainConfig, held_out: Examples) -
     for name in ("early_stopping", "keep_best", "eval_every"):
         if getattr(config, name) and not held_out:
             raise LoraLabError(f"{name}={getattr(config, name)!r} needs eval_data to evaluate on")
+    if config.early_stopping is not None and config.eval_every is None:
+        raise LoraLabError(f"early_stopping={config.early_stopping} needs eval_every: without it the only evaluation of a step is after the last one")
     if config.lora_plus_ratio is not None and not any(p.requires_grad and learns_fast(name) for name, p in model.named_parameters()):
         raise LoraLabError(f"lora_plus_ratio={config.lora_plus_ratio!r}: no B of LoRA trains in this {type(model).__name__}; inject first, or give "
                            "no ratio")  # fmt: skip

@@ -61,6 +61,8 @@ class Run:
         self.saved_step: int | None = None
         self.folder = Path(config.output_dir) if config.output_dir is not None else None
         self.steps = config.max_steps or count_steps(examples, config, world.size)
+        if config.warmup_steps >= self.steps > 1:
+            warnings.warn(f"warmup_steps={config.warmup_steps} of {self.steps} steps: the learning rate rises to the end of the run", stacklevel=4)
         self.call: nn.Module = model
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -130,8 +132,14 @@ class Run:
         every, last = self.config.eval_every, step == self.steps
         if last or (every and step % every == 0):
             self.evaluate(step)
-        if self.saves and self.config.save_every and (step % self.config.save_every == 0 or last or self.result.stopped_early):
+        if self.saves and self.is_due(step, last or self.result.stopped_early):
             self.save(step)
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """A snapshot: the last one also where an interruption took one, which would else be all that is known of this run."""
+        if last and not self.config.save_every:
+            return self.world.any(self.world.first and snapshots.any_in(self.output_dir))
+        return self.config.save_every is not None and (last or step % self.config.save_every == 0)
 
     @property
     def saves(self) -> bool:

@@ -55,20 +55,27 @@ class Lesson:
             return rows
         return verbalize(rows, self.tokenizer, self.template, self.choices, encodes=is_encoder_decoder(self.model))
 
+    def read(self, row: Any) -> list[int]:
+        """The tokens of a row in the template's place."""
+        from lora_lab.data import filled
+        from lora_lab.data.verbalizing import read_ids
+        from lora_lab.models.base import is_encoder_decoder
+
+        return read_ids(filled(self.template, row), self.tokenizer, is_encoder_decoder(self.model))
+
     def effect(self, model: Any, samples: int, config: Any) -> Effect:
         """What the model does now, with the same random numbers in every call. samples: rows that it answers.  config: of the training."""
         from lora_lab.data import filled, question_of
         from lora_lab.training import answers
 
         rows = list(self.held_out or self.rows)[:samples] if self.kind != "classes" else []
-        asked = [filled(self.template, row) if self.kind == "words" else row for row in rows]
-        shown = [question if isinstance(question, str) else question_of(question) for question in asked]
+        shown = [filled(self.template, row) if self.kind == "words" else question_of(row) for row in rows]
+        asked = [self.read(row) for row in rows] if self.kind == "words" else rows
         settings = ANSWER if self.kind == "words" else TEXT
         texts = answers(model, asked, self.tokenizer, seed=config.seed, **settings) if asked else []
         return Effect(shown, texts, self.accuracy(model, config.precision, config.micro_batch_size))
 
     def accuracy(self, model: Any, precision: str, batch_size: int) -> float:
-        from lora_lab.data import filled
         from lora_lab.data.verbalizing import place_of
         from lora_lab.training import accuracy, best_choices, predict_classes, score_choices
 
@@ -77,7 +84,8 @@ class Lesson:
         settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
         if self.kind == "classes":
             return accuracy(predict_classes(model, self.held_out, self.tokenizer, **settings), [row["label"] for row in self.held_out])
-        scores = score_choices(model, [filled(self.template, row) for row in self.held_out], self.tokenizer, self.choices, **settings)
+        asked, end = [self.read(row) for row in self.held_out], self.tokenizer.eos_token_id is not None  # answers are taught with their end
+        scores = score_choices(model, asked, self.tokenizer, self.choices, end=end, **settings)
         labels = [place_of(row.get("label"), self.choices, self.held_out.where(index)) for index, row in enumerate(self.held_out)]
         return accuracy(best_choices(scores), labels)
 
@@ -118,6 +126,8 @@ def _with_head(options: argparse.Namespace, rows: Any, held_out: Any, precision:
     labels = [row.get("label") for row in [*rows, *(held_out or ())]]
     if not all(isinstance(label, int) and label >= 0 for label in labels):
         raise LoraLabError("a new head is for classes, numbers from 0 on: the rows have other labels. Give a model folder that has a head for them")
+    if len({*labels}) < 2:
+        raise LoraLabError(f"all rows have the label {labels[0]}: expected two classes at least, for there is nothing to tell apart")
     torch.manual_seed(options.seed)
     return models.load(options.model, dtype=storage_dtype(precision), device=options.device, task="sequence-classification",
                        num_labels=max(labels) + 1)  # fmt: skip

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lora_lab.commands.shared import model_options, precision_of, story_of
+from lora_lab.commands.shared import check_can_begin, model_options, precision_of, story_of
 from lora_lab.errors import LoraLabError
 
 from .lessons import Effect, Lesson, lesson_of
@@ -57,6 +57,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from lora_lab.files import check_writable
+    from lora_lab.tasks.record import remove_record
     from lora_lab.training import fit
 
     from .. import save, use
@@ -69,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
     print(_beginning(prompted, examples, config, options))
     before = lesson.effect(use(prompted, None), options.samples, config)
     result = fit(use(prompted, "default"), examples, config, tokenizer=lesson.tokenizer, eval_data=lesson.learned(lesson.held_out))
+    remove_record(options.output)
     save(prompted, options.output)
     print(story_of(result))
     print(_side_by_side(lesson, before, lesson.effect(prompted, options.samples, config)) + _files(options.output, prompted))
@@ -82,8 +84,9 @@ def _lesson(options: argparse.Namespace) -> tuple[Lesson, dict[str, Any]]:
     if options.samples < 0:
         raise LoraLabError(f"--samples {options.samples}: expected a number of rows, or 0 for none")
     given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__ if hasattr(options, name)}
-    given |= {"precision": precision_of(options), "output_dir": options.output}
+    given |= {"precision": precision_of(options, options.output if given.get("resume") else None), "output_dir": options.output}
     TrainConfig.of(given)  # what makes no sense is told before anything is loaded
+    check_can_begin(options.output, bool(given.get("resume")))
     rows, held_out = data.load(options.data)
     if options.eval_data:
         held_out = data.load(options.eval_data)[0]
@@ -149,7 +152,8 @@ def _side_by_side(lesson: Lesson, before: Effect, after: Effect) -> str:
 
     said = ""
     if not math.isnan(before.accuracy):
-        said = f"held-out accuracy {before.accuracy:.4f} without the prompt, {after.accuracy:.4f} with it ({len(lesson.held_out)} rows)\n"
+        drawn = ", its head drawn at random" if lesson.new_head else ""
+        said = f"held-out accuracy {before.accuracy:.4f} without the prompt{drawn}, {after.accuracy:.4f} with it ({len(lesson.held_out)} rows)\n"
     if before.texts:
         said += f"\n{Samples(before.questions, {'without the prompt': before.texts, 'with it': after.texts})}\n\n"
     return said

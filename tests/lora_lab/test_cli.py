@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from tiny_workshop import chat_tokenizer, our_llama, plain_tokenizer, text_rows
 
 import lora_lab
 from lora_lab.__main__ import main
+from lora_lab.commands.shared import exit_code
 from lora_lab.models import loading
 
 ROOT = Path(lora_lab.__file__).parent.parent
@@ -249,6 +252,21 @@ def test_a_use_that_makes_no_sense_is_refused(shop, capsys, command, change, mes
     before = shop.contents()
     check_refusal(getattr(shop, command)(**change), capsys, message)
     assert shop.contents() == before
+
+
+def test_letters_that_stdout_cannot_write_are_replaced(monkeypatch):
+    """As in a pipe of Windows: a table of hours must not end in UnicodeEncodeError."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert exit_code(argparse.Namespace(run=lambda options: print("80.0 \N{PLUS-MINUS SIGN} 2.0"))) == 0
+    out.flush()
+    assert out.buffer.getvalue().split() == [b"80.0", b"?", b"2.0"]
+
+
+def test_the_demo_refuses_a_folder_that_cannot_be_written_before_it_loads_anything(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_lab.demo.data.load", None)
+    (tmp_path / "file").write_text("")
+    check_refusal(run("demo", precision="fp32", out=tmp_path / "file" / "demo"), capsys, "could not save anything to")
 
 
 def test_the_demo_refuses_an_unknown_precision_before_it_loads_anything(capsys, tmp_path):

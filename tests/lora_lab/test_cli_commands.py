@@ -101,6 +101,18 @@ def test_accuracy_is_of_the_answers_that_occur_or_of_those_that_are_named(shop, 
         assert numbers(lines[3])[1] == pytest.approx(evaluation.f1(best, labels).macro, abs=1e-4)
 
 
+def test_an_answer_that_begins_another_can_be_right(shop, capsys):
+    """Scored with their ends, or the longer one would never be the likelier."""
+    model, tokenizer = lora_lab.models.load(shop.model)
+    rows, choices = [{"text": word, "label": 1} for word in ("ab", "cd", "ef")], ["no", "none"]
+    scores = evaluation.score_choices(model, [row["text"] for row in rows], tokenizer, choices, end=True, normalise="tokens", **QUIET)
+    assert evaluate(shop, data=labelled(shop, rows), metric="accuracy", choices=choices, normalise="tokens") == 0
+    expected = evaluation.accuracy(evaluation.best_choices(scores), [1, 1, 1])
+    plain = evaluation.score_choices(model, [row["text"] for row in rows], tokenizer, choices, normalise="tokens", **QUIET)
+    assert expected != evaluation.accuracy(evaluation.best_choices(plain), [1, 1, 1])
+    assert numbers(capsys.readouterr().out.splitlines()[2]) == pytest.approx([expected], abs=1e-4)
+
+
 def labelled(shop, rows):
     return shop.file("labelled.jsonl", "\n".join(map(json.dumps, rows)))
 
@@ -353,6 +365,11 @@ def test_resuming_with_other_settings_is_refused(shop, capsys):
     assert shop.finetune(out=shop.folder / "new", **{"save-every": 1}) == 0
     other = shop.finetune(out=shop.folder / "new", resume=True, **{"learning-rate": 0.1})
     check_refusal(other, capsys, "learning_rate=0.1: the run began with 0.0005")
+
+
+def test_a_patience_without_evaluations_is_refused(shop, capsys):
+    code = shop.finetune(out=shop.folder / "new", **{"eval-data": shop.rows, "early-stopping": 2})
+    check_refusal(code, capsys, "early_stopping=2 needs eval_every")
 
 
 def test_keep_best_and_early_stopping_are_told(shop, capsys):

@@ -27,6 +27,7 @@ from lora_lab.data import filled, prompt_of, verbalize
 from lora_lab.models import loading
 from lora_lab.training import TrainConfig, accuracy, best_choices, fit, predict_classes, score_choices
 from lora_lab.training.loop import Run
+from lora_lab.training.snapshots import Snapshot
 from prompt_tuning_lab.__main__ import main
 from prompt_tuning_lab.commands.memory import memory_of_a_step
 from prompt_tuning_lab.commands.nearest import table
@@ -120,6 +121,19 @@ def test_every_command_explains_its_options(command, capsys):
     assert stop.value.code == 0 and "usage: prompt-tuning-lab" in capsys.readouterr().out
 
 
+def test_a_run_that_was_stopped_is_told_before_anything_is_read(shop, capsys, monkeypatch):
+    (shop.folder / "new" / "snapshots" / "step-000002").mkdir(parents=True)
+    monkeypatch.setattr("lora_lab.training.snapshots._read", lambda folder: Snapshot({}, {"step": 2, "steps": 4}))
+    check_refusal(shop.tune(data="nowhere.jsonl"), capsys, "holds a run that was stopped after step 2 of 4: the same command with --resume")
+
+
+def test_what_an_earlier_adapter_was_taught_is_not_said_of_a_prompt(shop):
+    record = shop.folder / "new" / "lora_lab_task.json"
+    record.parent.mkdir()
+    record.write_text("{}")
+    assert shop.tune(steps=1) == 0 and not record.exists()
+
+
 def test_tune_inspect_nearest_and_generate_work_one_after_the_other(shop, capsys):
     out = shop.folder / "new"
     assert shop.tune(**{"eval-data": shop.rows, "steps": None, "epochs": 15, "batch-size": 3, "samples": 2}) == 0
@@ -205,20 +219,36 @@ def test_a_given_rate_is_said_and_used(shop, capsys):
 
 
 def test_texts_with_labels_become_a_template_and_a_word(shop, capsys):
-    given = {"choices": [" no", " yes"], "template": "Is {text} so?"}
+    given = {"choices": [" no", " no, yes"], "template": "Is {text} so?"}
     assert shop.tune(data=shop.labelled, steps=12, samples=1, **{"eval-data": shop.labelled, **given}) == 0
     printed = capsys.readouterr().out
     prompted, tokenizer = shop.prompted("new")
     scored = []
     for task in (None, "new"):
         prompt_tuning_lab.use(prompted, task)
-        scores = score_choices(prompted, [filled("Is {text} so?", row) for row in LABELLED], tokenizer, [" no", " yes"], progress=False)
+        asked = [filled("Is {text} so?", row) for row in LABELLED]
+        scores = score_choices(prompted, asked, tokenizer, [" no", " no, yes"], end=True, progress=False)  # taught with the end
         scored.append(accuracy(best_choices(scores), [row["label"] for row in LABELLED]))
     said = re.search(r"held-out accuracy ([\d.]+) without the prompt, ([\d.]+) with it \(6 rows\)", printed)
     assert [float(each) for each in said.groups()] == pytest.approx(scored, abs=1e-4)
     assert "> Is good so?" in printed
-    rows = verbalize(LABELLED, tokenizer, "Is {text} so?", [" no", " yes"])
+    rows = verbalize(LABELLED, tokenizer, "Is {text} so?", [" no", " no, yes"])
     assert f"{12 * sum(len(row['input_ids']) for row in rows):,} tokens" in printed
+
+
+def test_a_head_that_was_drawn_is_said_and_one_class_refused(shop, capsys):
+    given, texts = saved_bert(shop, "BertModel")
+    assert shop.tune(**given, **{"eval-data": given["data"], "num-virtual-tokens": 3}) == 0
+    assert re.search(r"held-out accuracy [\d.]+ without the prompt, its head drawn at random, [\d.]+ with it", capsys.readouterr().out)
+    alone = shop.file("alone.jsonl", "\n".join(json.dumps({**row, "label": 0}) for row in texts))
+    check_refusal(shop.tune(**{**given, "data": alone}), capsys, "all rows have the label 0: expected two classes at least")
+
+
+def test_words_are_scored_with_the_end_that_they_are_taught(shop, monkeypatch):
+    """Of " no" and " no, yes" the longer would never be the likelier without."""
+    ends = []
+    monkeypatch.setattr("lora_lab.training.score_choices", lambda *given, end=False, **others: ends.append(end) or score_choices(*given, **others))
+    assert shop.tune(data=shop.labelled, steps=1, choices=[" no", " no, yes"], **{"eval-data": shop.labelled}) == 0 and ends == [True, True]
 
 
 def saved_bert(shop, name):

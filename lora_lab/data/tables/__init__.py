@@ -10,6 +10,6 @@ from .columns import Columns, Role, Shape, columns_of
 from .files import Table, read_table
 from .folders import read_parts
 from .labels import Classes, classes_of
-from .parts import divided
+from .parts import divided, some_of
 
-__all__ = ["Classes", "Columns", "Role", "Shape", "Table", "classes_of", "columns_of", "divided", "read_parts", "read_table"]
+__all__ = ["Classes", "Columns", "Role", "Shape", "Table", "classes_of", "columns_of", "divided", "read_parts", "read_table", "some_of"]

@@ -69,8 +69,9 @@ def without_secret(parts: Iterable[Sequence[Any]]) -> Iterator[Any]:
 def classes_of(cells: Iterable[Any], names: Sequence[str] | None = None) -> Classes:
     """The classes that these labels stand for; cells without a label do not count.
 
-    names: of the classes, those of numbers in the order of the numbers, of words in that of the alphabet or as the words themselves are called.
-    Raises LoraLabError for no labels, a single one, too many, and numbers whose meaning is not known.
+    names: of the classes, in their order. They are the labels themselves, or words for the same ("positive" for "pos"), or those of numbers in the
+        numbers' order, or "label=name" for every label, of which several may have one name.
+    Raises LoraLabError for no labels, a single one, too many, numbers whose meaning is not known, and names of which it is not plain whose they are.
 
     >>> classes_of(["pos", "neg", ""]).of
     {'neg': 0, 'pos': 1}
@@ -92,19 +93,52 @@ def classes_of(cells: Iterable[Any], names: Sequence[str] | None = None) -> Clas
     if not any(map(is_number, labels)):
         return Classes(tuple(labels), {label: number for number, label in enumerate(labels)})
     if len(labels) not in OF_NUMBERS or not all(map(is_number, labels)):
-        raise LoraLabError(f"the labels are {', '.join(labels)}: --labels says what they are called, in this order")
+        how = "in this order" if all(map(is_number, labels)) else f"label=name for each ({labels[0]}=... {labels[1]}=...)"
+        raise LoraLabError(f"the labels are {', '.join(labels)}: --labels says what they are called, {how}")
     return Classes(OF_NUMBERS[len(labels)], {label: number for number, label in enumerate(labels)})
 
 
 def _named(labels: list[str], names: Sequence[str]) -> Classes:
-    plain = [written(name) for name in names]
+    plain, given = [written(name) for name in names], tuple(name.strip() for name in names)
+    if not {*labels} <= {*plain} and all("=" in name for name in names):
+        return _one_by_one(labels, names)
     if len({*plain}) < len(plain) or not all(plain):
         raise LoraLabError(f"--labels {' '.join(names)}: expected a name for each class, and no name twice")
     if {*labels} <= {*plain}:
-        return Classes(tuple(name.strip() for name in names), {label: number for number, label in enumerate(plain)})
+        return Classes(given, {label: number for number, label in enumerate(plain)})
     if len(names) != len(labels):
         raise LoraLabError(f"--labels {' '.join(names)}: {len(names)} names, the labels are {', '.join(labels)}")
-    return Classes(tuple(name.strip() for name in names), {label: number for number, label in enumerate(labels)})
+    if all(map(is_number, labels)):
+        return Classes(given, {label: number for number, label in enumerate(labels)})
+    said = [spoken(name) for name in names]
+    if {spoken(label) for label in labels} != {*said} or len({*said}) < len(said):
+        raise LoraLabError(f"--labels {' '.join(names)}: the labels are {', '.join(labels)}, and which of them has which name is not plain: give "
+                           f"their own words, or label=name for each ({labels[0]}={given[0]} ...)")  # fmt: skip
+    return Classes(given, {label: said.index(spoken(label)) for label in labels})
+
+
+def _one_by_one(labels: Sequence[str], pairs: Sequence[str]) -> Classes:
+    """Of "label=name" for each."""
+    of = {written(label): name.strip() for label, _, name in (pair.rpartition("=") for pair in pairs)}
+    names = list(dict.fromkeys(of.values()))
+    if missing := [label for label in labels if label not in of]:
+        raise LoraLabError(f"--labels {' '.join(pairs)}: the label {missing[0]!r} has no name, the labels are {', '.join(labels)}")
+    if len(names) < 2 or len(of) < len(pairs) or not all((*of, *names)):
+        raise LoraLabError(f"--labels {' '.join(pairs)}: expected label=name once for each label, and two names at least")
+    return Classes(tuple(names), {label: names.index(name) for label, name in of.items()})
+
+
+def in_the_order_of(earlier: Classes, now: Classes) -> Classes:
+    """The classes of an earlier run, and which of them the labels of `now` are, by the names. Raises LoraLabError for a name that was none.
+
+    >>> in_the_order_of(Classes(("bad", "good"), {"0": 0, "1": 1}), classes_of(["+", "-"], ["+=good", "-=bad"])).of
+    {'0': 0, '1': 1, '+': 1, '-': 0}
+    """
+    places = {spoken(name): number for number, name in enumerate(earlier.names)}
+    if unknown := [name for name in now.names if spoken(name) not in places]:
+        raise LoraLabError(f"--labels {' '.join(now.names)}: {unknown[0]!r} is none of the classes that the adapter was taught, "
+                           f"{', '.join(earlier.names)}")  # fmt: skip
+    return Classes(earlier.names, {**earlier.of, **{label: places[spoken(now.names[number])] for label, number in now.of.items()}})
 
 
 def _some(labels: Sequence[str]) -> str:

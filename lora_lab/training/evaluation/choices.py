@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batching import length_buckets
-from ...data.continuation import continuing_ids
+from ...data.verbalizing import answer_ids
 from ...errors import LoraLabError, did_you_mean
 from ...models.base import context_of, is_encoder_decoder, pad_id_of
 from ...models.cache import KVCache
@@ -95,7 +95,7 @@ def _is_list_of_choices(value: Any) -> bool:
 
 def _encoded(tokenizer: Any, answers: bool, text: str) -> list[int]:
     """answers: an encoder-decoder's text begins with it."""
-    return list(tokenizer.encode(text, add_special_tokens=False)) if answers else continuing_ids(tokenizer, text)
+    return answer_ids(text, tokenizer, answers)
 
 
 def _ids(choice: Choice, prompt: int, tokenizer: Any, end: bool, encoded: Callable[[str], list[int]]) -> Ids:

@@ -8,7 +8,9 @@ import pytest
 from command_line import Folder, check_refusal, run
 from task_tools import decoder, encoder, jsonl, opinions, saved
 
+from lora_lab import models
 from lora_lab.comparison import Results
+from lora_lab.tasks.sentiment import Words
 
 SHORT = {"precision": "fp32", "max-steps": 1, "seeds": [0, 1], "rank": 2, "num-virtual-tokens": 3, "shots": [1], "rows": 8, "held-out-rows": 4,
          "max-new-tokens": 3, "micro-batch-size": 4}  # fmt: skip
@@ -72,6 +74,64 @@ def test_a_method_that_cannot_do_it_does_not_keep_the_others_from_it(shop, capsy
     check_refusal(code, capsys, "no method could do it: few-shot: .*the model's context is 64")
 
 
+def test_a_part_that_no_row_of_fits_is_told_before_anything_is_trained(shop, capsys):
+    """All rows of a test of their own are too long."""
+    long = jsonl(shop.folder / "long.jsonl", [{"text": f"{text} film " * 90, "label": label} for label, text in enumerate(("bad", "good"))])
+    message = r"error: \S*rows.jsonl has no test rows \(it has: train .*2 longer than 512 tokens \(test\)"
+    check_refusal(shop.compare(methods="lora", **{"test-data": long}), capsys, message)
+
+
+def test_rows_leave_room_for_a_prompt_where_one_is_asked_for(shop, capsys):
+    """Of 80 positions 12 are the prompt's, so no row has more than 68 tokens, nor one of what is measured elsewhere."""
+    saved(shop.folder / "short", *decoder(max_position_embeddings=80))
+    jsonl(shop.rows, [{"text": f"{row['text']} {number}" + " and" * (number % 10), "label": row["label"]} for number, row in enumerate(opinions(60))])
+    jsonl(shop.other, [{"instruction": "Say it.", "output": "It. " * (1 + number)} for number in range(8)])
+    given = {"model": shop.folder / "short", "methods": "prompt,zero-shot", "num-virtual-tokens": 12, "rows": None, "seeds": [0]}
+    assert shop.compare(**given) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"longer than 68 tokens \(train\)", printed) and re.search(r"^soft prompt ", printed, re.MULTILINE)
+    assert shop.compare(**{**given, "methods": "zero-shot"}) == 0 and "longer than 80 tokens" in capsys.readouterr().out
+
+
+def test_other_weights_at_the_same_place_are_another_model(shop, capsys):
+    given = {"methods": "zero-shot", "results": shop.folder / "runs.jsonl", "no-forgetting": True, "forgetting-data": None}
+    runs = []
+    for seed in (1, 1, 2):
+        if seed == 2:
+            saved(shop.model, *decoder(seed=2))
+        assert shop.compare(**given) == 0
+        runs.append(capsys.readouterr().err.count("zero-shot  "))
+    assert runs[0] == runs[2] > 0 and runs[1] == 0
+
+
+def test_a_models_own_head_has_nothing_else_to_forget(shop, capsys):
+    """Which is said below the table; data that is given for it is refused."""
+    model, tokenizer = encoder()
+    head = {**model.config.to_dict(), "num_labels": 2, "id2label": {0: "negative", 1: "positive"}, "architectures": ["BertForSequenceClassification"]}
+    saved(shop.folder / "head", models.BertForSequenceClassification(models.BertConfig.from_dict(head)).eval(), tokenizer)
+    given = {"model": shop.folder / "head", "methods": "lora", "seeds": [0]}
+    assert shop.compare(**given, **{"forgetting-data": None}) == 0
+    printed = capsys.readouterr().out
+    assert "\nLoRA " in printed and printed.endswith("forgetting: a BertForSequenceClassification does nothing but its classes\n")
+    check_refusal(shop.compare(**given), capsys, "so nothing else can be forgotten")
+
+
+def test_few_rows_are_counted_where_few_are_wanted_and_all_where_too_many_are_too_long(shop, capsys, monkeypatch):
+    counted, examples = [], Words.examples
+    monkeypatch.setattr(Words, "examples", lambda reader, rows: counted.append(len(rows)) or examples(reader, rows))
+    given = {"methods": "zero-shot", "rows": 2, "held-out-rows": 2, "no-forgetting": True, "forgetting-data": None}
+    assert shop.compare(**given) == 0 and counted[:4] == [8, 6, 6]
+    capsys.readouterr()
+    jsonl(shop.rows, [{**row, "text": f"{row['text']} {number}" + " and" * (150 * (number % 12 > 1))} for number, row in enumerate(opinions(120))])
+    assert shop.compare(**given) == 0 and re.search(r"^  train       2 rows", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_comparison_shows_how_far_it_is(shop, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lab.tasks.material.PATIENCE_SECONDS", 0)
+    assert shop.compare(methods="zero-shot", **{"no-forgetting": True, "forgetting-data": None}) == 0
+    assert "count tokens: " in capsys.readouterr().err
+
+
 def test_an_encoder_is_compared_by_its_head(shop, capsys):
     saved(shop.folder / "encoder", *encoder())
     other = jsonl(shop.folder / "d.jsonl", [{"dialogue": "the cat sat", "summary": "cat"}, {"dialogue": "bad film", "summary": "film"}])
@@ -83,12 +143,23 @@ BAD = {
     "unknown method": ({"methods": "lora,qlora"}, "'qlora' is none of zero-shot, few-shot, lora, full, prompt.*did you mean 'lora'"),
     "no task": ({"task": None}, "--methods needs --task"), "no data": ({"data": None}, "--methods needs --data"),
     "an adapter": ({"adapter": "x"}, "--methods compares ways to learn a task"), "no rows": ({"rows": 0}, "--rows 0: expected at least 1"),
-    "no shots": ({"shots": [0]}, "--shots 0"),
+    "no shots": ({"shots": [0]}, "--shots 0"), "no such seed": ({"seeds": [0, -1]}, "--seeds 0 -1: expected whole numbers of at least 0"),
+    "no such module": ({"target-modules": ["q_prj"]}, "error: .*'q_prj'"),
     "no passes": ({"epochs": 0, "max-steps": None}, "epochs=0"), "no batch": ({"micro-batch-size": 0}, "--micro-batch-size 0"),
     "another table": ({"out": "t.html"}, "a file that ends in .md"), "nothing elsewhere": ({"no-forgetting": True}, "--no-forgetting with --forget"),
     "no steps": ({"max-steps": 0}, "max_steps=0"), "rows without methods": ({"methods": None}, "--data needs --methods"),
+    "a task without methods": ({"methods": None, "data": None, **dict.fromkeys(SHORT), "forgetting-data": None, "adapter": "x", "prompt": "y"},
+                               "--task needs --methods"),
     "nothing to do": ({"methods": None, "task": None, "data": None, **dict.fromkeys(SHORT), "forgetting-data": None}, "needs --adapter and --prompt"),
 }  # fmt: skip
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_read(shop, capsys):
+    (shop.folder / "file").write_text("")
+    (shop.folder / "folder.md").mkdir()
+    for change in ({"results": shop.folder / "file" / "r.jsonl"}, {"results": shop.folder / "folder.md"}, {"out": shop.folder / "folder.md"},
+                   {"out": shop.folder / "file" / "t.md"}):  # fmt: skip
+        check_refusal(shop.compare(data="nowhere.csv", **change), capsys, "could not save anything to ")
 
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)

@@ -9,7 +9,7 @@ from lora_lab import LoraLabError
 from lora_lab.comparison import ForgettingProbe, Results, Study, table
 from lora_lab.comparison.methods import Method, Taught
 from lora_lab.comparison.table import markdown, text
-from lora_lab.tasks.base import spread
+from lora_lab.tasks import Way
 from lora_lab.training.guards import Diverged
 
 
@@ -130,10 +130,30 @@ def test_examples_that_leave_no_room_are_not_chosen(tmp_path):
     assert "the model's context is 160" in failed[0] and failed[1] is None and table(study, ["few-shot"])[2][-1] == "shots 1"
 
 
-def test_rows_of_a_choice_are_spread_over_the_training_rows(tmp_path):
+def test_examples_that_leave_another_seeds_test_no_room_are_not_chosen(tmp_path, monkeypatch):
+    """The first seed's would do, and the second's fail after all choices were made."""
+    bench = workbench(tmp_path, lambda: decoder(max_position_embeddings=160), shots=(3, 1))
+    monkeypatch.setattr(bench.reader, "few", lambda rows, count, seed: Way(bench.reader.way.words, tuple(rows[: count if seed else 1])))
+    study = Study(bench, "tiny", seeds=(0, 1))
+    study.run("few-shot")
+    failed = [record["failed"] for record in study.results.of(method="few-shot", stage="validation")]
+    assert "show fewer (--shots), or leave longer rows out (--max-length)" in failed[0] and study.chosen(study.methods["few-shot"]) == {"shots": 1}
+
+
+def test_the_only_choice_is_refused_at_once_where_a_seeds_test_has_no_room(tmp_path, monkeypatch):
+    bench = workbench(tmp_path, lambda: decoder(max_position_embeddings=160), shots=(3,))
+    monkeypatch.setattr(bench.reader, "few", lambda rows, count, seed: Way(bench.reader.way.words, tuple(rows[: count if seed else 1])))
+    study = Study(bench, "tiny", seeds=(0, 1))
+    with pytest.raises(LoraLabError, match="the model's context is 160"):
+        study.run("few-shot")
+    assert not study.results.records
+
+
+def test_rows_of_a_choice_have_the_classes_of_the_training_rows(tmp_path):
+    """They alternate: every second would be of one class."""
     study = Study(workbench(tmp_path), "tiny", sweep_rows=4)
-    train = study.bench.material.train
-    assert list(study.rows("validation")) == [train[index] for index in spread(len(train), 4)] and study.rows("test") is train
+    train, some = study.bench.material.train, list(study.rows("validation"))
+    assert sorted(row["label"] for row in some) == [0, 0, 1, 1] and all(row in train for row in some) and study.rows("test") is train
 
 
 # The table --------------------------------------------------------------------------------------------------------------------

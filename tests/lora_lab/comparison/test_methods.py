@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinions, t5, workbench
 
-from lora_lab import inject
+from lora_lab import checkpoint, inject, models
 from lora_lab.comparison import METHODS, Study, table
 from lora_lab.comparison.forgetting import forgetting_probe, own_nearest, pooled
 from lora_lab.comparison.methods import LoRAMethod, Method
@@ -72,6 +73,19 @@ def test_memory_is_predicted_as_it_is_measured(tmp_path, kind, name, within):
     bench, method = workbench(tmp_path, KINDS[kind]), {**METHODS, **PROMPTS}[name]
     taught = method.teach(bench, bench.material.train, method.choices(bench)[0], 0, measure=True)
     assert taught.memory.predicted == pytest.approx(taught.memory.measured, rel=within) and taught.memory.measured > 10_000
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_model_is_written_once_to_know_its_size(tmp_path, monkeypatch, name):
+    """Which is the same for every choice."""
+    bench, method, written, save = workbench(tmp_path), METHODS[name], [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **given: written.append(path.name) or save(path, **given))
+    taught = [method.teach(bench, bench.material.train, choice, 0) for choice in method.choices(bench)]
+    file = next(each for each in written if each.endswith("model.safetensors"))
+    (models.save if name == "full" else checkpoint.save)(taught[-1].model, tmp_path / "saved")
+    monkeypatch.undo()
+    assert {each.file_bytes for each in taught} == {(tmp_path / "saved" / file).stat().st_size}
+    assert len(bench.file_bytes) == 1
 
 
 def test_measuring_leaves_no_trace(tmp_path):

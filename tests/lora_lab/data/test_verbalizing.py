@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
-from tiny_workshop import END, chat_tokenizer, ids, our_llama
+import tokenizers
+from tiny_workshop import BOS, END, EOS, chat_tokenizer, ids, our_llama, plain_tokenizer
 
 from lora_lab import LoraLabError
 from lora_lab.data import Rows, filled, verbalize
 from lora_lab.data.objectives import objective_of
 from lora_lab.data.seq2seq import encode_answers
+from lora_lab.data.verbalizing import one_begins_another, read_ids
 from lora_lab.training import TrainConfig, evaluate, score_choices
 
 TOKENIZER, TEMPLATE, ANSWERS = chat_tokenizer(), "Review: {text}\nSentiment:", [" bad", " good"]
@@ -34,6 +36,29 @@ def test_the_loss_is_what_score_choices_scores():
     expected = -float(scores[0, 0] + scores[1, 1]) / tokens
     loss = evaluate(model, objective_of(model).encode(rows, TOKENIZER, None), TrainConfig(progress=False))
     assert math.isclose(loss, expected, rel_tol=1e-5)
+
+
+def beginning_tokenizer():
+    """As Llama's: every text begins with <s>, unless it is told not to."""
+    tokenizer = plain_tokenizer()
+    tokenizer.backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return tokenizer
+
+
+def test_a_text_begins_as_the_tokenizer_begins_every_text():
+    """Once, also where the template says so itself; never where the tokenizer does not do so unasked."""
+    for template, tokenizer, begin in ((TEMPLATE, beginning_tokenizer(), [BOS]), ("<s>" + TEMPLATE, beginning_tokenizer(), [BOS]),
+                                       (TEMPLATE, plain_tokenizer(), [])):  # fmt: skip
+        read = read_ids(filled(template, ROWS[1]), tokenizer)
+        assert read == [*begin, *ids("Review: fine\nSentiment:")]
+        assert verbalize(ROWS, tokenizer, template, ANSWERS)[1]["input_ids"] == [*read, *ids(" good"), EOS]
+
+
+@pytest.mark.parametrize(("answers", "expected"), [
+    ([" billing", " billing dispute"], True), ([" billing dispute", " billing"], True), ([" bad", " good"], False), ([" no", " none", " x"], True),
+])  # fmt: skip
+def test_answers_of_which_one_begins_another_are_known(answers, expected):
+    assert one_begins_another(answers, TOKENIZER) == expected
 
 
 def test_a_label_is_a_number_or_the_answer_itself():

@@ -6,7 +6,7 @@ import pytest
 
 from lora_lab import LoraLabError
 from lora_lab.data.tables import Table, classes_of, columns_of
-from lora_lab.data.tables.labels import without_secret
+from lora_lab.data.tables.labels import Classes, in_the_order_of, without_secret
 from lora_lab.tasks.base import CHATS, INSTRUCTIONS
 from lora_lab.tasks.material import TASKS
 
@@ -125,13 +125,34 @@ def test_names_go_to_numbers_in_the_numbers_order_and_to_words_by_name():
     assert classes_of([5, 1, 3], ["bad", "fair", "good"]).of == {"1": 0, "3": 1, "5": 2}
     named = classes_of(["joy", "anger"], ["joy", "anger"])
     assert named.names == ("joy", "anger") and named.of == {"joy": 0, "anger": 1}
-    assert classes_of(["a", "b"], ["first", "second"]).of == {"a": 0, "b": 1}
+    assert classes_of(["neg", "pos"], ["positive", "negative"]).of == {"neg": 1, "pos": 0}
+    assert classes_of(["Bad", "good", "neutral"], ["neu", "pos", "neg"]).of == {"bad": 2, "good": 1, "neutral": 0}
+
+
+def test_labels_have_the_names_that_are_given_one_by_one():
+    """Several labels may be one class; a label may have the sign in itself."""
+    assert classes_of(["a", "b"], ["b=first", "a=second"]) == Classes(("first", "second"), {"b": 0, "a": 1})
+    assert classes_of([1, 2, 3], ["1=bad", "2=bad", "3=good"]).of == {"1": 0, "2": 0, "3": 1}
+    assert classes_of([">=3", "<3"], [">=3=good", "<3=bad"]).of == {">=3": 0, "<3": 1}
+    assert classes_of([">=3", "<=3"], ["<=3", ">=3"]).names == ("<=3", ">=3")
+
+
+def test_classes_of_an_earlier_run_keep_their_order():
+    earlier = classes_of(["fine", "poor"], ["fine", "poor"])
+    assert in_the_order_of(earlier, classes_of(["fine", "poor"], ["poor", "fine"])) == earlier
+    assert in_the_order_of(earlier, classes_of([1, 2], ["poor", "fine"])).of == {"fine": 0, "poor": 1, "1": 1, "2": 0}
+    with pytest.raises(LoraLabError, match="--labels poor great: 'great' is none of the classes that the adapter was taught, fine, poor"):
+        in_the_order_of(earlier, classes_of([1, 2], ["poor", "great"]))
 
 
 @pytest.mark.parametrize(("cells", "names", "message"), [
     ([1, 1], None, r"1 different values \(1\): expected 2 to 50 classes"), ([None, ""], None, "0 different values"),
     (range(60), None, "60 different values"), ([1, 2, 3, 4, 5], None, "labels are 1, 2, 3, 4, 5: --labels says what they are called"),
-    ([0, 1], ["a", "b", "c"], "3 names, the labels are 0, 1"), ([0, 1], ["a", "a"], "no name twice"), (["x", 3, 3], None, "--labels says"),
+    ([0, 1], ["a", "b", "c"], "3 names, the labels are 0, 1"), ([0, 1], ["a", "a"], "no name twice"),
+    (["x", 3, 3], None, r"--labels says .*label=name for each \(3=... x=...\)"),
+    (["a", "b"], ["first", "second"], "the labels are a, b, and which of them has which name is not plain.*label=name for each \\(a=first ...\\)"),
+    (["joy", "pos"], ["pos", "anger"], "which of them has which name is not plain"), (["x", 3, 3], ["few", "many"], "is not plain"),
+    ([0, 1], ["0=a"], "the label '1' has no name"), ([0, 1], ["0=a", "1=a"], "two names at least"), ([0, 1], ["0=a", "1=b", "1=c"], "once for each"),
 ])  # fmt: skip
 def test_labels_that_say_too_little_are_refused(cells, names, message):
     with pytest.raises(LoraLabError, match=message):

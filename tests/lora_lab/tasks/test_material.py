@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinions, t5, table
 
 from lora_lab import LoraLabError
 from lora_lab.data import load
 from lora_lab.data.formats import BUNDLED
+from lora_lab.data.tables import Classes
 from lora_lab.tasks import gather, preview
 
 PARTS = ("train", "validation", "test")
@@ -93,12 +96,65 @@ def test_too_few_rows_are_not_divided(tmp_path):
         gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct(2)))
 
 
-def test_rows_are_limited_evenly_over_the_file(tmp_path):
-    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct(30)), wanted=()).first(all=3)
-    assert [row["text"] for row in material.part("all")] == ["text 0", "text 10", "text 20"]
+def test_a_limit_takes_each_classs_share_in_whatever_order_the_rows_stand(tmp_path):
+    """Every n-th row of a file that alternates would be of one class. A few rows are among the more, and a rare class is there."""
+    rows = [{"text": f"text {number}", "label": "rare" if number == 50 else ("no", "yes")[number % 2]} for number in range(120)]
+    whole = gather("sentiment", jsonl(tmp_path / "a.jsonl", rows), wanted=())
+    few, more = ([row["text"] for row in whole.first(all=count).part("all")] for count in (8, 60))
+    labels = Counter(row["label"] for row in whole.first(all=60).part("all"))
+    assert labels == {0: 30, 1: 1, 2: 29} or labels == {0: 29, 1: 1, 2: 30}
+    assert {*few} < {*more} and more == sorted(more, key=lambda text: int(text.split()[1]))
+    again = gather("sentiment", jsonl(tmp_path / "b.jsonl", rows[::-1]), wanted=()).first(all=8)
+    assert {row["text"] for row in again.part("all")} == {*few}
+
+
+def test_rows_without_classes_are_limited_by_their_texts_and_of_one_text_first_one(tmp_path):
+    """The bundled reviews are positive, neutral, negative, and again: each third would be of one kind."""
+    kinds = Counter(row["instruction"].split()[2] for row in gather("reviews", "reviews", wanted=()).first(all=48).part("all"))
+    assert {*kinds} == {"positive", "neutral", "negative"} and min(kinds.values()) >= 8
+    thrice = [{**row, "summary": f"{row['summary']} {number}"} for row in dialogues(9) for number in range(3)]
+    some = gather("summarization", jsonl(tmp_path / "d.jsonl", thrice), wanted=()).first(all=9).part("all")
+    assert len({row["dialogue"] for row in some}) == 9
+
+
+def test_a_class_that_nothing_is_trained_of_is_noted(tmp_path):
+    """Two rows of one are the test's and the validation's."""
+    rows = [*distinct(40), {"text": "rare", "label": 2}, {"text": "rare, too", "label": 2}]
+    material = gather("sentiment", jsonl(tmp_path / "a.jsonl", rows))
+    assert "no training row is positive: all 2 are held back, so it cannot be learned" in material.notes
+    assert not any("no training row" in note for note in gather("sentiment", jsonl(tmp_path / "b.jsonl", distinct(40))).notes)
+
+
+def test_a_source_of_its_own_without_a_usable_row_is_refused(tmp_path):
+    """A tenth of the training rows would stand in its place."""
+    other = jsonl(tmp_path / "other.jsonl", [{"text": "", "label": 1}, {"text": "x", "label": "unheard of"}])
+    with pytest.raises(LoraLabError, match="no row of .*other.jsonl can be used: 1 no text, 1 the label 'unheard of' is none of the classes"):
+        gather("sentiment", jsonl(tmp_path / "a.jsonl", distinct()), classes=Classes(("0", "1"), {"0": 0, "1": 1}), parts={"test": other})
+
+
+def test_what_is_made_of_the_training_rows_is_known(tmp_path):
+    path, other = jsonl(tmp_path / "a.jsonl", distinct()), jsonl(tmp_path / "b.jsonl", [{"text": "c", "label": 0}, {"text": "d", "label": 1}])
+    assert {*gather("sentiment", path).made} == {"test", "validation"}
+    assert gather("sentiment", path, parts={"test": other}).made == ("validation",)
+    assert gather("sentiment", path, parts={"validation": other}, wanted=("train", "validation")).made == ()
 
 
 # Rows -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_reviews_have_the_names_that_are_given(tmp_path):
+    rows = [{"product": f"hat {number}", "review": f"fits {number}", "rating": 1 + number % 2} for number in range(4)]
+    path = jsonl(tmp_path / "r.jsonl", rows)
+    asked = [row["instruction"] for row in gather("reviews", path, labels=["bad", "good"], wanted=()).part("all")]
+    assert asked == ["Write a bad review of the following product.", "Write a good review of the following product."] * 2
+    with pytest.raises(LoraLabError, match="the label is a number, expected a word such as positive \\(--labels says"):
+        gather("reviews", path)
+
+
+def test_names_of_classes_are_refused_where_there_are_none(tmp_path):
+    for task, rows in (("summarization", dialogues()), ("instruction", instructions()), ("reviews", instructions())):
+        with pytest.raises(LoraLabError, match=f"--labels a b: these rows of --task {task} have no classes"):
+            gather(task, jsonl(tmp_path / "r.jsonl", rows), labels=["a", "b"])
 
 
 def test_what_cannot_be_learned_from_is_dropped_and_counted_by_reason(tmp_path):

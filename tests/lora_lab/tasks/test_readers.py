@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import tokenizers
 import torch
 from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinions, plain_decoder, t5
-from tiny_workshop import EOS, ids
+from tiny_workshop import BOS, END, EOS, ids
 
 from lora_lab import LoraLabError, inject, models
 from lora_lab.data import encode_rows, prompt_of
@@ -52,11 +53,33 @@ def test_what_is_learned_is_the_word_of_the_class(tmp_path):
     assert bytes(example["input_ids"]).decode() == f"Review: {rows[1]['text']}\nSentiment: positive" and bytes(learned) == b" positive"
 
 
+def test_a_class_whose_name_begins_anothers_is_taught_and_scored_with_its_end(tmp_path):
+    """Of " pay" and " payback" the longer is never the likelier without."""
+    rows = [{"text": ("aaaa", "zzzz")[number % 2] + str(number), "label": ("pay", "payback")[number % 2]} for number in range(8)]
+    reader, model, rows = reading(tmp_path, "sentiment", decoder(), rows)
+    answers, learned = [" pay", " payback"], [label for label in reader.examples(rows)[1]["labels"] if label != -100]
+    expected = score_choices(model, reader.questions(rows), reader.tokenizer, answers, end=True, **QUIET)
+    assert learned == [*b" payback", END]
+    torch.testing.assert_close(reader.answered(model, rows, None), expected, rtol=1e-5, atol=1e-4)
+    assert reader.longest(rows) == max(len(example["input_ids"]) for example in reader.examples(rows))
+    fit(model, reader.examples(rows), {"max_steps": 60, "learning_rate": 1e-2, **QUIET})
+    assert reader.score(model, rows) == 1.0
+
+
+def test_a_causal_models_text_begins_as_its_tokenizer_begins_every_text(tmp_path):
+    model, tokenizer = plain_decoder()
+    tokenizer.backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    reader, _, rows = reading(tmp_path, "sentiment", (model, tokenizer))
+    assert reader.questions(rows)[0] == [BOS, *ids(f"Review: {rows[0]['text']}\nSentiment:")] and reader.examples(rows)[0]["input_ids"][0] == BOS
+
+
 def test_an_encoder_decoder_reads_the_text_and_writes_the_word(tmp_path):
     reader, model, rows = reading(tmp_path, "sentiment", t5())
     example = reader.examples(rows)[0]
     assert bytes(example["input_ids"]).decode() == f"sst2 sentence: {rows[0]['text']}" and example["labels"] == [*b"negative", EOS]
-    assert 0 <= reader.score(model, rows) <= 1
+    expected = score_choices(model, [reader.tokenizer.encode(f"sst2 sentence: {row['text']}") for row in rows], reader.tokenizer,
+                             ["negative", "positive"], end=True, **QUIET)  # fmt: skip
+    torch.testing.assert_close(reader.answered(model, rows, None), expected, rtol=1e-5, atol=1e-4)  # scored with the end that it was taught
 
 
 def test_shots_stand_before_the_text_with_their_answers_and_are_balanced(tmp_path):
@@ -104,6 +127,13 @@ def test_features_are_made_once_for_several_heads(tmp_path, monkeypatch):
     first = reader.prepared(model, rows).classifier.weight.clone()
     monkeypatch.setattr("lora_lab.tasks.sentiment.embed", None)
     assert torch.equal(reader.prepared(encoder()[0], rows).classifier.weight, first)
+
+
+def test_a_probe_of_some_rows_has_seen_every_class(tmp_path, monkeypatch):
+    """The opinions alternate: every second is of one class."""
+    monkeypatch.setattr("lora_lab.tasks.sentiment.MOST_PROBED", 15)
+    reader, model, rows = reading(tmp_path, "sentiment", encoder())
+    assert reader.score(reader.prepared(model, rows), rows) > 0.8
 
 
 def test_the_whole_classifier_learns_and_saves_with_its_adapter(tmp_path):

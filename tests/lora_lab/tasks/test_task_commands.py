@@ -13,8 +13,11 @@ from task_tools import decoder, dialogues, encoder, instructions, jsonl, opinion
 
 import lora_lab
 import lora_lab.__main__
+from lora_lab.files import in_use
 from lora_lab.tasks import gather
 from lora_lab.tasks.record import RECORD
+from lora_lab.tasks.sentiment import Words
+from lora_lab.training.snapshots import Snapshot
 
 
 class Shop(Folder):
@@ -121,6 +124,63 @@ def test_the_command_that_evaluates_is_told_with_rows_that_were_not_trained_on(s
         capsys.readouterr()
 
 
+def test_rows_that_were_trained_on_are_no_test(shop, capsys):
+    """With other held-out rows nothing of --data is held back, whatever a new division of it says."""
+    other = jsonl(shop.folder / "other.jsonl", [{"Review Text": f"{stars} cat", "Stars": stars} for stars in ("fine", "poor")])
+    named = {"label-column": "Stars"}
+    assert shop.finetune(**{"eval-data": other, **named}) == 0
+    for split in ("test", "validation"):
+        message = f"the {split} rows of .*opinions.csv would be rows that .*out was trained on"
+        check_refusal(shop.evaluate(adapter=shop.out, split=split, **named), capsys, message)
+    assert shop.evaluate(adapter=shop.out, split="all", **named) == shop.evaluate(adapter=shop.out, split="all", data=other, **named) == 0
+    record = json.loads((shop.out / RECORD).read_text())
+    (shop.out / RECORD).write_text(json.dumps({name: record[name] for name in ("task", "words", "columns", "classes")}))  # as of an older version
+    assert shop.evaluate(adapter=shop.out, **named) == 0
+
+
+def test_classes_keep_their_order_whatever_they_are_called_later(shop, capsys):
+    assert shop.finetune(model=shop.encoder, **{"label-column": "Stars", "labels": ["fine", "poor"]}) == 0
+    scores = []
+    for labels in (None, ["fine", "poor"], ["poor", "fine"]):
+        capsys.readouterr()
+        assert shop.evaluate(model=shop.encoder, adapter=shop.out, **{"label-column": "Stars", "labels": labels}) == 0
+        scores.append(capsys.readouterr().out)
+    assert scores[0] == scores[1] == scores[2]
+    others = {"label-column": "Stars", "labels": ["fine=great", "poor=dull"]}
+    check_refusal(shop.evaluate(model=shop.encoder, adapter=shop.out, **others), capsys, "'great' is none of the classes that the adapter")
+
+
+def test_no_record_of_an_earlier_adapter_stays_beside_another(shop):
+    rows = jsonl(shop.folder / "rows.jsonl", instructions(6))
+    assert shop.finetune(**{"label-column": "Stars"}) == 0 and (shop.out / RECORD).exists()
+    assert shop.finetune(task=None, data=rows) == 0 and not (shop.out / RECORD).exists()
+
+
+def test_what_was_understood_is_told_before_it_is_computed_and_no_other_row_is_read(shop, capsys, monkeypatch):
+    """--limit 2 is of the test rows alone."""
+    said, counted, scores, examples = [], [], Words.scores, Words.examples
+    monkeypatch.setattr(Words, "scores", lambda *given: said.append(capsys.readouterr().out) or scores(*given))
+    monkeypatch.setattr(Words, "examples", lambda reader, rows: counted.append(len(rows)) or examples(reader, rows))
+    assert shop.evaluate(limit=2, **{"label-column": "Stars"}) == 0
+    assert "test rows: 2, fp32" in said[0] and "the first row as the model reads it" in said[0] and counted == [2]
+
+
+def test_counting_and_embedding_show_how_far_they_are(shop, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lab.tasks.material.PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("lora_lab.models.embedding.PATIENCE_SECONDS", 0)
+    assert shop.finetune(model=shop.encoder, **{"label-column": "Stars"}) == 0
+    shown = capsys.readouterr().err
+    assert "count tokens: " in shown and "embed: " in shown
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(shop, monkeypatch):
+    """Whatever is faster at the moment."""
+    given = {"label-column": "Stars", "save-every": 1, "precision": "auto"}
+    for fastest in ("fp32", "bf16-mixed"):
+        monkeypatch.setattr("lora_lab.training.fastest_precision", lambda device, fastest=fastest: fastest)
+        assert shop.finetune(resume=True if fastest == "bf16-mixed" else None, **given) == 0
+
+
 def test_the_words_that_are_asked_in_can_be_chosen_and_are_remembered(shop, capsys):
     assert shop.finetune(template="{text} Verdict:", **{"label-column": "Stars"}) == 0
     assert shop.evaluate(adapter=shop.out, **{"label-column": "Stars"}) == 0
@@ -161,6 +221,23 @@ def test_an_evaluation_that_makes_no_sense_is_refused(shop, capsys):
                             ({"task": None, "split": "test", "data": jsonl(shop.folder / "r.jsonl", instructions(3))}, "--split test needs --task"),
                             ({"task": "summarization"}, "--task sentiment")):  # fmt: skip
         check_refusal(shop.evaluate(**change), capsys, message)
+
+
+def test_an_adapter_that_is_not_there_is_told_before_anything_is_scored(shop, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lab.models.load", None)
+    for changes in ({}, {"task": None, "data": jsonl(shop.folder / "r.jsonl", instructions(3))}):
+        named = {"label-column": "Stars"} if not changes else {}
+        check_refusal(shop.evaluate(adapter=shop.folder / "typo", **named, **changes), capsys, "typo' does not exist")
+
+
+def test_a_run_that_was_stopped_is_told_before_anything_is_read(shop, capsys, monkeypatch):
+    """And one that still trains there, too."""
+    (shop.out / "snapshots" / "step-000002").mkdir(parents=True)
+    monkeypatch.setattr("lora_lab.training.snapshots._read", lambda folder: Snapshot({}, {"step": 2, "steps": 4}))
+    check_refusal(shop.finetune(data="nowhere.csv"), capsys, "holds a run that was stopped after step 2 of 4: the same command with --resume")
+    check_refusal(shop.finetune(data="nowhere.csv", resume=True), capsys, "no data at 'nowhere.csv'")
+    with in_use(shop.out, "trains"):
+        check_refusal(shop.finetune(data="nowhere.csv", resume=True), capsys, "another process trains in")
 
 
 def test_an_adapter_of_another_task_is_refused(shop, capsys):
