@@ -56,7 +56,8 @@ def communication_bytes(parallel: Parallel, blocks: Sequence[int], rest: int, tr
 
     blocks: weights of each block. rest: weights outside of blocks (embedding, last norm, head). trained: trained weights. itemsize: bytes of
     each in the exchange.
-    Without ZeRO and in stage 1, DistributedDataParallel keeps its buckets, a second copy of all gradients (gradient_as_bucket_view=False).
+    Without ZeRO and in stage 1, DistributedDataParallel keeps its buckets, a second copy of all gradients (gradient_as_bucket_view=False, PyTorch's
+    default; lora_lab's gradients are views of them, see simulate.py).
     In stage 2 the gradients of one block wait to be divided. In stage 3 the block at work and the next one are there whole, so is the
     rest from the first use to the last (FSDP2's root group), and the gradients of a block as in stage 2.
     Source: torch.nn.parallel.DistributedDataParallel and torch.distributed.fsdp.fully_shard, PyTorch 2.13.

@@ -109,19 +109,22 @@ class Leaf:
     """The end of the graph at a trained parameter: the first gradient to arrive becomes ``.grad``, later ones are added into it.
 
     shards: devices among which gradients are divided as they arrive; one part stays. applied: the optimizer uses a gradient the moment it
-    arrives (optimizer step in backward), and it is gone; scratch: bytes that this takes meanwhile.
+    arrives (optimizer step in backward), and it is gone; scratch: bytes that this takes meanwhile. bucketed: the gradient goes into a bucket
+    that is there all the time.
     """
 
-    __slots__ = ("applied", "grad", "scratch", "shards")
+    __slots__ = ("applied", "bucketed", "grad", "scratch", "shards")
 
     def __init__(self, shards: int = 1, applied: bool = False) -> None:
-        self.shards, self.applied, self.scratch = shards, applied, 0
+        self.shards, self.applied, self.scratch, self.bucketed = shards, applied, 0, False
         self.grad: Storage | None = None
 
     def accumulate(self, grad: Sized) -> None:
         if self.grad is not None:
             return
-        if self.shards == 1:
+        if self.bucketed:
+            self.grad = Storage(grad.storage.ledger, 0, "gradients")
+        elif self.shards == 1:
             self.grad = grad.storage
             self.grad.move("gradients")
         else:

@@ -52,6 +52,21 @@ def test_without_zero_every_device_holds_everything_and_ddp_a_second_copy_of_the
     assert together.total - alone.total == 4 * N
 
 
+@pytest.mark.parametrize(("method", "itemsize"), [("full", 4), ("lora", 4)])
+def test_buckets_are_of_the_numbers_that_train_and_in_this_library_they_are_the_gradients(method: str, itemsize: int) -> None:
+    """An adapter's are float32 over a 16-bit base. lora_lab's DDP has gradient_as_bucket_view=True: no copy, and none freed after the step."""
+    for implementation in ("transformers", "lora_lab"):
+        request = {"method": method, "implementation": implementation, "sequence_length": 64}
+        alone, together = (predict("llama-2-7b", precision="bf16-mixed", world_size=devices, **request) for devices in (1, 8))
+        bucket = itemsize * alone.trained
+        assert together.phases["load"] - alone.phases["load"] == bucket
+        if implementation == "transformers":
+            assert together.total - alone.total == bucket
+        else:  # in the step all gradients are there in any case, before it they are now
+            assert together.phases["optimizer step"] == alone.phases["optimizer step"]
+            assert together.phases["forward"] - alone.phases["forward"] == bucket
+
+
 def test_stage_3_holds_two_gathered_blocks_the_rest_and_a_block_of_gradients() -> None:
     block, rest, trained = 202_383_360, 262_148_096, N
     assert 32 * block + rest == N

@@ -405,7 +405,7 @@ def test_early_stopping_ends_the_run_and_keep_best_the_weights_of_the_best_evalu
         kept[len(kept)] = weights(model)
         return next(losses)
 
-    monkeypatch.setattr("lora_lab.training.loop.evaluate", evaluated)
+    monkeypatch.setattr("lora_lab.training.loop.mean_loss", evaluated)
     config = {**settings(tmp_path), "eval_every": 1, "early_stopping": 3, "keep_best": True}
     result = fit(model, ROWS, config, eval_data=HELD_OUT)
     assert result.stopped_early and result.steps == 4 and result.best_step == 1 and result.eval_losses == [3.0, 2.0, 2.5, 2.4, 2.3]
