@@ -16,7 +16,7 @@ from .errors import LoraLabError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
-WRAPPERS = {"DistributedDataParallel": "module", "FullyShardedDataParallel": "", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
 
 
 def base_of(model: Any) -> Any:
@@ -42,12 +42,12 @@ def refuse_wrapped(model: nn.Module, verb: str) -> None:
     `model.compile()` wraps nothing and is welcome at any time; known by name, as importing them costs more than this whole package.
     """
     for path, module in model.named_modules():
+        where = f"layer {path!r} is" if path else "this is"
+        if "FullyShardedDataParallel" in _names(module):
+            raise LoraLabError(f"{verb}: {where} torch's FullyShardedDataParallel, which takes the parameters out of their layers: divide the model "
+                               "with fully_shard (FSDP2) instead, which lora_lab.training.shard does")  # fmt: skip
         for name in _names(module):
             if name in WRAPPERS:
-                where = f"layer {path!r} is" if path else "this is"
-                if name == "FullyShardedDataParallel":
-                    raise LoraLabError(f"{verb}: {where} torch's {name}, which takes the parameters out of their layers: divide the model with "
-                                       "fully_shard (FSDP2) instead, which lora_lab.training.shard does")  # fmt: skip
                 raise LoraLabError(f"{verb}: {where} torch's {name}, whose layers have other names; call {verb} with the model inside "
                                    f"(.{WRAPPERS[name]}), and for new adapters before it is wrapped (model.compile() wraps nothing)")  # fmt: skip
 

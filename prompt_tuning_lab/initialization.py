@@ -143,7 +143,7 @@ def check_words(start: Start) -> None:
     """Raise LoraLabError where a text or labels are given and would not be read, or are lacking."""
     for name in ("text", "labels"):
         value = getattr(start, name)
-        if (value is not None) != (start.init == name):
+        if (value is not None) != (isinstance(start.init, str) and start.init == name):
             raise LoraLabError(f"init={_brief(start.init)} with {name}={value!r:.40}: {name} belongs to init={name!r}, and that needs it")
 
 

@@ -90,8 +90,8 @@ def eject(prompted: PromptedModel) -> nn.Module:
     if lora_layers(prompted.base):
         raise LoraLabError("eject: the base has LoRA layers, too, which would be left on a base that trains: call lora_lab.eject(prompted) first")
     training, trained = prompted.base_began
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    for name, parameter in prompted.base.named_parameters():
+        parameter.requires_grad_(name in trained)
     return prompted.base.train(training)
 
 

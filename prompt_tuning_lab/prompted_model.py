@@ -54,7 +54,7 @@ class PromptedModel(nn.Module):
         self.active: str | None = None
         self.rows: tuple[str | None, ...] | None = None
         self.inner_kind = base_kind(self.backbone) if self.kind.backbone else self.kind
-        self.base_began = base.training, [parameter for parameter in base.parameters() if parameter.requires_grad]  # for `eject`
+        self.base_began = base.training, frozenset(name for name, parameter in base.named_parameters() if parameter.requires_grad)  # for `eject`
         base.requires_grad_(False)
         self.train(base.training)
 
@@ -194,8 +194,14 @@ class PromptedModel(nn.Module):
 
     def _made(self, chosen: list[Prompt], inputs: dict[str, Any]) -> list[Tensor]:
         """What each inserts. Where a cache has it already only its shape is asked for, and no network makes it anew for every word."""
-        cached = not self.inner_kind.encodes and (has_read(inputs) or cache_length(inputs.get("past_key_values")) > 0)
-        return [self._shape_alone(prompt) if cached and prompt.hidden_size is not None else prompt() for prompt in chosen]
+        return [self._shape_alone(prompt) if prompt.hidden_size is not None and self._has_read(prompt, inputs) else prompt() for prompt in chosen]
+
+    def _has_read(self, prompt: Prompt, inputs: dict[str, Any]) -> bool:
+        """An encoder-decoder has rows in its encoder_outputs; a prefix is in the decoder's cache as well."""
+        begun = has_read(inputs) or cache_length(inputs.get("past_key_values")) > 0
+        if not self.inner_kind.encodes:
+            return begun
+        return inputs.get("encoder_outputs") is not None and (begun or prompt.method != "prefix")
 
     def _shape_alone(self, prompt: Prompt) -> Tensor:
         """Zeros that take no memory, [P, H] or of a prefix [L, 2, P, N, D]."""

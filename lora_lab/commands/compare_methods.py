@@ -135,8 +135,11 @@ def _longest(options: argparse.Namespace, model: Any, names: Sequence[str]) -> i
     """Tokens of a row that all methods can read: a prompt's virtual tokens take some of the context."""
     from ..models.base import context_of, longest_row
 
-    context = context_of(model) if "prompt" in names else None
-    return longest_row(model, options.max_length, None if context is None else context - (options.num_virtual_tokens or VIRTUAL_TOKENS))
+    context, virtual = context_of(model) if "prompt" in names else None, options.num_virtual_tokens or VIRTUAL_TOKENS
+    if context is not None and virtual >= context:
+        raise LoraLabError(f"--num-virtual-tokens {virtual}: the model's context is {context}, which leaves no room for a row; lower it, or leave "
+                           "prompt out of --methods")  # fmt: skip
+    return longest_row(model, options.max_length, None if context is None else context - virtual)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -126,7 +126,7 @@ def _accuracy(model: Any, rows: Any, tokenizer: Any, options: argparse.Namespace
         choices, labels = _choices(rows, options)
         encodes = is_encoder_decoder(model)
         prompts = [_prompt(row, options.template or "{text}", with_tokenizer(options, tokenizer), encodes) for row in rows]
-        end = tokenizer.eos_token_id is not None and one_begins_another(choices, tokenizer, encodes)
+        end = tokenizer.eos_token_id is not None and (encodes or one_begins_another(choices, tokenizer))
         predictions = best_choices(score_choices(model, prompts, tokenizer, choices, normalise=options.normalise, end=end, **settings))
     score = f1(predictions, labels)
     return {"accuracy": accuracy(predictions, labels), "F1 (macro)": score.macro}

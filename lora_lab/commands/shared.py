@@ -78,16 +78,8 @@ def _precision_in(folder: Path | None) -> str | None:
     from ..training import snapshots
     from ..training.precision import PRECISIONS
 
-    if folder is None or not snapshots.any_in(folder):
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # going on will tell
-        try:
-            settings = snapshots.newest(folder).state.get("settings")
-        except LoraLabError:
-            return None
-    found = settings.get("precision") if isinstance(settings, dict) else None
-    return found if found in PRECISIONS else None
+    found = None if folder is None else snapshots.settings_said(folder).get("precision")
+    return found if found in [*PRECISIONS] else None
 
 
 def _check_device(device: str | None) -> None:

@@ -46,7 +46,8 @@ class Study:
         method = self.methods[name]
         choice = self.chosen(method)
         self._check_read_once(method, choice)
-        self._check_tests_fit(method, choice)
+        if any(self.setting(method, "test", choice, seed) not in self.results for seed in self.seeds_of(method)):
+            self._check_tests_fit(method, choice)
         for seed in self.seeds_of(method):
             self.once(method, self.setting(method, "test", choice, seed), measure=seed == self.seeds[0])
 
@@ -70,8 +71,12 @@ class Study:
 
     def setting(self, method: Method, stage: str, choice: Choice, seed: int) -> Setting:
         """All that a result depends on."""
-        return {"model": self.name, "method": method.name, "stage": stage, "choice": choice, "seed": seed, "taught_rows": len(self.rows(stage)),
+        return {"model": self.name, "method": method.name, "stage": stage, "choice": choice, "seed": seed, "taught_rows": self._count(stage),
                 **self.bench.facts}  # fmt: skip
+
+    def _count(self, stage: str) -> int:
+        train = len(self.bench.material.train)
+        return min(train, self.sweep_rows) if stage == "validation" and self.sweep_rows is not None else train
 
     def rows(self, stage: str) -> Table:
         """For training. Which choice is best is asked of some of them."""
@@ -141,8 +146,9 @@ class Study:
 
     def _check_room(self, limit: int | None, rows: Rows, way: Way | None) -> None:
         if limit is not None and (tokens := self.bench.reader.longest(rows, way)) > limit:
-            raise DoesNotFit(f"{tokens} tokens with what is shown before the longest row, the model's context is {limit}: show fewer (--shots), or "
-                             "leave longer rows out (--max-length)")  # fmt: skip
+            shown, fewer = (" with what is shown before it", "show fewer (--shots), or ") if way is not None and way.shots else ("", "")
+            raise DoesNotFit(f"the longest row has {tokens} tokens{shown}, the model's context is {limit}: {fewer}leave longer rows out "
+                             "(--max-length)")  # fmt: skip
 
     def _check_read_once(self, method: Method, choice: Choice) -> None:
         """A second look at the test rows, for another choice, would choose by them."""

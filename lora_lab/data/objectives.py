@@ -110,7 +110,7 @@ class ClassificationObjective(Objective):
 
 
 def objective_of(model: nn.Module) -> Objective:
-    """What a model, ours or transformers', by the name of its class.
+    """What a row is to a model, ours or transformers', by the name of its class.
 
     Raises LoraLabError for one that `fit` does not train: it would take the labels for something else, without a word.
     """

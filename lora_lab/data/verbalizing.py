@@ -40,11 +40,12 @@ def verbalize(rows: Sequence[Row], tokenizer: Any, template: str, answers: Seque
     Raises LoraLabError, naming the row, for one without text or label, and for a label that has no answer.
     """
 
+    ids = {} if tokenizer is None else {text: answer_ids(text, tokenizer, encodes) for text in answers}
+
     def encode(row: Row, where: str) -> Example:
         check_labelled(row, where)
         need_tokenizer(tokenizer, where)
-        text = answers[place_of(row.get("label"), answers, where)]
-        answer = answer_ids(text, tokenizer, encodes)
+        answer = ids[answers[place_of(row.get("label"), answers, where)]]
         stop = [tokenizer.eos_token_id] if (end or encodes) and getattr(tokenizer, "eos_token_id", None) is not None else []
         read = read_ids(filled(template, row), tokenizer, encodes)
         if encodes:

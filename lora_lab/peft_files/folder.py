@@ -59,7 +59,7 @@ class AdapterFile:
     replaced: dict[str, StoredTensor]
     base_sha256: str | None  # of the base it was trained on, where that is known
     rows: dict[str, Rows] = field(default_factory=dict)
-    wrapped: dict[str, dict[int, dict[str, StoredTensor]]] = field(default_factory=dict)  # module -> depth -> "A", "B"; see parameters/merging.py
+    wrapped: dict[str, dict[int, dict[str, StoredTensor]]] = field(default_factory=dict)  # module -> depth -> "A", "B"; see streaming/parameters.py
     described: dict[str, Any] = field(default_factory=dict)
 
 

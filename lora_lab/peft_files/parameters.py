@@ -187,5 +187,3 @@ def without_wrappers(name: str) -> str:
     'block.proj.bias'
     """
     return re.sub(r"(\.base_layer)+(?=\.|$)", "", name)
-
-

@@ -21,13 +21,15 @@ RECORD = "lora_lab_task.json"
 class Record:
     """task: of TASKS.  words: how the model was asked.  classes: of a labelled task.
 
-    source: of the rows.  held_back: the parts that were taken from its training rows; None where nobody has written it down.
+    source: of the rows.  columns: role -> column.  held_back: the parts that were taken from its training rows.  None of what nobody has written
+    down.
     """
 
     task: str
     words: str
     classes: Classes | None = None
     source: str | None = None
+    columns: dict[str, Any] | None = None
     held_back: tuple[str, ...] | None = None
 
 
@@ -35,7 +37,7 @@ def write_record(folder: Path, material: Material, reader: Reader, held_out: str
     """held_out: another source, of the rows that were watched."""
     classes = material.classes
     write_json(folder / RECORD, {"task": material.task.name, "words": reader.way.words, "columns": material.columns.of,
-                                 "source": material.source, "held_back": material.made, "eval_data": held_out,
+                                 "source": _place(material.source), "held_back": material.made, "eval_data": held_out,
                                  "classes": None if classes is None else {"names": classes.names, "of": classes.of}})  # fmt: skip
 
 
@@ -53,19 +55,37 @@ def read_record(folder: Path, task: str) -> Record | None:
     found = json_object(path.read_bytes(), path)
     if found.get("task") != task:
         raise LoraLabError(f"--task {task}: {folder} was taught {found.get('task')!r}")
-    source, held_back = found.get("source"), found.get("held_back")
+    source, columns, held_back = (found.get(name) for name in ("source", "columns", "held_back"))
     return Record(task, str(found.get("words")), _classes(found.get("classes"), path), source if isinstance(source, str) else None,
-                  tuple(map(str, held_back)) if isinstance(held_back, list) else None)  # fmt: skip
+                  columns if isinstance(columns, dict) else None, tuple(map(str, held_back)) if isinstance(held_back, list) else None)  # fmt: skip
 
 
 def check_held_back(folder: Path, material: Material, part: str) -> None:
     """Raise LoraLabError where the adapter in this folder was trained on these rows, which a new division of its source would call held back."""
     record = read_record(folder, material.task.name)
-    if record is None or record.held_back is None or part not in material.made or part in record.held_back:
+    if record is None or record.source != _place(material.source) or part not in material.made:
         return
-    if record.source is not None and os.path.abspath(record.source) == os.path.abspath(material.source):
+    if reason := _another_division(record, material):
+        raise LoraLabError(f"the {part} rows of {material.source} are not those that were held back from {folder}, and some were trained on: "
+                           f"{reason}, or give --data that it has not seen, and --split all")  # fmt: skip
+    if record.held_back is not None and part not in record.held_back:
         raise LoraLabError(f"the {part} rows of {material.source} would be rows that {folder} was trained on: it was given held-out rows of another "
                            "source (--eval-data), and none of these were held back. Give --data that it has not seen, and --split all")  # fmt: skip
+
+
+def _place(source: str) -> str:
+    """A file or folder by its whole path: the name that was typed means another one elsewhere."""
+    return os.path.abspath(source) if os.path.exists(source) else source
+
+
+def _another_division(record: Record, material: Material) -> str:
+    """Why the tenths of the same rows would be others, which are chosen by a hash of the texts, of each class; "" where they are the same."""
+    if record.columns is not None and record.columns != dict(material.columns.of):
+        return f"its columns were {record.columns}, here they are {dict(material.columns.of)}; name the same"
+    before, now = record.classes, material.classes
+    if before is not None and now is not None and {label: now.of.get(label) for label in before.of} != before.of:
+        return f"its classes were {before.of}, here they are {now.of}; leave --labels out"
+    return ""
 
 
 def _classes(found: Any, path: Path) -> Classes | None:

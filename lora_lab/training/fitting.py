@@ -1,10 +1,10 @@
-"""The training loop: whatever requires grad is trained, in any of the precisions, on labelled rows.
+"""What `fit` does before and after the loop: whatever requires grad is trained, in any of the precisions, on labelled rows.
 
     for each optimizer step:
         for each of its micro-batches:  (loss * its share of the step's labelled tokens).backward()
         clip, step, next learning rate
 
-What a step is stands in run.py; here is what has to be true before the first and after the last.
+What a step is stands in loop.py; here is what has to be true before the first and after the last.
 """
 
 from __future__ import annotations

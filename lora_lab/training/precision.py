@@ -36,7 +36,7 @@ class Precision:
     def scaler(self, device: torch.device, processes: int = 1) -> torch.amp.GradScaler:
         """Scales the loss so that float16 gradients do not vanish (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
 
-        processes: by so many times less, as each process's loss is so many times its share of the step's (run.py)."""
+        processes: by so many times less, as each process's loss is so many times its share of the step's (loop.py)."""
         return torch.amp.GradScaler(device.type, init_scale=2.0**16 / processes, enabled=self.scaled)
 
 

@@ -88,6 +88,23 @@ def newest(output_dir: Path) -> Snapshot:
     raise Damaged(f"nothing to resume: all {len(folders)} snapshots in {output_dir / FOLDER} are damaged")
 
 
+def newest_state(output_dir: Path) -> dict[str, Any]:
+    """What the newest whole snapshot says; its tensors are checked and not loaded. Raises Damaged where there is none."""
+    for folder in _folders(output_dir):
+        with contextlib.suppress(Damaged):
+            return _checked_state(folder)
+    raise Damaged(f"no snapshot in {output_dir / FOLDER} is whole")
+
+
+def settings_said(output_dir: Path) -> dict[str, Any]:
+    """The settings that the newest snapshot names, whole or not, as far as they can be read: its tensors are not looked at."""
+    for folder in _folders(output_dir)[:1]:
+        with contextlib.suppress(LoraLabError, OSError):
+            settings = json_object((folder / STATE).read_bytes(), folder / STATE).get("settings")
+            return settings if isinstance(settings, dict) else {}
+    return {}
+
+
 def _read(folder: Path) -> Snapshot:
     state = _checked_state(folder)
     with opened(folder / TENSORS) as file:

@@ -98,9 +98,7 @@ def begin_anew(output_dir: Path) -> None:
 def refuse_unfinished(output_dir: Path) -> None:
     """A new run does not throw away one that could go on."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = snapshots.newest(output_dir).state
+        state = snapshots.newest_state(output_dir)
     except snapshots.Damaged:
         return
     if not state.get("finished"):

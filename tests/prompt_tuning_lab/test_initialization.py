@@ -265,6 +265,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a text beside rows": ({"init": torch.zeros(20, 32), "text": "the"}, r"init=a tensor \[20, 32\] with text='the': text belongs to init='text'"),
     "a text beside random keys": ({"init": "random", "method": "prefix", "text": "the"}, "init='random' with text='the'"),
     "a text in the place of init": ({"init": "Is this review positive? " * 20}, r'neither one of random.* nor a file \(init="text", text='),
+    "an array": ({"init": np.zeros((20, 32), dtype=np.float32)}, "init=array.*: expected 'random', 'vocab'"),
     "labels that are a number": ({"init": "labels", "labels": 5, "tokenizer": word_pieces()}, "labels=5: expected a list"),
     "labels without an order": ({"init": "labels", "labels": {"good", "bad"}, "tokenizer": word_pieces()}, "labels={.*: expected a list"),
     "labels that are one word": ({"init": "labels", "labels": "good", "tokenizer": word_pieces()}, "labels='good': expected a list"),

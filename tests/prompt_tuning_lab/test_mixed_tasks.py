@@ -5,6 +5,8 @@ Trap numbers are those of the project's reference on prompt tuning.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -234,3 +236,19 @@ def test_the_base_comes_back_as_it_was(side: str) -> None:
     lora_lab.eject(prompted)
     assert eject(prompted) is base and base.training
     assert [parameter for parameter in base.parameters() if not parameter.requires_grad] == [frozen]
+
+
+def test_nothing_of_the_base_is_held_that_the_base_has_given_up() -> None:
+    """quantize takes the weights out, fully_shard divides them: a list of them would keep them all in memory."""
+    prompted = inject(model("ours", "llama", torch.float32), 3)
+    weights = [weakref.ref(parameter) for name, parameter in prompted.base.named_parameters() if name.endswith("_proj.weight")]
+    lora_lab.quantize(prompted, "nf4")
+    gc.collect()
+    assert weights and not any(weight() is not None for weight in weights)
+
+
+def test_what_was_frozen_at_first_is_frozen_again() -> None:
+    base = model("ours", "llama", torch.float32).requires_grad_(False)
+    prompted = inject(base, 3)
+    base.get_input_embeddings().weight.requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in eject(prompted).parameters())

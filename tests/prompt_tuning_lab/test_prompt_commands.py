@@ -27,7 +27,6 @@ from lora_lab.data import filled, prompt_of, verbalize
 from lora_lab.models import loading
 from lora_lab.training import TrainConfig, accuracy, best_choices, fit, predict_classes, score_choices
 from lora_lab.training.loop import Run
-from lora_lab.training.snapshots import Snapshot
 from prompt_tuning_lab.__main__ import main
 from prompt_tuning_lab.commands.memory import memory_of_a_step
 from prompt_tuning_lab.commands.nearest import table
@@ -123,7 +122,7 @@ def test_every_command_explains_its_options(command, capsys):
 
 def test_a_run_that_was_stopped_is_told_before_anything_is_read(shop, capsys, monkeypatch):
     (shop.folder / "new" / "snapshots" / "step-000002").mkdir(parents=True)
-    monkeypatch.setattr("lora_lab.training.snapshots._read", lambda folder: Snapshot({}, {"step": 2, "steps": 4}))
+    monkeypatch.setattr("lora_lab.training.snapshots._checked_state", lambda folder: {"step": 2, "steps": 4})
     check_refusal(shop.tune(data="nowhere.jsonl"), capsys, "holds a run that was stopped after step 2 of 4: the same command with --resume")
 
 

@@ -77,6 +77,18 @@ def test_a_network_makes_its_prompt_once_for_a_text(side: str, settings: dict[st
     assert found == generate(prompted, ROWS[:1], max_new_tokens=NEW, use_cache=False).ids
 
 
+@pytest.mark.parametrize(("settings", "most"), [({"method": "p-tuning"}, 1), ({"method": "prefix", "prefix_projection": True}, 2)],
+                         ids=["rows", "prefix"])  # fmt: skip
+def test_an_encoder_decoders_network_makes_its_prompt_for_each_half_at_most(settings: dict[str, Any], most: int) -> None:
+    prompted = randomised(inject(model("ours", "t5"), 4, init="random", encoder_hidden_size=8, **settings), std=0.2)
+    calls: list[int] = []
+    handle = prompted.prompt().register_forward_hook(lambda *_: calls.append(1))
+    found = generate(prompted, ROWS[:1], max_new_tokens=NEW, stop_ids=[]).ids
+    handle.remove()
+    assert len(calls) <= most and len(found[0]) == NEW
+    assert found == generate(prompted, ROWS[:1], max_new_tokens=NEW, stop_ids=[], use_cache=False).ids
+
+
 @on_both_sides
 def test_an_encoder_decoder_answers_with_its_prompt(side: str) -> None:
     """T12: the decoder sees P positions more; T5: transformers encodes apart from the forward that the prompt goes into."""

@@ -134,11 +134,13 @@ def in_the_order_of(earlier: Classes, now: Classes) -> Classes:
     >>> in_the_order_of(Classes(("bad", "good"), {"0": 0, "1": 1}), classes_of(["+", "-"], ["+=good", "-=bad"])).of
     {'0': 0, '1': 1, '+': 1, '-': 0}
     """
-    places = {spoken(name): number for number, name in enumerate(earlier.names)}
-    if unknown := [name for name in now.names if spoken(name) not in places]:
+    own = {written(name): number for number, name in enumerate(earlier.names)}
+    alike = {spoken(name): number for number, name in enumerate(earlier.names)}
+    places = [own.get(written(name), alike.get(spoken(name))) for name in now.names]
+    if unknown := [name for name, place in zip(now.names, places, strict=True) if place is None]:
         raise LoraLabError(f"--labels {' '.join(now.names)}: {unknown[0]!r} is none of the classes that the adapter was taught, "
                            f"{', '.join(earlier.names)}")  # fmt: skip
-    return Classes(earlier.names, {**earlier.of, **{label: places[spoken(now.names[number])] for label, number in now.of.items()}})
+    return Classes(earlier.names, {**earlier.of, **{label: place for label, number in now.of.items() if (place := places[number]) is not None}})
 
 
 def _some(labels: Sequence[str]) -> str:

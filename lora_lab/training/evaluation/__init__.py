@@ -5,8 +5,8 @@
     score_choices(model, rows, tokenizer, choices)         by a language model's probability of each answer; then best_choices(...)
     auc(scores, labels)                                    how well scores rank, whatever the model is biased towards
     answers(model, rows, tokenizer)                        what it writes; then rouge(answers, references)
-    unsupported_facts(text, source, ordinary)                         numbers and names in a text that its source has not
     write(model, rows, tokenizer)                          the same, and whether it stopped by itself; then clean_endings(...)
+    unsupported_facts(text, source, ordinary)              numbers and names in a text that its source has not
     forgetting(model, metric)                              any metric, adapters off and on
     samples(model, prompts, tokenizer)                     texts side by side, the same random numbers in every column
 

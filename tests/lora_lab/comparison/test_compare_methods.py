@@ -93,6 +93,12 @@ def test_rows_leave_room_for_a_prompt_where_one_is_asked_for(shop, capsys):
     assert shop.compare(**{**given, "methods": "zero-shot"}) == 0 and "longer than 80 tokens" in capsys.readouterr().out
 
 
+def test_more_virtual_tokens_than_the_context_are_told_at_once(shop, capsys):
+    saved(shop.folder / "short", *decoder(max_position_embeddings=80))
+    given = {"model": shop.folder / "short", "methods": "prompt,zero-shot", "num-virtual-tokens": 80}
+    check_refusal(shop.compare(**given), capsys, "--num-virtual-tokens 80: the model's context is 80, which leaves no room for a row")
+
+
 def test_other_weights_at_the_same_place_are_another_model(shop, capsys):
     given = {"methods": "zero-shot", "results": shop.folder / "runs.jsonl", "no-forgetting": True, "forgetting-data": None}
     runs = []

@@ -140,6 +140,9 @@ def test_labels_have_the_names_that_are_given_one_by_one():
 def test_classes_of_an_earlier_run_keep_their_order():
     earlier = classes_of(["fine", "poor"], ["fine", "poor"])
     assert in_the_order_of(earlier, classes_of(["fine", "poor"], ["poor", "fine"])) == earlier
+    five = ["bad", "negative", "neutral", "positive", "good"]  # of which two words are spoken like two others
+    stars = classes_of([1, 2, 3, 4, 5], five)
+    assert in_the_order_of(stars, classes_of([1, 2, 3, 4, 5], five)) == stars
     assert in_the_order_of(earlier, classes_of([1, 2], ["poor", "fine"])).of == {"fine": 0, "poor": 1, "1": 1, "2": 0}
     with pytest.raises(LoraLabError, match="--labels poor great: 'great' is none of the classes that the adapter was taught, fine, poor"):
         in_the_order_of(earlier, classes_of([1, 2], ["poor", "great"]))

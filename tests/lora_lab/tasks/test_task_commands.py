@@ -17,7 +17,6 @@ from lora_lab.files import in_use
 from lora_lab.tasks import gather
 from lora_lab.tasks.record import RECORD
 from lora_lab.tasks.sentiment import Words
-from lora_lab.training.snapshots import Snapshot
 
 
 class Shop(Folder):
@@ -124,7 +123,7 @@ def test_the_command_that_evaluates_is_told_with_rows_that_were_not_trained_on(s
         capsys.readouterr()
 
 
-def test_rows_that_were_trained_on_are_no_test(shop, capsys):
+def test_rows_that_were_trained_on_are_no_test(shop, capsys, monkeypatch):
     """With other held-out rows nothing of --data is held back, whatever a new division of it says."""
     other = jsonl(shop.folder / "other.jsonl", [{"Review Text": f"{stars} cat", "Stars": stars} for stars in ("fine", "poor")])
     named = {"label-column": "Stars"}
@@ -134,8 +133,22 @@ def test_rows_that_were_trained_on_are_no_test(shop, capsys):
         check_refusal(shop.evaluate(adapter=shop.out, split=split, **named), capsys, message)
     assert shop.evaluate(adapter=shop.out, split="all", **named) == shop.evaluate(adapter=shop.out, split="all", data=other, **named) == 0
     record = json.loads((shop.out / RECORD).read_text())
+    monkeypatch.chdir(shop.table.parent)  # the same file, by another name
+    check_refusal(shop.evaluate(adapter=shop.out, data=shop.table.name, **named), capsys, "would be rows that .*out was trained on")
     (shop.out / RECORD).write_text(json.dumps({name: record[name] for name in ("task", "words", "columns", "classes")}))  # as of an older version
     assert shop.evaluate(adapter=shop.out, **named) == 0
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"columns": {"text": "Title", "label": "Stars"}}, "its columns were .*'Title'.*name the same"),
+    ({"classes": {"names": ["fine", "poor"], "of": {"fine": 0, "poor": 0}}}, "its classes were .*leave --labels out")],
+    ids=["columns", "classes"])  # fmt: skip
+def test_another_division_of_the_same_rows_is_no_test(shop, capsys, change, message):
+    """The tenth is chosen by a hash of the texts, of each class: other texts or classes are another tenth."""
+    assert shop.finetune(**{"label-column": "Stars"}) == 0
+    record = json.loads((shop.out / RECORD).read_text())
+    (shop.out / RECORD).write_text(json.dumps({**record, **change}))
+    check_refusal(shop.evaluate(adapter=shop.out, labels=["fine", "poor"], **{"label-column": "Stars"}), capsys, message)
 
 
 def test_classes_keep_their_order_whatever_they_are_called_later(shop, capsys):
@@ -233,7 +246,7 @@ def test_an_adapter_that_is_not_there_is_told_before_anything_is_scored(shop, ca
 def test_a_run_that_was_stopped_is_told_before_anything_is_read(shop, capsys, monkeypatch):
     """And one that still trains there, too."""
     (shop.out / "snapshots" / "step-000002").mkdir(parents=True)
-    monkeypatch.setattr("lora_lab.training.snapshots._read", lambda folder: Snapshot({}, {"step": 2, "steps": 4}))
+    monkeypatch.setattr("lora_lab.training.snapshots._checked_state", lambda folder: {"step": 2, "steps": 4})
     check_refusal(shop.finetune(data="nowhere.csv"), capsys, "holds a run that was stopped after step 2 of 4: the same command with --resume")
     check_refusal(shop.finetune(data="nowhere.csv", resume=True), capsys, "no data at 'nowhere.csv'")
     with in_use(shop.out, "trains"):
