@@ -74,9 +74,9 @@ def save(model: nn.Module, folder: str | Path, adapter: str | None = None, dtype
 
 def _for_file(model: nn.Module, adapter: str, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """(tensors, configuration, metadata of the tensors)."""
-    layers = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.lora_A}
-    adapted = [layer for layer in lora_layers(model).values() if adapter in layer.lora_variant]
-    if adapted and not any(layer.lora_parameters(adapter) for layer in adapted):
+    adapted = {path: layer for path, layer in lora_layers(model).items() if adapter in layer.lora_variant}
+    layers = {path: layer for path, layer in adapted.items() if adapter in layer.lora_A}
+    if adapted and not any(layer.lora_parameters(adapter) for layer in adapted.values()):
         raise LoraLabError(f"save: the layers of {adapter!r} have no tensors any more: FullyShardedDataParallel has taken them. Divide the model "
                            "with fully_shard (FSDP2) instead, which lora_lab.training.shard does")  # fmt: skip
     if "" in layers:

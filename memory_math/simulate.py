@@ -58,8 +58,7 @@ def simulate(request: Request, ledger: Ledger | None = None) -> Simulation:
     standing = [
         *(Storage(ledger, size, "optimizer_states") for size in _states(request, tensors)),
         Storage(ledger, _cublas_bytes(request), "workspace"),
-        Storage(ledger, _exchange(request, model, trained), "workspace"),
-        Storage(ledger, _own_buckets(request, model), "gradients"),
+        Storage(ledger, _exchange(request, model, trained), "gradients" if _into_buckets(request, model) else "workspace"),
     ]
     ledger.enter("forward")
     if request.trains:
@@ -90,30 +89,21 @@ def _cublas_bytes(request: Request) -> int:
 
 def _exchange(request: Request, model: Model, trained: int) -> int:
     """Buckets and gathered blocks of data-parallel training. A bucket's numbers are those of the parameters that train."""
-    if _is_ddp(request):
-        return 0 if request.implementation == "lora_lab" else _trained_bytes(model)
-    itemsize = request.precision.compute if request.parallel.sharded or request.method != "full" else request.weight_itemsize
+    if not request.parallel.sharded:
+        return sum(weight.numel * weight.itemsize for weight in model.trained) if request.parallel.world_size > 1 else 0
     blocks = _blocks(model)
     rest = sum(weight.numel for weight in model.weights.values()) - sum(blocks)
-    return communication_bytes(request.parallel, blocks, rest, trained, itemsize)
+    return communication_bytes(request.parallel, blocks, rest, trained, request.precision.compute)
 
 
-def _own_buckets(request: Request, model: Model) -> int:
+def _into_buckets(request: Request, model: Model) -> bool:
     """lora_lab's DistributedDataParallel: gradients are views of its buckets (gradient_as_bucket_view=True), which stay from step to step."""
-    if not _is_ddp(request) or request.implementation != "lora_lab":
-        return 0
+    if request.implementation != "lora_lab" or request.parallel.world_size == 1 or request.parallel.sharded:
+        return False
     for weight in model.trained:
         assert weight.leaf is not None
         weight.leaf.bucketed = True
-    return _trained_bytes(model)
-
-
-def _is_ddp(request: Request) -> bool:
-    return request.trains and request.parallel.world_size > 1 and not request.parallel.sharded
-
-
-def _trained_bytes(model: Model) -> int:
-    return sum(weight.numel * weight.itemsize for weight in model.trained)
+    return True
 
 
 def _blocks(model: Model) -> list[int]:

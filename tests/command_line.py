@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 from lora_lab.__main__ import main
 
@@ -19,6 +20,11 @@ class Folder:
         path = self.folder / name
         path.write_text(content)
         return path
+
+    def copied(self, folder):
+        """The same in another folder, for a test to change."""
+        shutil.copytree(self.folder, folder)
+        return type(self)(folder)
 
     def contents(self):
         return {str(path): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}

@@ -71,3 +71,13 @@ def randomise(model, by=0.4):
             elif "lora_" in name and "_start" not in name:
                 parameter.add_(torch.randn_like(parameter) * by)
     return model
+
+
+def learn(model, by=0.3, seed=2):
+    """Move whatever trains, as a training would. Returns the model."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * by)
+    return model

@@ -6,6 +6,7 @@ With --methods: ways to have a model do a task, in one table (compare_methods.py
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import LoraLabError
@@ -46,12 +47,8 @@ def _methods(options: argparse.Namespace) -> None:
     if options.out is not None and options.out.suffix != ".md":
         raise LoraLabError(f"--out {options.out}: the table of --methods is written into a file that ends in .md")
     lines, missing = compare_methods.run(options, options.other_methods())
-    if options.out is not None:  # before anything is printed, which may fail
-        _write(markdown(lines), options.out)
-    print(text(lines))
-    print("".join(f"\n{name}: {reason}" for name, reason in missing.items()), end="\n" * bool(missing))
-    if options.out is not None:
-        print(f"\nwritten to {options.out}")
+    reasons = "\n" * bool(missing) + "".join(f"\n{name}: {reason}" for name, reason in missing.items())
+    _tell(text(lines) + reasons, lambda: markdown(lines), options.out)
 
 
 def _adapters(options: argparse.Namespace) -> None:
@@ -68,11 +65,7 @@ def _adapters(options: argparse.Namespace) -> None:
     prompts = prompts_of(options.prompt, options.raw, model, tokenizer)
     written = samples(model, prompts, tokenizer, adapters=columns, **generation_of(options))
     table = Samples(options.prompt, written.columns)  # the prompts as they were asked, without the template around them
-    if options.out is not None:
-        _write(getattr(table, WRITERS[options.out.suffix])(), options.out)
-    print(table.table(options.width))
-    if options.out is not None:
-        print(f"\nwritten to {options.out}")
+    _tell(table.table(options.width), lambda: getattr(table, WRITERS[options.out.suffix])(), options.out)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -87,6 +80,15 @@ def _check(options: argparse.Namespace) -> None:
         raise LoraLabError(f"--out {options.out}: expected a file that ends in {' or '.join(WRITERS)}")
     if options.out is not None:
         check_file(options.out)
+
+
+def _tell(shown: str, kept: Callable[[], str], path: Path | None) -> None:
+    """Print what is shown; what is kept is written before, as printing may fail."""
+    if path is not None:
+        _write(kept(), path)
+    print(shown)
+    if path is not None:
+        print(f"\nwritten to {path}")
 
 
 def _write(text: str, path: Path) -> None:

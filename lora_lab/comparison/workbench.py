@@ -44,15 +44,21 @@ class Workbench:
     def precision(self) -> str:
         return self.reader.reading.precision
 
-    @functools.cached_property
+    @property
     def parameters(self) -> int:
         """Of the model as it was published."""
-        return sum(parameter.numel() for parameter in self.fresh().parameters())
+        return self._published[0]
 
-    @functools.cached_property
+    @property
     def context(self) -> int | None:
         """Tokens that the model as it was published can read."""
-        return context_of(self.fresh())
+        return self._published[1]
+
+    @functools.cached_property
+    def _published(self) -> tuple[int, int | None]:
+        """Both of one model, which is loaded for them alone."""
+        model = self.fresh()
+        return sum(parameter.numel() for parameter in model.parameters()), context_of(model)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:

@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from ..errors import LoraLabError, did_you_mean
 from ..files import json_object, read_json
 from ..wrapping import base_of
 from .base import PretrainedModel, in_mode, longest_row, pad_id_of
+from .progress import watched
 
-PATIENCE_SECONDS = 2.0  # after which a progress bar appears
 MODES = ("mean", "cls", "max", "mean_sqrt_len")
 # sentence-transformers' name for each, in 1_Pooling/config.json
 FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
@@ -107,7 +106,7 @@ def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str], batch_size: in
     pad, batches = pad_id_of(tokenizer), [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     with in_mode(model, training=False), torch.no_grad():
         vectors = [_vectors(model, [rows[index] for index in batch], pad, pooling)
-                   for batch in tqdm(batches, "embed", delay=PATIENCE_SECONDS, leave=False, disable=not progress)]  # fmt: skip
+                   for batch in watched(batches, "embed", progress)]  # fmt: skip
     if not vectors:
         return torch.zeros(0, model.config.hidden_size)  # type: ignore[union-attr, arg-type]
     return torch.cat(vectors)[torch.tensor(order, device=vectors[0].device).argsort()]

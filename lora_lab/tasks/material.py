@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from ..data.formats import Row
 from ..data.tables import Classes, Columns, Table, classes_of, columns_of, divided, read_parts, some_of
@@ -18,7 +17,7 @@ from ..data.tables.labels import in_the_order_of, without_secret
 from ..data.tables.parts import PARTS, Dropped
 from ..errors import LoraLabError, did_you_mean
 from ..models.base import longest_row
-from ..training.evaluation.passes import PATIENCE_SECONDS
+from ..models.progress import watched
 from .base import Reader, Reading, Task, Unusable
 from .instruction import Instruction
 from .reviews import Reviews
@@ -227,8 +226,8 @@ def _counted(reader: Reader, rows: Table, dropped: Dropped, refused: list[LoraLa
     """The tokens of each row; None of one that cannot be put to the model, such as a talk that its template refuses: counted in `dropped`, and why
     added to `refused`."""
     starts = range(0, len(rows), COUNTED)
-    bar = tqdm(starts, "count tokens", delay=PATIENCE_SECONDS, leave=False, disable=not reader.reading.progress)
-    return [each for start in bar for each in _counted_together(reader, rows.only(range(len(rows))[start : start + COUNTED]), dropped, refused)]
+    shown = watched(starts, "count tokens", reader.reading.progress)
+    return [each for start in shown for each in _counted_together(reader, rows.only(range(len(rows))[start : start + COUNTED]), dropped, refused)]
 
 
 def _counted_together(reader: Reader, rows: Table, dropped: Dropped, refused: list[LoraLabError]) -> list[tuple[int, int] | None]:

@@ -23,6 +23,7 @@ from ..data.objectives import Objective
 from ..errors import LoraLabError
 from ..learning_rates import parameter_groups
 from ..models.base import PretrainedModel, in_mode
+from ..models.progress import watched
 from ..wrapping import base_of, gathered
 from . import snapshots, state
 from .accounting import Log, peak_bytes, reset_peak
@@ -316,7 +317,7 @@ def mean_loss(model: nn.Module, objective: Objective, examples: Examples, config
         if isinstance(base_of(model), PretrainedModel):
             model.training = True  # the top module alone: dropout stays off, and only labelled positions get logits
         batches, shown = world.mine(length_buckets(lengths, config.micro_batch_size)), config.progress and world.first
-        for indices, counts in tqdm(batches, "evaluate", disable=not shown, leave=False, delay=2):
+        for indices, counts in watched(batches, "evaluate", shown):
             batch = objective.collate([examples[i] for i in indices], pad_id, device)
             loss, count = float(model(**batch).loss), objective.count(batch) * counts
             total, tokens = total + loss * count, tokens + count

@@ -70,14 +70,14 @@ def material(folder: Path) -> Case:
     folder.mkdir(parents=True)
 
     def case(rng: random.Random) -> None:
-        objective = rng.choice([*MATERIAL])
+        task = rng.choice([*MATERIAL])
         path = folder / rng.choice(("train.csv", "train.tsv", "train.jsonl", "train.json", "train.txt"))
-        cells = [{name: f"{name} {n}" if name != "label" else ["pos", "neg"][n % 2] for name in MATERIAL[objective]} for n in range(rng.choice((1, 12,
+        cells = [{name: f"{name} {n}" if name != "label" else ["pos", "neg"][n % 2] for name in MATERIAL[task]} for n in range(rng.choice((1, 12,
         30)))]
         path.write_bytes(_written(path, cells, rng) if path.suffix.startswith(".json") else _separated(path, cells, rng))
         found = tables.read_parts(path)
         assert all(len(table) for table in found.values())
-        lora_lab.tasks.gather(objective, path)
+        lora_lab.tasks.gather(task, path)
 
     return case
 

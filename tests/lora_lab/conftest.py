@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -25,6 +24,5 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def shop(finished, tmp_path, capsys):
-    shutil.copytree(finished.folder, tmp_path / "shop")
     capsys.readouterr()
-    return Shop(tmp_path / "shop")
+    return finished.copied(tmp_path / "shop")

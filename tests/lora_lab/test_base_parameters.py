@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from small_models import learn
 from torch import nn
 from torch.testing import assert_close
 
@@ -37,16 +38,6 @@ def build() -> Classifier:
 def x() -> torch.Tensor:
     torch.manual_seed(1)
     return torch.randn(4, 6, dtype=torch.float64)
-
-
-def learn(model: nn.Module) -> nn.Module:
-    """Move whatever trains."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
 
 
 REQUESTS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small_models import SMALL, build, logits, randomise
+from small_models import SMALL, build, learn, logits, randomise
 from torch import nn
 from torch.testing import assert_close
 
@@ -34,19 +34,14 @@ def tied(family: str) -> nn.Module:
     return transformers.Gemma2ForCausalLM(config).double().eval()
 
 
-def learn(model: nn.Module) -> nn.Module:
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+def learned(model: nn.Module) -> nn.Module:
+    return learn(model, by=0.2, seed=5).eval()
 
 
 def theirs(folder: Path, family: str, **settings: Any) -> torch.Tensor:
     """What PEFT computes with the adapter that it trained and saved."""
     config = peft.LoraConfig(r=2, target_modules=settings.pop("targets", TARGETS[family]), **settings)
-    model = learn(peft.get_peft_model(tied(family), config).double())
+    model = learned(peft.get_peft_model(tied(family), config).double())
     model.save_pretrained(folder)
     return logits(model, family)
 
@@ -71,7 +66,7 @@ ONE_OF_THEM = [("llama", "lm_head"), ("llama", "embed_tokens"), ("gemma", "lm_he
 def test_a_tied_tensor_is_written_under_all_its_names_so_that_peft_computes_the_same(tmp_path: Path, family: str, name: str) -> None:
     """PEFT unties what is named alone: its copy would be trained, the other module the base's."""
     base = tied(family)
-    model = learn(lora_lab.inject(copy.deepcopy(base), rank=2, target_modules=TARGETS[family], modules_to_save=[name]))
+    model = learned(lora_lab.inject(copy.deepcopy(base), rank=2, target_modules=TARGETS[family], modules_to_save=[name]))
     assert not torch.allclose(logits(model, family), logits(base, family), atol=0.1)
     lora_lab.save(model, tmp_path)
     whole, embedding = {key for key in load_file(tmp_path / TENSORS) if "lora_" not in key}, base.get_input_embeddings().weight
@@ -101,7 +96,7 @@ def test_names_of_tied_modules_mean_no_other_module(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     base, x = Model().double(), torch.randn(3, 4, dtype=torch.float64)
-    model = learn(lora_lab.inject(copy.deepcopy(base), rank=2, target_modules=["overhead"], modules_to_save=["b.head"]))
+    model = learned(lora_lab.inject(copy.deepcopy(base), rank=2, target_modules=["overhead"], modules_to_save=["b.head"]))
     lora_lab.save(model, tmp_path)
     assert written(tmp_path)["modules_to_save"] == ["b.head", "a.head"]
     assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False)(x), model(x), rtol=0, atol=1e-12)
@@ -124,7 +119,7 @@ def test_what_else_is_in_a_tied_module_is_written_as_the_base_has_it(tmp_path: P
     """PEFT wants whole modules; and a head that it ties itself would lose its bias."""
     torch.manual_seed(0)
     base, ids = Biased().double(), torch.tensor([[1, 2, 3]])
-    model = learn(lora_lab.inject(copy.deepcopy(base), rank=2, target_modules=["block"], modules_to_save=["embed"]))
+    model = learned(lora_lab.inject(copy.deepcopy(base), rank=2, target_modules=["block"], modules_to_save=["embed"]))
     lora_lab.save(model, tmp_path)
     assert torch.equal(load_file(tmp_path / TENSORS)[PREFIX + "head.bias"], base.head.bias)
     assert written(tmp_path)["ensure_weight_tying"] is False
@@ -136,7 +131,7 @@ def test_what_else_is_in_a_tied_module_is_written_as_the_base_has_it(tmp_path: P
 def test_a_tied_tensor_that_trains_whole_below_another_adapter_is_put_in_its_place(tmp_path: Path, family: str) -> None:
     """PEFT has no adapters in what it trains whole; a tensor of neither kind it writes into the base."""
     embedding, base = {"llama": "embed_tokens", "gpt2": "wte"}[family], tied(family)
-    model = learn(lora_lab.inject(copy.deepcopy(base), rank=2, target_modules=["lm_head"], modules_to_save=[embedding]))
+    model = learned(lora_lab.inject(copy.deepcopy(base), rank=2, target_modules=["lm_head"], modules_to_save=[embedding]))
     lora_lab.save(model, tmp_path)
     assert PREFIX + "lm_head.base_layer.weight" in load_file(tmp_path / TENSORS) and written(tmp_path)["modules_to_save"] == [embedding]
     assert_close(with_peft(tmp_path, family), logits(model, family), rtol=0, atol=1e-12)
@@ -152,7 +147,7 @@ def test_heads_of_masked_words_with_a_tied_weight_and_a_tied_bias(tmp_path: Path
     config = getattr(transformers, f"{cls}Config")(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     base = getattr(transformers, f"{cls}ForMaskedLM")(config).double().eval()
     request = {"target_modules": targets, "modules_to_save": [{"Bert": "cls", "Roberta": "lm_head"}[cls] if name == "head" else name]}
-    model, ids = learn(lora_lab.inject(copy.deepcopy(base), rank=2, **request)), torch.tensor([[4, 9, 7, 20]])
+    model, ids = learned(lora_lab.inject(copy.deepcopy(base), rank=2, **request)), torch.tensor([[4, 9, 7, 20]])
     lora_lab.save(model, tmp_path)
     y = model(ids).logits
     assert not torch.allclose(y, base(ids).logits, atol=0.1)
@@ -179,7 +174,7 @@ def test_a_file_with_one_of_two_tied_modules_is_refused_and_read_by_an_untied_mo
 def test_one_module_at_two_paths_is_untied_by_a_copy(tmp_path: Path) -> None:
     shared = nn.Linear(4, 4).double()
     base = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4).double()})
-    learn(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["c"], modules_to_save=["b"]))).save_pretrained(tmp_path)
+    learned(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["c"], modules_to_save=["b"]))).save_pretrained(tmp_path)
     with pytest.raises(LoraLabError, match=r"model.b = copy.deepcopy\(model.b\)"):
         lora_lab.load(base, tmp_path)
     base["b"] = copy.deepcopy(base["b"])
@@ -191,7 +186,7 @@ def test_a_tying_that_peft_ensured_is_read_and_kept(tmp_path: Path, family: str,
     expected = theirs(tmp_path / "theirs", family, modules_to_save=names, ensure_weight_tying=True)
     ours = lora_lab.load(tied(family), tmp_path / "theirs", trainable=True)
     assert_close(logits(ours, family), expected, rtol=0, atol=1e-9)
-    learn(ours)
+    learned(ours)
     lora_lab.save(ours, tmp_path / "ours")
     assert written(tmp_path / "ours")["ensure_weight_tying"] is True
     assert_close(with_peft(tmp_path / "ours", family), logits(ours, family), rtol=0, atol=1e-12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -88,9 +87,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def shop(made, tmp_path, capsys):
-    shutil.copytree(made.folder, tmp_path / "shop")
     capsys.readouterr()
-    return Shop(tmp_path / "shop")
+    return made.copied(tmp_path / "shop")
 
 
 def numbers(text):

@@ -49,7 +49,7 @@ def score_choices(model: nn.Module, prompts: Sequence[Prompt], tokenizer: Any, c
     answers = is_encoder_decoder(model)
     rows = prompt_ids(prompts, tokenizer, answers)
     given = _for_each(choices, len(rows))
-    encoded = functools.cache(functools.partial(_encoded, tokenizer, answers))
+    encoded = functools.cache(lambda text: answer_ids(text, tokenizer, answers))
     wanted = [[_ids(choice, index, tokenizer, end, encoded) for choice in each] for index, each in enumerate(given)]
     _check_context(model, [[0]] * len(rows) if answers else rows, wanted)
     scores = torch.full((len(rows), max(map(len, wanted))), -torch.inf, dtype=torch.float64)
@@ -91,11 +91,6 @@ def _for_each(choices: Any, prompts: int) -> list[Sequence[Choice]]:
 
 def _is_list_of_choices(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0 and not isinstance(value[0], int)
-
-
-def _encoded(tokenizer: Any, answers: bool, text: str) -> list[int]:
-    """answers: an encoder-decoder's text begins with it."""
-    return answer_ids(text, tokenizer, answers)
 
 
 def _ids(choice: Choice, prompt: int, tokenizer: Any, end: bool, encoded: Callable[[str], list[int]]) -> Ids:

@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ...data.batching import length_buckets
 from ...data.seq2seq import question_of
 from ...data.templates import prompt_of
 from ...errors import LoraLabError, did_you_mean
 from ...models.base import in_mode
+from ...models.progress import watched
 from ..precision import PRECISIONS
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-PATIENCE_SECONDS = 2.0  # after which a progress bar appears
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def evaluating(model: nn.Module, precision: str = "fp32") -> Iterator[None]:
 def in_batches(lengths: Sequence[int], batch_size: int, what: str, progress: bool) -> Iterable[list[int]]:
     """Indices in batches, like lengths together; a bar on stderr where it takes long."""
     check_batch_size(batch_size)
-    return tqdm(length_buckets(lengths, batch_size), what, delay=PATIENCE_SECONDS, leave=False, disable=not progress)
+    return watched(length_buckets(lengths, batch_size), what, progress)
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -133,7 +133,7 @@ def test_few_rows_are_counted_where_few_are_wanted_and_all_where_too_many_are_to
 
 
 def test_a_comparison_shows_how_far_it_is(shop, capsys, monkeypatch):
-    monkeypatch.setattr("lora_lab.tasks.material.PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("lora_lab.models.progress.PATIENCE_SECONDS", 0)
     assert shop.compare(methods="zero-shot", **{"no-forgetting": True, "forgetting-data": None}) == 0
     assert "count tokens: " in capsys.readouterr().err
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 
 import pytest
 from command_line import Folder, check_refusal, run
@@ -47,9 +46,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def shop(made, tmp_path, capsys):
-    shutil.copytree(made.folder, tmp_path / "shop")
     capsys.readouterr()
-    return Shop(tmp_path / "shop")
+    return made.copied(tmp_path / "shop")
 
 
 def numbers(line):
@@ -179,8 +177,7 @@ def test_what_was_understood_is_told_before_it_is_computed_and_no_other_row_is_r
 
 
 def test_counting_and_embedding_show_how_far_they_are(shop, capsys, monkeypatch):
-    monkeypatch.setattr("lora_lab.tasks.material.PATIENCE_SECONDS", 0)
-    monkeypatch.setattr("lora_lab.models.embedding.PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("lora_lab.models.progress.PATIENCE_SECONDS", 0)
     assert shop.finetune(model=shop.encoder, **{"label-column": "Stars"}) == 0
     shown = capsys.readouterr().err
     assert "count tokens: " in shown and "embed: " in shown
